@@ -1,0 +1,81 @@
+# w2vc: two commands do everything on a machine that has Python and make.
+#   make book    read: execute every chapter and build the site _book/index.html
+#   make test    check: lint, types, tests, chapters, site
+PYTHON   ?= python3
+JOBS     ?= 2
+BIN      := .venv/bin
+STAMP    := .venv/.installed
+PACKAGE  := $(wildcard w2vc/*.py)
+DATA     := $(shell find w2vc/assets -type f 2>/dev/null)
+CHAPTERS := $(sort $(wildcard nbs/[0-9]*.ipynb))
+ANSWERS  := $(sort $(wildcard nbs/solutions/[0-9]*.ipynb))
+RUN      := _build/executed$(if $(W2VC_SPEECH),-$(W2VC_SPEECH))
+EXECUTED := $(patsubst nbs/%.ipynb,$(RUN)/%.ipynb,$(CHAPTERS) $(ANSWERS))
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONPATH
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help: ## what can be made
+	@echo "w2vc: Wav2Vec2-Conformer from scratch. Start with one of these:"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "w2vc needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	@echo "== Installing into .venv (about three minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q -e '.[dev]' -c constraints.txt
+	@touch $@
+
+install: $(STAMP) ## create .venv with everything the book, the tests and JupyterLab need
+	@echo "Installed. Next: make book (read), make lab (run), make test (check)"
+
+# A chapter runs again when its notebook, any file of w2vc/ or the data is newer.
+$(RUN)/%.ipynb: nbs/%.ipynb $(PACKAGE) $(DATA) docs/execute.py | $(STAMP)
+	@$(BIN)/python docs/execute.py $< --out $@
+
+executed: $(STAMP) ## execute every chapter whose copy in _build/executed is stale
+	@echo "== Executing the chapters and solutions that are out of date ($(words $(EXECUTED)) in all, $(JOBS) at a time)"
+	@$(MAKE) --no-print-directory -k -j$(JOBS) $(EXECUTED)
+
+book: executed ## execute every chapter and write the site
+	@echo "== Building the site"
+	@$(BIN)/python docs/build.py
+	@echo "Done: open _book/index.html in a browser. Next: make lab to run the chapters yourself."
+
+lab: $(STAMP) ## open the chapters in JupyterLab
+	@echo "== JupyterLab opens nbs/. Start with 00_start.ipynb; stop with Ctrl-C."
+	@$(BIN)/jupyter lab --notebook-dir=nbs nbs/00_start.ipynb
+
+# The chapters run two at a time first; a chapter that fails here fails again, by name, in tests/test_programs.py.
+test: $(STAMP) ## run every check but the slow ones
+	-@$(MAKE) --no-print-directory executed
+	@echo "== Checking: export in sync, lint, types, package, notebooks, site"
+	@$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## run every check, the slow ones too
+	-@$(MAKE) --no-print-directory executed
+	@$(BIN)/python -m pytest --slow
+
+export: $(STAMP) ## write w2vc/ from the chapters
+	@$(BIN)/nbdev-export && $(BIN)/ruff format -q w2vc && $(BIN)/nbdev-clean
+
+chapter: $(STAMP) ## after an edit: export, run and store one chapter (make chapter C=12_masking)
+	@test -n "$(C)" || { echo "say which: make chapter C=12_masking"; exit 2; }
+	@$(BIN)/nbdev-export && $(BIN)/ruff format -q w2vc
+	@$(BIN)/python docs/execute.py nbs/$(C).ipynb --inplace
+	@$(BIN)/nbdev-clean --fname nbs/$(C).ipynb
+
+readme: executed ## write the measured run times into the chapter table of README.md
+	@$(BIN)/python docs/readme.py
+
+lock: ## resolve constraints.txt anew (needs uv)
+	@printf 'torch==2.13.0\n' > _build/pins.in
+	@uv pip compile setup.py --extra dev --universal --python-version 3.11 --no-header --no-annotate -c _build/pins.in -o constraints.txt
+
+clean: ## remove what was built (not .venv)
+	@rm -rf _build _book build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help install executed book lab test test-all export chapter readme lock clean

@@ -1,0 +1,65 @@
+"""Write the generated parts of README.md: the chapter table, with run times measured just now, and its picture.
+
+python docs/readme.py    (make readme executes what is stale first)
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- chapters: make readme -->", "<!-- end of chapters -->"
+PICTURE = ROOT / "docs" / "_static" / "start.png"
+
+
+def card(path: Path) -> dict[str, str]:
+    """The four lines of a chapter's card, by their bold names."""
+    nb = nbformat.read(path, as_version=4)
+    text = next(c.source for c in nb.cells if c.source.startswith("- **You will"))
+    return dict(re.findall(r"^- \*\*(.+?)\*\* (.+)$", text, re.M))
+
+
+def row(path: Path) -> str:
+    """One line of the table."""
+    cost = json.loads((ROOT / "_build" / "executed" / f"{path.stem}.json").read_text())
+    facts = card(path)
+    needs = ", ".join(re.findall(r"\[(\d\d)", facts["Needs"])) or "–"
+    able = re.sub(r"\]\((?!http)", "](nbs/", facts["You will be able to"]).rstrip(".")
+    return (
+        f"| [{path.stem.replace('_', ' ')}](nbs/{path.name}) | {able} | {cost['seconds']:.0f} s | {needs} |"
+    )
+
+
+def table() -> str:
+    """The chapter table."""
+    head = "| chapter | you will be able to | run time | needs |\n| --- | --- | --- | --- |\n"
+    return head + "\n".join(row(p) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")))
+
+
+def picture() -> bytes:
+    """The timeline of chapter 00: the last picture that it stores."""
+    nb = nbformat.read(ROOT / "nbs" / "00_start.ipynb", as_version=4)
+    found = [
+        match
+        for cell in nb.cells
+        if cell.cell_type == "code" and "timeline(" in cell.source
+        for out in cell.outputs
+        for match in re.findall(
+            r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", "".join(out.get("data", {}).get("text/html", ""))
+        )
+    ]
+    return base64.b64decode(found[-1])
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(START)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{START}\n{table()}\n{END}{after}", encoding="utf-8")
+    PICTURE.write_bytes(picture())
+    print(f"README.md and {PICTURE.relative_to(ROOT)} are up to date")

@@ -1,0 +1,39 @@
+"""The notebooks as programs: every chapter and every solution runs from top to bottom in a kernel of its own.
+
+`make` decides what is stale, so a chapter that `make book` or `make test` has just executed is not executed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+NOTEBOOKS = [*sorted(NBS.glob("[0-9]*.ipynb")), *sorted((NBS / "solutions").glob("[0-9]*.ipynb"))]
+SECONDS = 60  # the promise to the reader: no chapter takes longer
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).with_suffix("").as_posix())
+def test_runs(path: Path) -> None:
+    target = Path("_build/executed") / path.relative_to(NBS)
+    make = shutil.which("make")
+    assert make, "the tests need make, as the README says"
+    env = {k: v for k, v in os.environ.items() if k not in {"W2VC_SPEECH", "MAKEFLAGS", "MAKELEVEL"}}
+    env["OMP_NUM_THREADS"] = "1"
+    out = subprocess.run(
+        [make, "-s", str(target)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 0, out.stderr[-4000:]
+    nb = nbformat.read(ROOT / target, as_version=4)
+    errors = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+    assert not errors
+    ran = [c.execution_count for c in nb.cells if c.cell_type == "code" and c.source.strip()]
+    assert ran == list(range(1, len(ran) + 1)), "every cell ran once, in order"
+    assert json.loads((ROOT / target).with_suffix(".json").read_text())["seconds"] <= SECONDS
