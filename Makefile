@@ -15,6 +15,8 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH
 
+STARTED := $(shell date +%s)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -50,14 +52,16 @@ lab: $(STAMP) ## open the chapters in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir=nbs nbs/00_start.ipynb
 
 # The chapters run two at a time first; a chapter that fails here fails again, by name, in tests/test_programs.py.
-test: $(STAMP) ## run every check but the slow ones
+test: CHECK := $(BIN)/python -m pytest
+test: check ## run every check but the slow ones
+test-all: CHECK := $(BIN)/python -m pytest --slow
+test-all: check ## run every check, the slow ones too
+
+check: $(STAMP)
 	-@$(MAKE) --no-print-directory executed
 	@echo "== Checking: export in sync, lint, types, package, notebooks, site"
-	@$(BIN)/python -m pytest
-
-test-all: $(STAMP) ## run every check, the slow ones too
-	-@$(MAKE) --no-print-directory executed
-	@$(BIN)/python -m pytest --slow
+	@$(CHECK)
+	@echo "All of it took $$(($$(date +%s) - $(STARTED))) s. Next: make book to read it."
 
 export: $(STAMP) ## write w2vc/ from the chapters
 	@$(BIN)/nbdev-export && $(BIN)/ruff format -q w2vc && $(BIN)/nbdev-clean
@@ -78,4 +82,4 @@ lock: ## resolve constraints.txt anew (needs uv)
 clean: ## remove what was built (not .venv)
 	@rm -rf _build _book build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install executed book lab test test-all export chapter readme lock clean
+.PHONY: help install executed book lab test test-all check export chapter readme lock clean

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from .config import Wav2Vec2ConformerConfig
 from .positions import Positions, apply_rotary, relative_shift
@@ -48,7 +48,8 @@ def attend(
 def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Write the lowest finite number over the scores of padded keys, so that their weight becomes exactly 0.
 
-    Finite rather than minus infinity: a row without any real key then gets equal weights instead of NaN.
+    Finite rather than minus infinity, as a sum of minus infinities is NaN. A row without any real frame has nothing
+    better to attend to, so nothing is hidden there: its output is arbitrary, but a number.
 
     Args:
         bias: Position scores `[B, H, T, T]` or None.
@@ -58,7 +59,8 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
     Returns:
         `[B, H, T, T]`, or `[B, 1, 1, T]` if bias is None.
     """
-    padded = ~frame_mask[:, None, None, :]  # [B, 1, 1, T]: hides keys, for every head and query
+    padded = ~frame_mask & frame_mask.any(dim=-1, keepdim=True)  # [B, T]
+    padded = padded[:, None, None, :]  # [B, 1, 1, T]: hides keys, for every head and query
     if bias is None:
         bias = torch.zeros(padded.shape, dtype=dtype, device=padded.device)
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
@@ -128,7 +130,7 @@ class SelfAttention(nn.Module):
             mixed, weights = attend(query, key, value, bias, self.dropout)
         else:
             p = self.dropout.p if self.dropout.training else 0.0
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
+            mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
         out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))  # heads side by side again: [B, T, D]
         return out, weights if output_attentions else None
 
@@ -136,13 +138,13 @@ class SelfAttention(nn.Module):
         """Queries, keys and values, each `[B, H, T, K]`."""
         asking = hidden
         if isinstance(positions, tuple):  # the released checkpoints turn the input of linear_q and linear_k
-            asking = apply_rotary(hidden.unflatten(-1, (self.heads, -1)), *positions).flatten(2)
+            asking = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), *positions).flatten(2)
         query, key, value = self.linear_q(asking), self.linear_k(asking), self.linear_v(hidden)
         return self._split(query), self._split(key), self._split(value)
 
     def _split(self, x: Tensor) -> Tensor:
         """`[..., T, D]` to `[..., H, T, K]`."""
-        return x.unflatten(-1, (self.heads, self.head_width)).transpose(-3, -2)
+        return x.view(*x.shape[:-1], self.heads, self.head_width).transpose(-3, -2)
 
     def _position_scores(self, query: Tensor, positions: Tensor) -> Tensor:
         """Scaled scores of each query for each distance, lined up with the keys: `[B, H, T, T]`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
 from .config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
@@ -34,7 +35,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         """
         if frame_mask is None or not (self.training or self.running_mean is None):
             return super().forward(hidden)
-        x = hidden.float()  # statistics in fp32
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # statistics in fp32 at least
         padded = ~frame_mask[:, None]  # [B, 1, T]
         count = frame_mask.sum()  # [] stays on its device: no host synchronisation
         mean = x.masked_fill(padded, 0).sum((0, 2)) / count.clamp(min=1)  # [D]

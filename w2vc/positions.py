@@ -19,10 +19,11 @@ __all__ = [
     "Positions",
     "RelativePositions",
     "relative_shift",
-    "RotaryPositions",
     "rotary_speeds",
     "rotate_half",
     "apply_rotary",
+    "RotaryPositions",
+    "unrounded_speeds",
     "ConvolutionalPositions",
     "make_positions",
 ]
@@ -64,7 +65,7 @@ def relative_shift(scores: Tensor) -> Tensor:
     is place `(T-1) + i (2T-2) + j`: rows that are one entry shorter and start `T-1` entries later. So the result
     is a view, and nothing is copied.
 
-    Source: Transformer-XL (Dai et al., 2019), appendix B, which pads and views instead.
+    Source: Transformer-XL (Dai et al., 2019), appendix B; its code pads and views instead.
 
     Args:
         scores: Columns in the order of `RelativePositions`, the distance `T-1` first.
@@ -80,10 +81,41 @@ def relative_shift(scores: Tensor) -> Tensor:
     if n_frames == 1:
         return scores
     flat = scores.flatten(-2)[..., n_frames - 1 : n_frames - 1 + n_frames * (n_distances - 1)]
-    return flat.unflatten(-1, (n_frames, n_distances - 1))[..., :n_frames]
+    return flat.view(*scores.shape[:-1], n_distances - 1)[..., :n_frames]
 
 
-# %% ../nbs/20_positions.ipynb #45c84f39
+# %% ../nbs/20_positions.ipynb #3c5683e4
+def rotary_speeds(width: int, base: float) -> Tensor:
+    """Speeds of the `K/2` planes of a head in radians per frame, `[K/2]` float32, from 1 down to almost 1/base."""
+    even = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
+    return 1.0 / (base ** (even / width))
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Turn each plane by a quarter: `(a, b)` becomes `(-b, a)`, with a in the first half of the last axis."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+# %% ../nbs/20_positions.ipynb #dc949c2e
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the planes of each head by the angle of the frame.
+
+    Source: RoFormer (Su et al., 2021), Eq. 34, with planes made of channels k and k + K/2.
+
+    Args:
+        x: `[B, T, H, K]`.
+        cos: `[T, K]`, from `RotaryPositions`.
+        sin: `[T, K]`.
+
+    Returns:
+        `[B, T, H, K]` in the dtype of `x`.
+    """
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, K]: the same angles for every head
+    return (x * cos + rotate_half(x) * sin).to(x.dtype)
+
+
+# %% ../nbs/20_positions.ipynb #dc7be3b5
 class RotaryPositions(nn.Module):
     """Cosine and sine of the angle by which each plane of a head has turned at each frame.
 
@@ -110,7 +142,7 @@ class RotaryPositions(nn.Module):
             raise ValueError(
                 f"hidden_size / num_attention_heads = {self.width} is odd; rotary positions need an even head width"
             )
-        self.register_buffer("inv_freq", rotary_speeds(self.width, self.base))
+        self.register_buffer("inv_freq", rotary_speeds(self.width, self.base).to(torch.get_default_device()))
 
     def forward(self, n_frames: int, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Give `(cos, sin)`, each `[T, K]`: the K/2 planes, twice."""
@@ -122,7 +154,7 @@ class RotaryPositions(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPositions:
         """Follow a change of device, but not one of dtype; torch routes `.to()`, `.half()` and all others here."""
         before = self.inv_freq
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.inv_freq is not before:
             if before.is_meta:  # there were no values to keep
                 before = rotary_speeds(self.width, self.base)
@@ -130,44 +162,17 @@ class RotaryPositions(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take saved speeds as they are; if they are this config's speeds rounded to 16 bits, keep the exact ones."""
-        exact = rotary_speeds(self.width, self.base)
+        """Take saved speeds as they are, in float32; undo the rounding of a file saved in 16 bits."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         saved = state_dict.get(prefix + "inv_freq")
-        rounded = saved is not None and not saved.is_meta and saved.dtype != torch.float32
-        if rounded and torch.equal(saved.cpu(), exact.to(saved.dtype)):
-            self.inv_freq = exact.to(saved.device if self.inv_freq.is_meta else self.inv_freq.device)
-        self.inv_freq = self.inv_freq.float()
+        if isinstance(saved, Tensor) and saved.dtype != torch.float32 and not saved.is_meta:
+            self.inv_freq = unrounded_speeds(saved, self.width, self.base).to(self.inv_freq.device)
 
 
-# %% ../nbs/20_positions.ipynb #55637ca4
-def rotary_speeds(width: int, base: float) -> Tensor:
-    """Speeds of the `K/2` planes of a head in radians per frame, `[K/2]` float32, from 1 down to almost 1/base."""
-    even = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
-    return 1.0 / (base ** (even / width))
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """Turn each plane by a quarter: `(a, b)` becomes `(-b, a)`, with a in the first half of the last axis."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the planes of each head by the angle of the frame.
-
-    Source: RoFormer (Su et al., 2021), Eq. 34, with planes made of channels k and k + K/2.
-
-    Args:
-        x: `[B, T, H, K]`.
-        cos: `[T, K]`, from `RotaryPositions`.
-        sin: `[T, K]`.
-
-    Returns:
-        `[B, T, H, K]` in the dtype of `x`.
-    """
-    cos, sin = cos[:, None], sin[:, None]  # [T, 1, K]: the same angles for every head
-    return (x * cos + rotate_half(x) * sin).to(x.dtype)
+def unrounded_speeds(saved: Tensor, width: int, base: float) -> Tensor:
+    """Give the exact speeds if `saved` are these, rounded; else `saved` itself, in float32."""
+    exact = rotary_speeds(width, base)
+    return exact if torch.equal(saved.cpu(), exact.to(saved.dtype)) else saved.float()
 
 
 # %% ../nbs/20_positions.ipynb #2964dffc

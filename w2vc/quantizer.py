@@ -5,14 +5,15 @@
 # %% ../nbs/16_quantizer.ipynb #bcdadd87
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, gumbel_softmax
 
 from .config import Wav2Vec2ConformerConfig
 
 # %% auto #0
-__all__ = ["codebook_perplexity", "lookup_straight_through", "GumbelVectorQuantizer"]
+__all__ = ["codebook_perplexity", "StraightThroughLookup", "GumbelVectorQuantizer"]
 
 
 # %% ../nbs/16_quantizer.ipynb #76fe3e8b
@@ -33,36 +34,44 @@ def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
         average = probs.mean(0)  # [G, V]
     else:
         keep = mask.to(torch.bool)
-        average = probs.where(keep[:, None, None], 0).sum(0) / keep.sum().clamp_min(1)
+        with torch.autocast(probs.device.type, enabled=False):
+            total = torch.einsum("f,fgv->gv", keep.to(probs.dtype), probs)
+        average = total / keep.sum().clamp_min(1)
     # the clamp changes no value (p log p is 0 there) but keeps the gradient of an unused code finite
     logs = average.clamp_min(torch.finfo(average.dtype).tiny).log()
     return (-(average * logs).sum(-1)).exp().sum()
 
 
 # %% ../nbs/16_quantizer.ipynb #9d31f9d6
-def lookup_straight_through(codebook: Tensor, codes: Tensor, soft: Tensor | None = None) -> Tensor:
+class StraightThroughLookup(torch.autograd.Function):
     """Read the chosen code vectors; in the backward pass pretend that they were the soft average.
 
     The value is `codebook[g, codes]`. The gradient reaches the codebook through that lookup, and `soft` as if the
-    output had been `soft @ codebook`: both equal the one-hot product without its `[F, G, V, d]` tensor.
-
-    Args:
-        codebook: `[G, V, d]`.
-        codes: `[F, G]` long, the chosen code of each frame and group.
-        soft: `[F, G, V]`, the relaxed distribution that gets the gradient; None for no such path.
-
-    Returns:
-        `[F, G, d]` in the codebook's dtype.
+    output had been `soft @ codebook`. Both equal the one-hot product, without its `[F, G, V, d]` tensor.
     """
-    G, V, d = codebook.shape
-    first = torch.arange(G, device=codes.device) * V  # where each group starts in the flat table
-    chosen = embedding(codes + first, codebook.reshape(G * V, d))
-    if soft is None or not soft.requires_grad:
-        return chosen
-    with torch.autocast(codes.device.type, enabled=False):
-        table = codebook.detach().to(soft.dtype)
-        zero = torch.einsum("fgv,gvd->fgd", soft - soft.detach(), table)  # zero in value, not in gradient
-    return chosen + zero.to(chosen.dtype)
+
+    @staticmethod
+    def forward(codebook: Tensor, codes: Tensor, soft: Tensor) -> Tensor:
+        """Look up: codebook `[G, V, d]`, codes `[F, G]` long, soft `[F, G, V]`; returns `[F, G, d]`."""
+        return codebook[torch.arange(codebook.shape[0], device=codes.device), codes]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the codebook and the codes; the soft distribution itself is not needed."""
+        codebook, codes, soft = inputs
+        ctx.save_for_backward(codebook, codes)
+        ctx.soft_dtype = soft.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Add each row to the entry it came from; give `soft` its product with the codebook, group by group."""
+        codebook, codes = ctx.saved_tensors
+        G, V, d = codebook.shape
+        rows = (codes + torch.arange(G, device=codes.device) * V).flatten()
+        to_codebook = codebook.new_zeros(G * V, d).index_add_(0, rows, grad.reshape(-1, d)).view(G, V, d)
+        with torch.autocast(grad.device.type, enabled=False):
+            to_soft = torch.einsum("fgd,gvd->fgv", grad.to(ctx.soft_dtype), codebook.to(ctx.soft_dtype))
+        return to_codebook, None, to_soft
 
 
 # %% ../nbs/16_quantizer.ipynb #763044f1
@@ -112,8 +121,10 @@ class GumbelVectorQuantizer(nn.Module):
 
     def relax(self, logits: Tensor) -> Tensor:
         """Add Gumbel noise and soften: `softmax((logits + noise) / temperature)`, `[F, G, V]` (equation 1)."""
-        # one row per frame and group: the noise then equals that of `F.gumbel_softmax` on the plain one-hot path
-        return gumbel_softmax(logits.view(-1, self.num_vars), tau=self.temperature).view_as(logits)
+        noisy = (
+            logits - torch.empty_like(logits).exponential_().log_()
+        )  # Gumbel noise, drawn as PyTorch draws it
+        return noisy.div_(self.temperature).softmax(-1)
 
     @torch.no_grad()
     def codes(self, features: Tensor) -> Tensor:
@@ -145,13 +156,16 @@ class GumbelVectorQuantizer(nn.Module):
             )
         mask = None if mask_time_indices is None else mask_time_indices.reshape(B * T)
         logits = self.logits(features)  # [B*T, G, V]
-        soft = self.relax(logits) if self.training else None
-        codes = logits.argmax(-1) if soft is None else soft.max(-1).indices  # [B*T, G]
-        if soft is None:
-            chances = torch.zeros_like(logits).scatter_(-1, codes[..., None], 1.0)  # hard counts
+        table = self.codevectors.view(self.num_groups, self.num_vars, -1)  # [G, V, d]
+        if self.training:
+            soft = self.relax(logits)
+            codes = soft.argmax(-1)  # [B*T, G]
+            codevectors = StraightThroughLookup.apply(table, codes, soft)  # type: ignore[no-untyped-call]
+            perplexity = codebook_perplexity(logits.softmax(-1), mask)
         else:
-            chances = logits.softmax(-1)
-        table = self.codevectors.view(self.num_groups, self.num_vars, -1)
-        codevectors = lookup_straight_through(table, codes, soft).reshape(B, T, -1)
-        perplexity = codebook_perplexity(chances, mask)
+            codes = logits.argmax(-1)
+            codevectors = table[torch.arange(self.num_groups, device=codes.device), codes]
+            counted = torch.zeros_like(logits).scatter_(-1, codes[..., None], 1.0)
+            perplexity = codebook_perplexity(counted, mask)
+        codevectors = codevectors.reshape(B, T, -1)
         return (codevectors, perplexity, codes.view(B, T, -1)) if return_codes else (codevectors, perplexity)
