@@ -299,6 +299,12 @@ def test_checkpointing_keeps_fewer_tensors() -> None:
     assert kept(True) < kept(False) / 4
 
 
+@pytest.mark.parametrize("mask", [torch.ones(B, T), torch.ones(B, T, dtype=torch.uint8), torch.ones(B, 1) > 0])
+def test_a_wrong_frame_mask_is_a_value_error(mask: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"frame_mask is .*must be torch\.bool \[3, 17\]"):
+        ConformerEncoder(tiny_config())(frames(), mask)
+
+
 # --- what else can be asked of it ------------------------------------------------------------------------------
 
 

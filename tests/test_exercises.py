@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from w2vc import exercises
 from w2vc.exercises import Verdict, check, check_property, describe, difference, predict, progress, reveal
 
@@ -93,6 +94,11 @@ def test_what_counts_as_different(a: object, b: object) -> None:
     assert difference(a, b)
 
 
+def test_a_wrong_kind_is_called_so() -> None:
+    assert difference(1, "1") == "wrong type: got int, expected str"
+    assert difference("2", "1") == "got '2', expected '1'"
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(1, 4), min_size=0, max_size=3),
@@ -161,9 +167,12 @@ def test_inputs_are_safe() -> None:
 
 def test_equal_noise_for_both_and_none_taken_from_the_caller() -> None:
     generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(5)
     state, own = torch.get_rng_state(), generator.get_state()
     assert check(lambda x: x + torch.rand(2), lambda x: x + torch.rand(2), torch.zeros(2))
     assert check(lambda g: torch.rand(2, generator=g), lambda g: torch.rand(2, generator=g), generator)
+    known = torch.rand(2, generator=torch.Generator().manual_seed(3))
+    assert check(lambda g: torch.rand(2, generator=g), lambda g: known, generator), "a copy in the same state"
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(own, generator.get_state())
     assert not check(lambda x: x + torch.rand(2) + torch.rand(2), lambda x: x + torch.rand(2), torch.zeros(2))

@@ -71,12 +71,10 @@ def test_distribution_equals_transformers(case: str, padded: bool) -> None:
     """Means and profiles agree within 4 standard errors; calls are independent, rows of a call share one rounding."""
     knobs = CASES[case]
     real = right_padded(LENGTHS, 40) if padded else None
-    state = np.random.get_state()
-    np.random.seed(1)
+    np.random.seed(1)  # noqa: NPY002 the peer draws from numpy's global state
     theirs = np.stack(
         [peer._compute_mask_indices((8, 40), attention_mask=real, **knobs) for _ in range(CALLS)]
     )
-    np.random.set_state(state)
     if real is not None:
         theirs &= real.bool().numpy()  # a row without spans hides its last padding frame there: tested below
     g = seeded(1)
@@ -475,7 +473,7 @@ def test_distribution_of_drawn_masks_equals_transformers() -> None:
     model = peer.Wav2Vec2ConformerModel(peer_config(config)).train()
     torch.nn.init.constant_(model.masked_spec_embed, 2.0)
     hidden, real = torch.ones(16, 20, 32), right_padded([20, 14] * 8, 20)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 the peer draws from numpy's global state
     with torch.no_grad():
         theirs = torch.stack([model._mask_hidden_states(hidden.clone(), None, real) for _ in range(300)])
         ours = torch.stack(

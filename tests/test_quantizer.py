@@ -241,8 +241,11 @@ def test_autocast_changes_only_the_projection() -> None:
     x = torch.randn(2, 9, 10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.manual_seed(0)
-        out, perplexity = ours(x)
+        out, perplexity = ours(x, torch.ones(2, 9))
         out.sum().backward()
+        probs, keep = torch.rand(18, 2, 8).softmax(-1), torch.rand(18) < 0.5
+        inside = codebook_perplexity(probs, keep)
+    assert torch.equal(inside, codebook_perplexity(probs, keep))
     assert out.dtype == torch.float32
     assert perplexity.dtype == torch.float32
     assert all(row in ours.codevectors[0].tolist() for row in out.detach().view(-1, 6).tolist())

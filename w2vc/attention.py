@@ -13,7 +13,7 @@ from .config import Wav2Vec2ConformerConfig
 from .positions import Positions, apply_rotary, relative_shift
 
 # %% auto #0
-__all__ = ["attend", "hide_padding", "SelfAttention"]
+__all__ = ["KERNELS", "attend", "split_heads", "position_scores", "hide_padding", "SelfAttention"]
 
 
 # %% ../nbs/22_attention.ipynb #e323204b
@@ -44,6 +44,30 @@ def attend(
     return weights @ value, weights
 
 
+# %% ../nbs/22_attention.ipynb #a44be3a8
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Cut the last axis into heads and bring them before the frames: `[..., T, D]` to `[..., H, T, K]`, as a view."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)
+
+
+# %% ../nbs/22_attention.ipynb #f10f9edf
+def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
+    """Score each key by its distance from the query: terms (b) and (d), scaled.
+
+    Source: Transformer-XL (Dai et al., 2019), section 3.3.
+
+    Args:
+        query: `[B, H, T, K]`.
+        distance_keys: `[H, 2T-1, K]`, the projected table of `RelativePositions`.
+        bias_v: `[H, K]`, what every frame asks of a distance.
+
+    Returns:
+        `[B, H, T, T]`.
+    """
+    asking = (query + bias_v[:, None]) * query.shape[-1] ** -0.5  # [B, H, T, K]
+    return relative_shift(asking @ distance_keys.transpose(-2, -1))  # [B, H, T, 2T-1] -> [B, H, T, T]
+
+
 # %% ../nbs/22_attention.ipynb #dc13fdbc
 def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Write the lowest finite number over the scores of padded keys, so that their weight becomes exactly 0.
@@ -66,7 +90,10 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
 
 
-# %% ../nbs/22_attention.ipynb #56f5c23b
+# %% ../nbs/22_attention.ipynb #02fd8233
+KERNELS = ("sdpa", "eager")  # what `config.attn_implementation` may say
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with relative, rotary or no positions.
 
@@ -83,7 +110,6 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.config = config
         width, self.heads = config.hidden_size, config.num_attention_heads
-        self.head_width = width // self.heads
         self.linear_q = nn.Linear(width, width)
         self.linear_k = nn.Linear(width, width)
         self.linear_v = nn.Linear(width, width)
@@ -92,8 +118,8 @@ class SelfAttention(nn.Module):
         self.position_kind = config.position_embeddings_type
         if self.position_kind == "relative":
             self.linear_pos = nn.Linear(width, width, bias=False)
-            self.pos_bias_u = nn.Parameter(torch.zeros(self.heads, self.head_width))
-            self.pos_bias_v = nn.Parameter(torch.zeros(self.heads, self.head_width))
+            self.pos_bias_u = nn.Parameter(torch.zeros(self.heads, width // self.heads))
+            self.pos_bias_v = nn.Parameter(torch.zeros(self.heads, width // self.heads))
 
     def forward(
         self,
@@ -117,11 +143,20 @@ class SelfAttention(nn.Module):
             ValueError: For positions or a mask that do not fit, or an unknown `attn_implementation`.
         """
         kernel = self.config.attn_implementation
-        self._check(hidden, frame_mask, positions, kernel)
-        query, key, value = self._project(hidden, positions)  # each [B, H, T, K]
+        if kernel not in KERNELS:
+            raise ValueError(
+                f"attn_implementation={kernel!r}; allowed are {KERNELS} ('flex' needs CUDA and comes later)"
+            )
+        self._check(hidden, frame_mask, positions)
+        asking = hidden
+        if isinstance(positions, tuple):  # the released checkpoints turn the input of linear_q and linear_k
+            asking = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), *positions).flatten(2)
+        query, key, value = self.linear_q(asking), self.linear_k(asking), self.linear_v(hidden)
+        query, key, value = (split_heads(x, self.heads) for x in (query, key, value))  # each [B, H, T, K]
         bias = None
         if isinstance(positions, Tensor):
-            bias = self._position_scores(query, positions)  # [B, H, T, T]
+            distance_keys = split_heads(self.linear_pos(positions), self.heads)  # [H, 2T-1, K]
+            bias = position_scores(query, distance_keys, self.pos_bias_v)  # [B, H, T, T]
             query = query + self.pos_bias_u[:, None]
         if frame_mask is not None:
             bias = hide_padding(bias, frame_mask, query.dtype)
@@ -131,49 +166,24 @@ class SelfAttention(nn.Module):
         else:
             p = self.dropout.p if self.dropout.training else 0.0
             mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
-        out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))  # heads side by side again: [B, T, D]
+        out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))  # heads side by side: [B, T, D]
         return out, weights if output_attentions else None
 
-    def _project(self, hidden: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `[B, H, T, K]`."""
-        asking = hidden
-        if isinstance(positions, tuple):  # the released checkpoints turn the input of linear_q and linear_k
-            asking = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), *positions).flatten(2)
-        query, key, value = self.linear_q(asking), self.linear_k(asking), self.linear_v(hidden)
-        return self._split(query), self._split(key), self._split(value)
-
-    def _split(self, x: Tensor) -> Tensor:
-        """`[..., T, D]` to `[..., H, T, K]`."""
-        return x.view(*x.shape[:-1], self.heads, self.head_width).transpose(-3, -2)
-
-    def _position_scores(self, query: Tensor, positions: Tensor) -> Tensor:
-        """Scaled scores of each query for each distance, lined up with the keys: `[B, H, T, T]`."""
-        asking = (query + self.pos_bias_v[:, None]) * self.head_width**-0.5  # [B, H, T, K]
-        distance_keys = self._split(self.linear_pos(positions))  # [H, 2T-1, K]
-        return relative_shift(asking @ distance_keys.transpose(-2, -1))
-
-    def _check(self, hidden: Tensor, frame_mask: Tensor | None, positions: Positions, kernel: str) -> None:
+    def _check(self, hidden: Tensor, frame_mask: Tensor | None, positions: Positions) -> None:
         """Refuse what would give a wrong answer; looks at shapes and dtypes only, never at values."""
         n_rows, n_frames, width = hidden.shape
-        if kernel == "flex":
-            raise ValueError(
-                "attn_implementation='flex' needs CUDA and is not built yet; allowed are 'sdpa' and 'eager'"
-            )
-        if kernel not in ("sdpa", "eager"):
-            raise ValueError(f"attn_implementation={kernel!r}; allowed are 'sdpa' and 'eager'")
         if frame_mask is not None and (
             frame_mask.dtype != torch.bool or frame_mask.shape != (n_rows, n_frames)
         ):
-            raise ValueError(
-                f"frame_mask is {frame_mask.dtype} {list(frame_mask.shape)}; it must be torch.bool {[n_rows, n_frames]}"
-            )
+            got_mask = f"{frame_mask.dtype} {list(frame_mask.shape)}"
+            raise ValueError(f"frame_mask is {got_mask}; it must be torch.bool {[n_rows, n_frames]}")
         tables = positions if isinstance(positions, tuple) else (positions,)
         got = [None if table is None else list(table.shape) for table in tables]
-        want = {
-            "relative": [[2 * n_frames - 1, width]],
-            "rotary": [[n_frames, self.head_width]] * 2,
-        }.get(str(self.position_kind), [None])
+        want: list[list[int] | None] = [None]
+        if self.position_kind == "relative":
+            want = [[2 * n_frames - 1, width]]
+        elif self.position_kind == "rotary":
+            want = [[n_frames, width // self.heads]] * 2
         if got != want:
-            raise ValueError(
-                f"positions has shape {got}; position_embeddings_type={self.position_kind!r} needs {want}"
-            )
+            kind = self.position_kind
+            raise ValueError(f"positions has shape {got}; position_embeddings_type={kind!r} needs {want}")

@@ -23,9 +23,9 @@ from .positions import ConvolutionalPositions, Positions, make_positions
 __all__ = [
     "FeedForward",
     "ConformerBlock",
+    "skip_layer",
     "keep_buffers",
     "recompute_contexts",
-    "skip_layer",
     "ConformerEncoder",
 ]
 
@@ -105,6 +105,16 @@ class ConformerBlock(nn.Module):
         return self.final_layer_norm(hidden), maps
 
 
+# %% ../nbs/26_conformer.ipynb #c4731ea1
+def skip_layer(layerdrop: float, training: bool) -> bool:
+    """Decide on the host whether LayerDrop skips the next layer (Fan et al., 2020).
+
+    One number is drawn from torch's global generator per layer, in training and for `layerdrop > 0` only,
+    as transformers 5 does: equal seeds skip equal layers.
+    """
+    return training and layerdrop > 0 and torch.rand([], device="cpu").item() < layerdrop
+
+
 # %% ../nbs/26_conformer.ipynb #1b48bda4
 @contextmanager
 def keep_buffers(module: nn.Module) -> Iterator[None]:
@@ -122,16 +132,6 @@ def keep_buffers(module: nn.Module) -> Iterator[None]:
 def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts for `torch.utils.checkpoint`: the second run of `block` must not count its batch twice."""
     return nullcontext(), keep_buffers(block)
-
-
-# %% ../nbs/26_conformer.ipynb #c4731ea1
-def skip_layer(layerdrop: float, training: bool) -> bool:
-    """Decide on the host whether LayerDrop skips the next layer (Fan et al., 2020).
-
-    One number is drawn from torch's global generator per layer, in training and for `layerdrop > 0` only,
-    as transformers 5 does: equal seeds skip equal layers.
-    """
-    return training and layerdrop > 0 and torch.rand([], device="cpu").item() < layerdrop
 
 
 # %% ../nbs/26_conformer.ipynb #66236d5f
@@ -173,8 +173,16 @@ class ConformerEncoder(nn.Module):
         Returns:
             Last hidden states `[B, T, D]`; N + 1 hidden states or None; N maps `[B, H, T, T]` or None.
             A layer skipped by LayerDrop repeats the stream and has None for a map.
+
+        Raises:
+            ValueError: If the mask has another shape or type.
         """
         if frame_mask is not None:
+            if frame_mask.dtype != torch.bool or frame_mask.shape != hidden.shape[:2]:
+                got, want = list(frame_mask.shape), list(hidden.shape[:2])
+                raise ValueError(
+                    f"frame_mask is {frame_mask.dtype} {got}; it must be torch.bool {want}, True = real"
+                )
             hidden = hidden.masked_fill(~frame_mask.unsqueeze(-1), 0.0)
         hidden = self.dropout(hidden)
         positions = None

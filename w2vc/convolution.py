@@ -31,7 +31,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
                 In evaluation the running statistics are used, and the mask changes nothing.
 
         Returns:
-            `[B, D, T]`; in training, what stands on padded frames has no meaning.
+            `[B, D, T]`; in training, a padded frame comes out as the bias.
         """
         if frame_mask is None or not (self.training or self.running_mean is None):
             return super().forward(hidden)
@@ -39,14 +39,15 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         padded = ~frame_mask[:, None]  # [B, 1, T]
         count = frame_mask.sum()  # [] stays on its device: no host synchronisation
         mean = x.masked_fill(padded, 0).sum((0, 2)) / count.clamp(min=1)  # [D]
-        x = x - mean[:, None]  # two passes: the variance of centred values does not cancel
-        variance = x.masked_fill(padded, 0).square().sum((0, 2)) / count.clamp(min=1)  # [D]
+        # two passes: the variance of centred values does not cancel
+        x = (x - mean[:, None]).masked_fill_(padded, 0)
+        variance = x.square().sum((0, 2)) / count.clamp(min=1)  # [D]
         if self.training:
             self._remember(mean.detach(), variance.detach(), count)
-        x = x * torch.rsqrt(variance + self.eps)[:, None]
-        if self.affine:
-            x = x * self.weight[:, None] + self.bias[:, None]
-        return x.to(hidden.dtype)
+        scale = torch.rsqrt(variance + self.eps)[:, None]  # [D, 1]
+        if not self.affine:
+            return (x * scale).to(hidden.dtype)
+        return torch.addcmul(self.bias[:, None], x, scale * self.weight[:, None]).to(hidden.dtype)
 
     def _remember(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics towards those of a batch `[D]` of `count` frames `[]`, as torch does.

@@ -101,22 +101,22 @@ class MaskedGroupNorm(nn.GroupNorm):
             n_valid: valid frames per row `[B]`; None counts every frame and is exactly `nn.GroupNorm`.
 
         Returns:
-            `[B, C, T]`; what stands on padded frames has no meaning.
+            `[B, C, T]`; with `n_valid`, a padded frame comes out as the bias.
         """
         if n_valid is None:
             return super().forward(hidden)
         B, C, T = hidden.shape
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # statistics in fp32 at least
-        x = x.view(B, self.num_groups, -1, T)  # [B, groups, C / groups, T]
+        x = x.reshape(B, self.num_groups, -1, T)  # [B, groups, C / groups, T]
         padded = ~frame_mask(n_valid, T)[:, None, None]  # [B, 1, 1, T]
         count = (n_valid.clamp(min=1) * x.shape[2])[:, None, None, None]  # [B, 1, 1, 1] values in a group
         mean = x.masked_fill(padded, 0).sum((2, 3), keepdim=True) / count
-        x = x - mean  # two passes: the variance of centred values does not cancel
-        variance = x.masked_fill(padded, 0).square().sum((2, 3), keepdim=True) / count
-        x = (x * torch.rsqrt(variance + self.eps)).view(B, C, T)
-        if self.affine:
-            x = x * self.weight[:, None] + self.bias[:, None]
-        return x.to(hidden.dtype)
+        x = (x - mean).masked_fill_(padded, 0)  # two passes: the variance of centred values does not cancel
+        scale = torch.rsqrt(x.square().sum((2, 3), keepdim=True) / count + self.eps)  # [B, groups, 1, 1]
+        if not self.affine:
+            return (x * scale).reshape(B, C, T).to(hidden.dtype)
+        scale = scale.expand(-1, -1, x.shape[2], -1).reshape(B, C, 1) * self.weight[:, None]
+        return torch.addcmul(self.bias[:, None], x.reshape(B, C, T), scale).to(hidden.dtype)
 
 
 # %% ../nbs/10_features.ipynb #bb5418e4

@@ -33,23 +33,26 @@ __all__ = [
     "OPTIONAL",
     "uniform_by_inputs",
     "first_values",
+    "listing",
     "initialise",
-    "read_tensors",
-    "read_checkpoint",
-    "read_shards",
     "modern_name",
     "modern_names",
-    "listing",
+    "read_tensors",
+    "read_shards",
+    "read_checkpoint",
     "part_of",
     "LoadReport",
     "match_names",
-    "split_into_shards",
-    "PreTrainedModel",
     "fill",
     "parts_of",
+    "ModelBase",
+    "split_into_shards",
+    "weight_files",
+    "read_dtype",
+    "PreTrainedModel",
 ]
 
-# %% ../nbs/28_pretrained.ipynb #437b83e5
+# %% ../nbs/28_pretrained.ipynb #a732208f
 Start = Callable[[Tensor, Any], Any]  # (tensor, its module): gives the tensor its first values, in place
 
 
@@ -75,6 +78,7 @@ NAMED_STARTS: dict[str, Start] = {  # end of a tensor's name (a pattern) -> firs
 }
 
 
+# %% ../nbs/28_pretrained.ipynb #b8866eb7
 def first_values(name: str, module: nn.Module, deviation: float) -> Start | None:
     """The rule for a tensor's first values: by its name, else by the type of its layer.
 
@@ -97,7 +101,13 @@ def first_values(name: str, module: nn.Module, deviation: float) -> Start | None
     return None
 
 
-# %% ../nbs/28_pretrained.ipynb #1ee4d451
+# %% ../nbs/28_pretrained.ipynb #5e888c17
+def listing(names: Iterable[str], most: int = 12) -> str:
+    """Join names for a message; the end of a long list is counted."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, deviation: float, names: Iterable[str] | None = None) -> None:
     """Give parameters their first values.
@@ -123,8 +133,8 @@ def initialise(model: nn.Module, deviation: float, names: Iterable[str] | None =
         own = {**module._parameters, **(module._buffers if asked is not None else {})}
         for key in sorted(own, reverse=True):  # original1 before original0, which is computed from it
             name, tensor = f"{prefix}.{key}".lstrip("."), own[key]
-            if tensor is None or (asked is not None and name not in asked):
-                continue
+            if tensor is None or tensor.is_meta or (asked is not None and name not in asked):
+                continue  # a meta tensor has a shape and no values: it waits for a file
             start = first_values(name, module, deviation)
             if start is not None:
                 start(tensor, module)
@@ -132,7 +142,28 @@ def initialise(model: nn.Module, deviation: float, names: Iterable[str] | None =
                 raise RuntimeError(f"{name} is not in the file, and there is no rule for its first values")
 
 
-# %% ../nbs/28_pretrained.ipynb #fe56d437
+# %% ../nbs/28_pretrained.ipynb #7d34a633
+def modern_name(name: str) -> str:
+    """Weight norm's tensors under the names that torch gives them today."""
+    for old, new in (
+        ("weight_g", "parametrizations.weight.original0"),
+        ("weight_v", "parametrizations.weight.original1"),
+    ):
+        if name.endswith(f".{old}"):
+            return name.removesuffix(old) + new
+    return name
+
+
+def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename old weight-norm tensors; both namings of one tensor in one file is a ValueError."""
+    renamed = {modern_name(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) != len(tensors):
+        twice = [name for name in tensors if modern_name(name) != name and modern_name(name) in tensors]
+        raise ValueError(f"the file names tensors twice, in the old and in the new way: {listing(twice)}")
+    return renamed
+
+
+# %% ../nbs/28_pretrained.ipynb #8f4f5930
 def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
     """Read one weight file, and nothing but tensors.
 
@@ -158,6 +189,33 @@ def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is refused: it must hold a dict of tensors by name")
     return dict(tensors)
+
+
+# %% ../nbs/28_pretrained.ipynb #e8ba54f7
+def read_shards(
+    name_or_path: str | os.PathLike[str], index: Path, kind: str, revision: str | None
+) -> dict[str, Tensor]:
+    """Read the shards that an index lists, and check that each holds what the index says."""
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(places.values()))
+        plain = all(Path(shard).name == shard for shard in shards)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{index} is damaged: it must be JSON with a weight_map from tensor to file"
+        ) from None
+    if not plain:
+        raise ValueError(f"{index} is refused: it names files outside its folder")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        path = find_file(name_or_path, shard, revision=revision)
+        if path is None:
+            raise FileNotFoundError(f"{os.fspath(name_or_path)!r} lacks {shard}, which its index lists")
+        found = read_tensors(path, kind)
+        if lost := sorted(name for name in places if places[name] == shard and name not in found):
+            raise ValueError(f"{path} lacks tensors that the index promises: {listing(lost)}")
+        tensors |= found
+    return tensors
 
 
 def read_checkpoint(
@@ -187,60 +245,7 @@ def read_checkpoint(
     )
 
 
-def read_shards(
-    name_or_path: str | os.PathLike[str], index: Path, kind: str, revision: str | None
-) -> dict[str, Tensor]:
-    """Read the shards that an index lists, and check that each holds what the index says."""
-    try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(places.values()))
-        plain = all(Path(shard).name == shard for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{index} is damaged: it must be JSON with a weight_map from tensor to file"
-        ) from None
-    if not plain:
-        raise ValueError(f"{index} is refused: it names files outside its folder")
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        path = find_file(name_or_path, shard, revision=revision)
-        if path is None:
-            raise FileNotFoundError(f"{os.fspath(name_or_path)!r} lacks {shard}, which its index lists")
-        found = read_tensors(path, kind)
-        if lost := sorted(name for name in places if places[name] == shard and name not in found):
-            raise ValueError(f"{path} lacks tensors that the index promises: {listing(lost)}")
-        tensors |= found
-    return tensors
-
-
-# %% ../nbs/28_pretrained.ipynb #2f81c8c0
-def modern_name(name: str) -> str:
-    """Weight norm's tensors under the names that torch gives them today."""
-    for old, new in (
-        ("weight_g", "parametrizations.weight.original0"),
-        ("weight_v", "parametrizations.weight.original1"),
-    ):
-        if name.endswith(f".{old}"):
-            return name.removesuffix(old) + new
-    return name
-
-
-def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename old weight-norm tensors; both namings of one tensor in one file is a ValueError."""
-    renamed = {modern_name(name): tensor for name, tensor in tensors.items()}
-    if len(renamed) != len(tensors):
-        twice = [name for name in tensors if modern_name(name) != name and modern_name(name) in tensors]
-        raise ValueError(f"the file names tensors twice, in the old and in the new way: {listing(twice)}")
-    return renamed
-
-
-def listing(names: Iterable[str], most: int = 12) -> str:
-    """Join names for a message; the end of a long list is counted."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
-
-
-# %% ../nbs/28_pretrained.ipynb #3ffb6024
+# %% ../nbs/28_pretrained.ipynb #358b68b2
 BASE = "wav2vec2_conformer"  # the attribute under which heads hold the base model
 OPTIONAL = ("adapter", "masked_spec_embed")  # parts of the base model that a config can add or leave out
 
@@ -278,6 +283,7 @@ class LoadReport:
         )
 
 
+# %% ../nbs/28_pretrained.ipynb #4c44fe08
 def match_names(
     model: Mapping[str, Tensor], file: Mapping[str, Tensor], *, is_base: bool
 ) -> tuple[LoadReport, dict[str, str]]:
@@ -319,166 +325,6 @@ def match_names(
             )
             (report.ignored if foreign else report.unexpected).append(name)
     return report, pairs
-
-
-# %% ../nbs/28_pretrained.ipynb #a732208f
-def split_into_shards(tensors: Mapping[str, Tensor], most_bytes: int) -> dict[str, dict[str, Tensor]]:
-    """Deal tensors into files of at most `most_bytes` each, in order; one file keeps the plain name."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = most_bytes
-    for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = most_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-# %% ../nbs/28_pretrained.ipynb #b8866eb7
-class PreTrainedModel(nn.Module):
-    """What every model here can do: start, freeze, count, save and load its weights.
-
-    A subclass builds its modules and calls `init_weights()` at the end of its constructor. A head holds the base
-    model as `self.wav2vec2_conformer`. Every tensor that a module needs is a parameter or a saved buffer.
-
-    Args:
-        config: The sizes; validated here, kept as `self.config`.
-    """
-
-    base_model_prefix: ClassVar[str] = BASE
-    load_report: LoadReport | None = None  # what `from_pretrained` found
-
-    def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
-        super().__init__()
-        config.validate()
-        self.config = config
-
-    def init_weights(self) -> None:
-        """Give every parameter its first values, as the peer does (chapter 28 has the table)."""
-        initialise(self, self.config.initializer_range)
-
-    @property
-    def base_model(self) -> nn.Module:
-        """The base model inside a head; the base model itself otherwise."""
-        return getattr(self, BASE, self)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the parameters."""
-        return next(self.parameters()).dtype
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Count the parameters; `only_trainable` leaves out frozen ones."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def freeze_feature_encoder(self) -> None:
-        """Train everything but the convolutional feature encoder."""
-        self.base_model.feature_extractor.requires_grad_(False)
-
-    def freeze_base_model(self) -> None:
-        """Train the head alone."""
-        self.base_model.requires_grad_(False)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Compute the blocks a second time in backward instead of storing what they computed in forward."""
-        self._checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Store what the blocks compute in forward."""
-        self._checkpointing(False)
-
-    def _checkpointing(self, on: bool) -> None:
-        module: Any
-        for module in self.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = on
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
-    ) -> None:
-        """Write config.json and model.safetensors, for us and for transformers; never half of them.
-
-        Args:
-            folder: Made if needed; its other files stay.
-            max_shard_bytes: Larger weights are split into several files with an index.
-        """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        shards = split_into_shards(tensors, max_shard_bytes)
-        config = copy.deepcopy(self.config)
-        config.extra_keys |= {
-            "architectures": [type(self).__name__],
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-        if "torch_dtype" in config.extra_keys:  # the older name of the same key
-            config.extra_keys["torch_dtype"] = config.extra_keys["dtype"]
-        config.validate()
-        files: dict[str, bytes | Callable[[Path], Any]] = {"config.json": config.to_json_string().encode()}
-        for name, shard in shards.items():
-            files[name] = functools.partial(safetensors.torch.save_file, shard, metadata={"format": "pt"})
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-                "weight_map": {tensor: name for name, shard in shards.items() for tensor in shard},
-            }
-            files["model.safetensors.index.json"] = json.dumps(index, indent=2, sort_keys=True).encode()
-        old = [
-            p.name
-            for p in Path(folder).glob("model*.safetensors*")
-            if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", p.name)
-        ]
-        write_together(folder, files, remove=old)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-        strict: bool = True,
-        **config_overrides: Any,
-    ) -> Self:
-        """Load a model from a folder or from the hub; it comes back in eval mode.
-
-        The base model and a head that the file has must match completely. A head, adapter or mask vector that is
-        wholly absent from the file gets first values, with a warning; one that the model does not have is ignored.
-
-        Args:
-            name_or_path: A folder or a hub id.
-            dtype: Type of the weights, such as torch.bfloat16 or "bfloat16"; None: as in the file.
-            device: Where to; None: the CPU.
-            revision: Branch, tag or commit on the hub.
-            strict: False loads what fits, gives the rest first values, and keeps the lists in `model.load_report`.
-            config_overrides: Knobs that win over the file's config.
-
-        Raises:
-            FileNotFoundError: No such folder or checkpoint, or no weights in it.
-            ValueError: A file is damaged or holds code; or, with `strict`, tensors are missing, unexpected or mis-shaped.
-        """
-        if isinstance(dtype, str):
-            named = getattr(torch, dtype.removeprefix("torch."), None)
-            dtype = None if dtype == "auto" else named if isinstance(named, torch.dtype) else dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise refuse(
-                "dtype", dtype, "a floating type such as torch.bfloat16 or 'bfloat16', or None for the file's"
-            )
-        config = Wav2Vec2ConformerConfig.from_pretrained(name_or_path, revision=revision, **config_overrides)
-        with torch.device("meta"):  # shapes without memory: nothing is initialised twice
-            model = cls(config)
-        tensors = read_checkpoint(name_or_path, revision=revision)
-        model.load_report = fill(
-            model, tensors, device=device, strict=strict, source=repr(os.fspath(name_or_path))
-        )
-        return model.to(device=device, dtype=dtype).eval()
 
 
 # %% ../nbs/28_pretrained.ipynb #b0a3060a
@@ -539,3 +385,172 @@ def parts_of(names: Iterable[str]) -> list[str]:
     return sorted(
         {name if name.startswith(("encoder.", "feature_")) else name.partition(".")[0] for name in short}
     )
+
+
+# %% ../nbs/28_pretrained.ipynb #5af8cda8
+class ModelBase(nn.Module):
+    """What every model here has: a checked config, first values, counting and freezing.
+
+    A subclass builds its modules and calls `init_weights()` at the end of its constructor. A head holds the base
+    model as `self.wav2vec2_conformer`. Every tensor that a module needs is a parameter or a saved buffer.
+
+    Args:
+        config: The sizes; validated here, kept as `self.config`.
+    """
+
+    base_model_prefix: ClassVar[str] = BASE
+
+    def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+
+    def init_weights(self) -> None:
+        """Give every parameter its first values, as the peer does (chapter 28 has the table)."""
+        initialise(self, self.config.initializer_range)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The base model inside a head; the base model itself otherwise."""
+        return getattr(self, BASE, self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Count the parameters; `only_trainable` leaves out frozen ones."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def freeze_feature_encoder(self) -> None:
+        """Train everything but the convolutional feature encoder."""
+        self.base_model.feature_extractor.requires_grad_(False)
+
+    def freeze_base_model(self) -> None:
+        """Train the head alone."""
+        self.base_model.requires_grad_(False)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Compute the blocks a second time in backward instead of storing what they computed in forward."""
+        self._checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Store what the blocks compute in forward."""
+        self._checkpointing(False)
+
+    def _checkpointing(self, on: bool) -> None:
+        module: Any
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = on
+
+
+# %% ../nbs/28_pretrained.ipynb #696c0d50
+def split_into_shards(tensors: Mapping[str, Tensor], most_bytes: int) -> dict[str, dict[str, Tensor]]:
+    """Deal tensors into files of at most `most_bytes` each, in order; one file keeps the plain name."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = most_bytes
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = most_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def weight_files(tensors: Mapping[str, Tensor], most_bytes: int) -> dict[str, bytes | Callable[[Path], Any]]:
+    """The weight files of a checkpoint, for `write_together`: name -> content, or a function that writes it."""
+    shards = split_into_shards(tensors, most_bytes)
+    files: dict[str, bytes | Callable[[Path], Any]] = {}
+    for name, shard in shards.items():
+        files[name] = functools.partial(safetensors.torch.save_file, shard, metadata={"format": "pt"})
+    if len(shards) > 1:
+        places = {tensor: name for name, shard in shards.items() for tensor in shard}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+        files["model.safetensors.index.json"] = json.dumps(index, indent=2, sort_keys=True).encode()
+    return files
+
+
+def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating torch type from its name; None and "auto" stay None."""
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if dtype is None or dtype == "auto":
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise refuse(
+            "dtype", dtype, "a floating type such as torch.bfloat16 or 'bfloat16', or None for the file's"
+        )
+    return dtype
+
+
+# %% ../nbs/28_pretrained.ipynb #4cd458e6
+class PreTrainedModel(ModelBase):
+    """A model that goes to files and comes back; see `ModelBase` for what a subclass must do."""
+
+    load_report: LoadReport | None = None  # what `from_pretrained` found
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
+    ) -> None:
+        """Write config.json and model.safetensors, for us and for transformers; never half of them.
+
+        Args:
+            folder: Made if needed; its other files stay.
+            max_shard_bytes: Larger weights are split into several files with an index.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        config, dtype = copy.deepcopy(self.config), str(self.dtype).removeprefix("torch.")
+        config.extra_keys |= {"architectures": [type(self).__name__], "dtype": dtype}
+        if "torch_dtype" in config.extra_keys:  # the older name of the same key
+            config.extra_keys["torch_dtype"] = dtype
+        config.validate()
+        files = {"config.json": config.to_json_string().encode(), **weight_files(tensors, max_shard_bytes)}
+        old = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+        write_together(folder, files, remove=old)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        strict: bool = True,
+        **config_overrides: Any,
+    ) -> Self:
+        """Load a model from a folder or from the hub; it comes back in eval mode.
+
+        The base model and a head that the file has must match completely. A head, adapter or mask vector that is
+        wholly absent from the file gets first values, with a warning; one that the model does not have is ignored.
+
+        Args:
+            name_or_path: A folder or a hub id.
+            dtype: Type of the weights, such as torch.bfloat16 or "bfloat16"; None: as in the file.
+            device: Where to; None: the CPU.
+            revision: Branch, tag or commit on the hub.
+            strict: False loads what fits, gives the rest first values, and keeps the lists in `model.load_report`.
+            config_overrides: Knobs that win over the file's config.
+
+        Raises:
+            FileNotFoundError: No such folder or checkpoint, or no weights in it.
+            ValueError: A file is damaged or holds code; or, if `strict`, tensors are missing, unexpected, mis-shaped.
+        """
+        dtype = read_dtype(dtype)
+        config = Wav2Vec2ConformerConfig.from_pretrained(name_or_path, revision=revision, **config_overrides)
+        with torch.device("meta"):  # shapes without memory: nothing is initialised twice
+            model = cls(config)
+        tensors = read_checkpoint(name_or_path, revision=revision)
+        source = repr(os.fspath(name_or_path))
+        model.load_report = fill(model, tensors, device=device, strict=strict, source=source)
+        return model.to(device=device, dtype=dtype).eval()
