@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from helpers import assert_close, difference, grad_difference, peer_config, randomise_, tiny_config
 from w2vc.attention import SelfAttention
-from w2vc.conformer import ConformerBlock, ConformerEncoder, FeedForward
 from w2vc.config import Wav2Vec2ConformerConfig
+from w2vc.conformer import ConformerBlock, ConformerEncoder, FeedForward
 from w2vc.features import frame_mask
 
 peer = pytest.importorskip("transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer")
@@ -97,7 +97,10 @@ def our_positions(config: Wav2Vec2ConformerConfig, x: Tensor) -> Any:
 @pytest.mark.parametrize("activation", ["gelu", "swish"])
 def test_block_equals_the_peer(kind: str | None, activation: str) -> None:
     a, b = pair(
-        ConformerBlock, peer.Wav2Vec2ConformerEncoderLayer, position_embeddings_type=kind, hidden_act=activation
+        ConformerBlock,
+        peer.Wav2Vec2ConformerEncoderLayer,
+        position_embeddings_type=kind,
+        hidden_act=activation,
     )
     config = tiny_config(position_embeddings_type=kind)
     x = frames()
@@ -236,7 +239,9 @@ def test_layerdrop_repeats_the_stream_and_keeps_every_slot() -> None:
     assert 0.4 < sum(shares) / len(shares) < 0.6  # 240 draws, 4 standard errors are 0.13
 
 
-@pytest.mark.parametrize("layerdrop, training, draws", [(0.5, True, 2), (0.0, True, 0), (0.5, False, 0)])
+@pytest.mark.parametrize(
+    ("layerdrop", "training", "draws"), [(0.5, True, 2), (0.0, True, 0), (0.5, False, 0)]
+)
 def test_layerdrop_draws_only_when_it_can_skip(layerdrop: float, training: bool, draws: int) -> None:
     """One number per layer from torch's generator, as in transformers 5, so that equal seeds agree."""
     encoder = ConformerEncoder(tiny_config(**{**SILENT, "layerdrop": layerdrop}, num_hidden_layers=2))
@@ -299,7 +304,9 @@ def test_checkpointing_keeps_fewer_tensors() -> None:
     assert kept(True) < kept(False) / 4
 
 
-@pytest.mark.parametrize("mask", [torch.ones(B, T), torch.ones(B, T, dtype=torch.uint8), torch.ones(B, 1) > 0])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(B, T), torch.ones(B, T, dtype=torch.uint8), torch.ones(B, 1) > 0]
+)
 def test_a_wrong_frame_mask_is_a_value_error(mask: Tensor) -> None:
     with pytest.raises(ValueError, match=r"frame_mask is .*must be torch\.bool \[3, 17\]"):
         ConformerEncoder(tiny_config())(frames(), mask)
@@ -322,7 +329,10 @@ def test_a_frame_alone_reaches_everything_through_attention() -> None:
 
     def reach() -> Tensor:
         x = frames()[:1].requires_grad_()
-        rows = [torch.autograd.grad(block(x, None, positions)[0][0, t].square().sum(), x)[0][0].abs().sum(-1) for t in range(T)]
+        rows = [
+            torch.autograd.grad(block(x, None, positions)[0][0, t].square().sum(), x)[0][0].abs().sum(-1)
+            for t in range(T)
+        ]
         return torch.stack(rows) > 0
 
     assert reach().all()

@@ -403,6 +403,8 @@ def test_given_masks_of_any_type_are_masks(dtype: torch.dtype) -> None:
     mask = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]])
     expected = torch.where(mask[:, :, None] == 1, 7.0, hidden)
     assert torch.equal(apply_spec_augment(hidden, embedding, config, mask.to(dtype)), expected)
+    if dtype != torch.bool:
+        assert torch.equal(apply_spec_augment(hidden, embedding, config, 3 * mask.to(dtype)), expected)
 
 
 def test_given_masks_are_used_even_when_spec_augment_is_off_unlike_transformers() -> None:
@@ -437,15 +439,16 @@ def test_drawn_masks_are_those_of_compute_mask_indices() -> None:
         mask_time_prob=0.5,
         mask_time_length=3,
         mask_time_min_masks=1,
-        mask_feature_prob=0.4,
+        mask_feature_prob=0.1,
         mask_feature_length=5,
+        mask_feature_min_masks=3,
     )
     hidden, embedding = torch.randn(4, 20, 32) + 5, torch.full((32,), -9.0)
     real = right_padded([20, 15, 9, 4], 20)
     got = apply_spec_augment(hidden, embedding, config, None, real, True, generator=seeded(8))
     g = seeded(8)
     frames = compute_mask_indices((4, 20), 0.5, 3, real, 1, generator=g)
-    channels = compute_mask_indices((4, 32), 0.4, 5, None, config.mask_feature_min_masks, generator=g)
+    channels = compute_mask_indices((4, 32), 0.1, 5, None, 3, generator=g)
     expected = torch.where(frames[:, :, None], -9.0, hidden) * ~channels[:, None, :]
     assert torch.equal(got, expected)
     assert frames.any()

@@ -23,7 +23,9 @@ from w2vc.model import (
     adapter_output_lengths,
 )
 
-LOUD = dict.fromkeys(("hidden_dropout", "activation_dropout", "attention_dropout", "conformer_conv_dropout"), 0.1)
+LOUD = dict.fromkeys(
+    ("hidden_dropout", "activation_dropout", "attention_dropout", "conformer_conv_dropout"), 0.1
+)
 QUIET = {**dict.fromkeys(LOUD, 0.0), "feat_proj_dropout": 0.0, "layerdrop": 0.0}
 S = 5000
 
@@ -93,10 +95,14 @@ def test_adapter_lengths_are_what_the_convolution_makes(kernel: int, stride: int
         assert adapter_output_lengths(torch.tensor(n), config).item() == made
 
 
-@pytest.mark.parametrize("kernel, stride", [(1, 2), (3, 2), (4, 1), (5, 3)])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 2), (3, 2), (4, 1), (5, 3)])
 def test_adapter_treats_padding_as_the_end(kernel: int, stride: int) -> None:
     config = tiny_config(
-        add_adapter=True, adapter_kernel_size=kernel, adapter_stride=stride, num_adapter_layers=2, output_hidden_size=16
+        add_adapter=True,
+        adapter_kernel_size=kernel,
+        adapter_stride=stride,
+        num_adapter_layers=2,
+        output_hidden_size=16,
     )
     adapter = randomise_(Adapter(config)).eval()
     hidden, lengths = torch.randn(3, 20, config.hidden_size), torch.tensor([20, 11, 14])
@@ -171,7 +177,7 @@ def test_hidden_states_end_in_the_encoders_output(adapter: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "inputs, message",
+    ("inputs", "message"),
     [
         ({"input_values": torch.randn(S)}, "input_values"),
         ({"input_values": torch.zeros(1, S, dtype=torch.int16)}, "input_values"),
@@ -179,7 +185,10 @@ def test_hidden_states_end_in_the_encoders_output(adapter: bool) -> None:
         ({"input_values": torch.randn(1, 30)}, "input_values"),
         ({"input_values": torch.randn(1, S), "attention_mask": torch.ones(1, S - 1)}, "attention_mask"),
         ({"input_values": torch.randn(1, S), "attention_mask": torch.ones(1, S).tril(-9)}, "attention_mask"),
-        ({"input_values": torch.randn(1, S), "attention_mask": torch.ones(1, S).cumsum(1) > 9}, "attention_mask"),
+        (
+            {"input_values": torch.randn(1, S), "attention_mask": torch.ones(1, S).cumsum(1) > 9},
+            "attention_mask",
+        ),
     ],
 )
 def test_wrong_inputs_are_value_errors(inputs: dict[str, Tensor], message: str) -> None:
@@ -245,7 +254,12 @@ def test_a_mask_without_its_embedding_is_a_clear_error() -> None:
 
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"apply_spec_augment": False}, {"mask_time_prob": 0.0, "mask_feature_prob": 0.2}, {"add_adapter": True}],
+    [
+        {},
+        {"apply_spec_augment": False},
+        {"mask_time_prob": 0.0, "mask_feature_prob": 0.2},
+        {"add_adapter": True},
+    ],
     ids=str,
 )
 def test_every_trainable_parameter_gets_a_gradient(knobs: dict[str, Any]) -> None:

@@ -46,7 +46,9 @@ def run(model: Wav2Vec2ConformerModel, **inputs: Tensor) -> Wav2Vec2BaseModelOut
     return model(**inputs, output_hidden_states=True, output_attentions=True)
 
 
-def assert_alone_equals_batched(model: Wav2Vec2ConformerModel, utterances: list[Tensor], **padding: Any) -> None:
+def assert_alone_equals_batched(
+    model: Wav2Vec2ConformerModel, utterances: list[Tensor], **padding: Any
+) -> None:
     """Every output of every utterance, cut to its own length, against the utterance alone without a mask."""
     batched = run(model, **pad(utterances, **padding))
     for row, utterance in enumerate(utterances):
@@ -67,7 +69,9 @@ def assert_alone_equals_batched(model: Wav2Vec2ConformerModel, utterances: list[
 def fewest_frames(config: Wav2Vec2ConformerConfig) -> int:
     """The shortest utterance that reaches the end of the adapter."""
     n = 1
-    for _ in range(config.num_adapter_layers if config.add_adapter else 0):  # from the last layer to the first
+    for _ in range(
+        config.num_adapter_layers if config.add_adapter else 0
+    ):  # from the last layer to the first
         n = max((n - 1) * config.adapter_stride + config.adapter_kernel_size - 2, 1)
     return n
 
@@ -159,7 +163,11 @@ def test_any_kind_of_mask(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"feat_extract_norm": "group"}, {"feat_extract_norm": "layer"}, {"feat_extract_norm": "layer", "add_adapter": True}],
+    [
+        {"feat_extract_norm": "group"},
+        {"feat_extract_norm": "layer"},
+        {"feat_extract_norm": "layer", "add_adapter": True},
+    ],
     ids=str,
 )
 def test_the_switch_is_what_does_it(knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +190,8 @@ def test_batch_norm_statistics_are_those_of_the_valid_frames(norm: str) -> None:
     start = {k: v.clone() for k, v in model.state_dict().items()}
     inputs = pad(speak([4000, 9000, 2500]), extra=2000, noise=50.0)
     frames = model._get_feature_vector_attention_mask(
-        model._get_feat_extract_output_lengths(inputs["input_values"].shape[1]).item(), inputs["attention_mask"]
+        model._get_feat_extract_output_lengths(inputs["input_values"].shape[1]).item(),
+        inputs["attention_mask"],
     )
     seen: dict[str, Tensor] = {}
     hooks = [
@@ -198,8 +207,8 @@ def test_batch_norm_statistics_are_those_of_the_valid_frames(norm: str) -> None:
     for name, x in seen.items():
         valid = x.transpose(1, 2)[frames]  # [N, D]
         for key, want in (("running_mean", valid.mean(0)), ("running_var", valid.var(0, unbiased=True))):
-            key = f"{name}.{key}"
-            assert_close("padding, statistics", state[key], 0.9 * start[key] + 0.1 * want)
+            old, new = start[f"{name}.{key}"], state[f"{name}.{key}"]
+            assert_close("padding, statistics", new, 0.9 * old + 0.1 * want)
 
 
 def test_training_outputs_do_not_depend_on_how_much_padding_there_is() -> None:

@@ -254,6 +254,13 @@ def test_rotary_repairs_speeds_that_a_file_rounded(assign: bool, meta: bool, dty
     assert torch.equal(holder[0].inv_freq, rotary_speeds(8, 10000))
 
 
+def test_rotary_built_on_the_meta_device_comes_back_with_its_speeds() -> None:
+    with torch.device("meta"):
+        positions = rotary()
+    assert positions.inv_freq.is_meta
+    assert torch.equal(positions.to_empty(device="cpu").inv_freq, rotary_speeds(8, 10000))
+
+
 def test_rotary_is_saved_and_missing_speeds_are_reported() -> None:
     assert torch.equal(rotary().half().state_dict()["inv_freq"], rotary_speeds(8, 10000))
     with pytest.raises(RuntimeError, match="inv_freq"):

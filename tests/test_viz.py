@@ -113,7 +113,7 @@ def test_waveform_spans_its_seconds_and_keeps_its_peak(samples: int) -> None:
     assert "(s)" in ax.get_xlabel()
 
 
-@pytest.mark.parametrize("hz", [500, 2000, 6000])
+@pytest.mark.parametrize("hz", [513, 2020, 6006])
 def test_spectrogram_puts_a_tone_at_its_frequency_and_time(hz: int) -> None:
     rate = 16_000
     audio = np.zeros(rate)
@@ -126,6 +126,9 @@ def test_spectrogram_puts_a_tone_at_its_frequency_and_time(hz: int) -> None:
     halfway = picture.shape[1] // 2
     assert picture[:, : halfway - 5].max() < picture[:, halfway + 5 :].max() - 50, "silence, then the tone"
     assert column >= 0
+    loud = picture[:, halfway + 5]
+    far = abs(np.arange(loud.size) * (top - bottom) / loud.size * 1000 - hz) > 1000
+    assert loud[far].max() < picture.max() - 58, "a window without edges keeps a tone in its place"
 
 
 def test_matrix_is_not_turned_and_zero_is_white() -> None:
@@ -185,6 +188,15 @@ def test_long_labels_shrink_or_go() -> None:
     for text, patch in zip(ax.texts, ax.patches, strict=True):
         if 5.5 <= text.get_fontsize() < 9:
             assert text.get_window_extent(renderer).width <= patch.get_window_extent(renderer).width
+
+
+def test_a_label_without_room_is_left_out() -> None:
+    def draw(label: str) -> bytes:
+        fig, ax = figure()
+        plot_segments([("a", 0, 9), (label, 9, 9.1), ("b", 9.1, 10)], ax)
+        return render(fig, ALT).png
+
+    assert draw("endless" * 9) == draw("")
 
 
 def test_attention_rows_look_and_columns_are_looked_at() -> None:

@@ -208,7 +208,7 @@ class ConformerEncoder(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         dead = state.pop("dead")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.pos_conv_embed = ConvolutionalPositions(self.config)
         self.pos_conv_embed.load_state_dict(dead, assign=True)  # takes over their dtype and device
 

@@ -113,7 +113,7 @@ def initialise(model: nn.Module, deviation: float, names: Iterable[str] | None =
     """Give parameters their first values.
 
     Args:
-        model: Its parts that are PreTrainedModels of their own have been through this already, and are left alone.
+        model: Parts of it that are models of their own have been through this, and are left alone.
         deviation: Standard deviation of linear weights.
         names: Only these tensors (parameters and buffers); None: every parameter.
 
@@ -121,12 +121,8 @@ def initialise(model: nn.Module, deviation: float, names: Iterable[str] | None =
         RuntimeError: A tensor that was asked for has no rule.
     """
     asked = None if names is None else set(names)
-    done = {
-        id(part)
-        for child in model.modules()
-        if child is not model and isinstance(child, PreTrainedModel)
-        for part in child.modules()
-    }
+    inner = [child for child in model.modules() if child is not model and isinstance(child, ModelBase)]
+    done = {id(part) for child in inner for part in child.modules()}
     for prefix, module in model.named_modules():
         if asked is None and id(module) in done:
             continue
@@ -182,10 +178,13 @@ def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path} is refused: it is damaged, cut short, or holds more than tensors ({reason})"
-        ) from None
+        code = re.search(r"GLOBAL (\S+)", str(error))  # what a pickle names to be called
+        why = (
+            f"it wants to run {code[1]}"
+            if code
+            else f"it is damaged or cut short ({str(error).split('. ')[0]})"
+        )
+        raise ValueError(f"{path} is refused: {why}") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is refused: it must hold a dict of tensors by name")
     return dict(tensors)
@@ -329,7 +328,7 @@ def match_names(
 
 # %% ../nbs/28_pretrained.ipynb #b0a3060a
 def fill(
-    model: PreTrainedModel,
+    model: ModelBase,
     tensors: dict[str, Tensor],
     *,
     device: torch.device | str | None = None,
