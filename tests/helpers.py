@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from w2vc.config import Wav2Vec2ConformerConfig
 
 PARITY = 1e-5  # the largest relative difference allowed in fp32 (design: outputs, losses and gradients alike)

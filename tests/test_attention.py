@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, difference, grad_difference, peer_config, randomise_, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers import assert_close, difference, grad_difference, peer_config, randomise_, tiny_config
 from w2vc.attention import SelfAttention, attend, hide_padding
 from w2vc.positions import Positions, make_positions
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import helpers
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import helpers
 from w2vc.convolution import ConvolutionModule, MaskedBatchNorm1d
 from w2vc.features import frame_mask
 

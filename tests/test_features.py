@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import helpers
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import helpers
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.features import (
     FeatureEncoder,

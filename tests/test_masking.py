@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import peer_config, tiny_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as peer
 
+from helpers import peer_config, tiny_config
 from w2vc.masking import (
     apply_spec_augment,
     compute_mask_indices,

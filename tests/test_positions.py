@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, peer_config, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers import assert_close, peer_config, tiny_config
 from w2vc.positions import (
     ConvolutionalPositions,
     RelativePositions,

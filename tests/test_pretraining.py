@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import helpers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import helpers
 from w2vc import pretraining, quantizer
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.masking import compute_mask_indices

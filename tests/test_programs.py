@@ -9,10 +9,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+
+from w2vc.speech import SpeechUnavailableError, load_speech
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -37,3 +40,28 @@ def test_runs(path: Path) -> None:
     ran = [c.execution_count for c in nb.cells if c.cell_type == "code" and c.source.strip()]
     assert ran == list(range(1, len(ran) + 1)), "every cell ran once, in order"
     assert json.loads((ROOT / target).with_suffix(".json").read_text())["seconds"] <= SECONDS
+
+
+def test_start_runs_on_human_speech(tmp_path: Path) -> None:
+    """Chapter 00 on recordings of people, fetched where their source can be reached."""
+    try:
+        people = load_speech("human")
+    except (SpeechUnavailableError, ImportError) as reason:
+        pytest.skip(f"no human speech here: {reason}")
+    env = {**os.environ, "W2VC_SPEECH": "human", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "docs/execute.py",
+        "nbs/00_start.ipynb",
+        "--out",
+        str(tmp_path / "start.ipynb"),
+    ]
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-4000:]
+    shown = (tmp_path / "start.ipynb").read_text(encoding="utf-8")
+    assert any(u.text in shown for u in people), "none of the people's sentences is on the page"
+    builtin = {u.text for u in load_speech("builtin")} - {u.text for u in people}
+    assert not any(f"“{text}”" in shown or f'\\"{text}\\"' in shown for text in builtin), (
+        "it ran on the built-in corpus"
+    )
+    assert json.loads((tmp_path / "start.json").read_text())["seconds"] <= 30

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import helpers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 
+import helpers
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.quantizer import GumbelVectorQuantizer, StraightThroughLookup, codebook_perplexity
 

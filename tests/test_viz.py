@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import wave
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -180,10 +181,11 @@ def test_segments_stand_where_they_are_said() -> None:
 def test_long_labels_shrink_or_go() -> None:
     fig, ax = figure()
     ax.set_xlim(0, 10)
-    plot_segments([("a", 0, 5), ("extraordinarily long", 5, 6), ("endless" * 9, 6, 6.1)], ax)
+    plot_segments([("a", 0, 5), ("twenty-one characters", 5, 6.8), ("endless" * 9, 7, 7.1)], ax)
     fig.canvas.draw()
     sizes = [t.get_fontsize() for t in ax.texts]
     assert sizes[0] == 9
+    assert 5.5 <= sizes[1] < 9
     renderer = fig.canvas.get_renderer()
     for text, patch in zip(ax.texts, ax.patches, strict=True):
         if 5.5 <= text.get_fontsize() < 9:
@@ -341,17 +343,21 @@ def test_slugs_on_the_map_are_modules() -> None:
     assert [slug for slug in MAP_BLOCKS if find_spec(f"w2vc.{slug}") is None] == []
 
 
-def test_without_matplotlib_the_error_names_the_extra() -> None:
+def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path) -> None:
     code = "import sys; sys.modules['matplotlib'] = None\ntry:\n    import w2vc.viz\nexcept ImportError as e:\n    print(e)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert 'pip install "w2vc[viz]"' in done.stdout
 
 
-def test_viz_draws_without_pyplot_and_torch() -> None:
+def test_viz_draws_without_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys, w2vc.viz as v, numpy as np\nf, a = v.figure()\nv.plot_matrix(np.eye(3), a)\nv.render(f, 'x')\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert done.stdout.strip() == "False", "no global state, no backend, no window"
     assert isinstance(figure()[0], Figure)

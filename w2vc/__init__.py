@@ -1,3 +1,28 @@
 """Wav2Vec2-Conformer from scratch: a book of notebooks that is also a library."""
 
+from . import recordings as recordings  # registers the human speech sets that load_speech knows by name
+from .audio import BatchFeature, Wav2Vec2FeatureExtractor, load_audio
+from .config import Wav2Vec2ConformerConfig
+from .masking import compute_mask_indices
+from .model import Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
+from .negatives import sample_negative_indices
+from .pretraining import Wav2Vec2ConformerForPreTraining, Wav2Vec2ConformerForPreTrainingOutput
+from .speech import Utterance, load_dataset, load_speech
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BatchFeature",
+    "Utterance",
+    "Wav2Vec2BaseModelOutput",
+    "Wav2Vec2ConformerConfig",
+    "Wav2Vec2ConformerForPreTraining",
+    "Wav2Vec2ConformerForPreTrainingOutput",
+    "Wav2Vec2ConformerModel",
+    "Wav2Vec2FeatureExtractor",
+    "compute_mask_indices",
+    "load_audio",
+    "load_dataset",
+    "load_speech",
+    "sample_negative_indices",
+]

@@ -310,7 +310,7 @@ def as_clips(raw_speech: Any, name: str = "raw_speech", rate: int | None = None)
             )
         clips = [raw_speech] if len(shape) == 1 else list(raw_speech)
     elif isinstance(raw_speech, Sequence) and not isinstance(raw_speech, str | bytes):
-        if not len(raw_speech):
+        if not raw_speech:
             raise ValueError(f"{name} is empty: there are no clips")
         nested = isinstance(raw_speech[0], Sequence | np.ndarray | Tensor) and np.ndim(raw_speech[0]) > 0
         clips = list(raw_speech) if nested else [raw_speech]

@@ -169,9 +169,7 @@ def span_coverage(n_frames: int, n_spans: int, mask_length: int) -> Tensor:
         t.clamp(max=places - 1) - (t - mask_length + 1).clamp(min=0) + 1
     )  # [T] starts that would hide frame t
     drawn = torch.arange(n_spans, dtype=torch.float64)
-    missed = (places - covering[:, None] - drawn).clamp(min=0) / (
-        places - drawn
-    )  # [T, n]: each draw misses in turn
+    missed = (places - covering[:, None] - drawn) / (places - drawn)  # [T, n]: each draw misses in turn
     return 1 - missed.prod(1)
 
 

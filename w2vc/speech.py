@@ -5,26 +5,16 @@
 # %% ../nbs/04_speech.ipynb #c5a112ec
 from __future__ import annotations
 
-import argparse
 import csv
-import ctypes
-import ctypes.util
-import gzip
 import io
 import json
 import os
 import random
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
@@ -33,43 +23,29 @@ from typing import Any, NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .audio import Samples, load_audio
 from .config import write_atomically
 
 # %% auto #0
 __all__ = [
     "SAMPLING_RATE",
     "SILENCE",
-    "Samples",
     "DIGITS",
     "KEYWORDS",
-    "GRAMMAR",
-    "TRAIN_VOICES",
-    "TEST_VOICES",
-    "PHRASES",
-    "BUILTIN",
-    "HUMAN",
+    "SOURCES",
     "AUDIO_SUFFIXES",
     "Segment",
     "Reader",
     "Utterance",
     "Speech",
     "save_speech",
-    "Voice",
-    "synthesize",
-    "make_digits",
-    "make_sentence",
-    "Line",
-    "english_script",
-    "language_script",
-    "build_corpus",
+    "load_packed",
+    "SpeechUnavailableError",
+    "speech_assets",
     "load_speech",
     "frame_labels",
     "mix",
     "two_speaker_mixes",
-    "SpeechUnavailableError",
-    "HumanSet",
-    "spoken_form",
-    "fetch_speech",
     "load_folder",
     "AudioDataset",
     "load_dataset",
@@ -78,7 +54,6 @@ __all__ = [
 # %% ../nbs/04_speech.ipynb #af437434
 SAMPLING_RATE = 16000  # samples per second, everywhere in w2vc
 SILENCE = "sil"  # label of a pause among the phones
-Samples = NDArray[np.float32]
 
 
 class Segment(NamedTuple):
@@ -388,8 +363,14 @@ def save_speech(
     write_atomically(folder / "speech.json", text.encode())
 
 
-def _load_packed(folder: Path, name: str, split: str) -> Speech:
-    """Read what `save_speech` wrote."""
+def load_packed(folder: Path, name: str, split: str) -> Speech:
+    """Read what `save_speech` wrote.
+
+    Args:
+        folder: The folder.
+        name: What to call the set.
+        split: One of its splits, or "all".
+    """
     table = json.loads((folder / "speech.json").read_text(encoding="utf-8"))
     splits = list(dict.fromkeys(row["split"] for row in table["utterances"]))
     if split not in (*splits, "all"):
@@ -407,403 +388,57 @@ def _load_packed(folder: Path, name: str, split: str) -> Speech:
 
 
 # %% ../nbs/04_speech.ipynb #71f06e86
-@dataclass(frozen=True)
-class Voice:
-    """A synthetic speaker: a language, a voice variant and three settings of espeak-ng."""
-
-    id: str
-    language: str  # an espeak-ng voice: en-us, en, de, fr, …
-    variant: str  # a file of espeak-ng-data/voices/!v
-    pitch: int = 50  # 0-99
-    range: int = 50  # 0-99: how lively the melody is
-    rate: int = 160  # words per minute
-
-
-class _Event(ctypes.Structure):
-    """What espeak-ng reports about a moment of the sound that it hands over."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),  # 1 word, 7 phone
-        ("unique", ctypes.c_uint),
-        ("position", ctypes.c_int),  # first character of the word, counted from 1
-        ("length", ctypes.c_int),  # characters
-        ("milliseconds", ctypes.c_int),
-        ("sample", ctypes.c_int),  # exact, so milliseconds are not used
-        ("user_data", ctypes.c_void_p),
-        ("name", ctypes.c_uint64),  # up to 8 bytes of UTF-8, with no closing zero when all 8 are used
-    )
-
-
-class _Moment(NamedTuple):
-    """An event, copied out of the library's memory."""
-
-    type: int
-    position: int
-    length: int
-    sample: int
-    name: str
+DIGITS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+)  # words of the kind "digits"
+KEYWORDS = (
+    "yes",
+    "no",
+    "up",
+    "down",
+    "left",
+    "right",
+    "on",
+    "off",
+    "stop",
+    "go",
+)  # utterances of the kind "keyword"
 
 
-_WORD, _PHONE, _ESPEAK_RATE = 1, 7, 22050
-_Receive = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
-)
-_ONE_AT_A_TIME = threading.Lock()  # the library's state is global
+class SpeechUnavailableError(RuntimeError):
+    """A set's source, or a tool that getting it needs, is missing; the message says what to do."""
 
 
-# %% ../nbs/04_speech.ipynb #93cdc904
-def _espeak_files() -> tuple[str, bytes | None]:
-    """Find the library and its data folder: the Python package first, then what the system has installed."""
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        library = ctypes.util.find_library("espeak-ng")
-        if library is None:
-            raise ImportError('making speech needs espeak-ng: pip install "w2vc[synth]"') from error
-        return library, None  # knows its own data folder
-    return espeakng_loader.get_library_path(), espeakng_loader.get_data_path().encode()
-
-
-def _speak(lib: Any, text: str, voice: Voice, seed: int, receive: Any) -> None:
-    """Say a text with a library that has just been loaded."""
-    if (
-        lib.espeak_Initialize(2, 0, _espeak_files()[1], 1 | 2 | 0x8000) != _ESPEAK_RATE
-    ):  # synchronous; phones in IPA
-        raise RuntimeError("espeak-ng did not start: its data folder is missing or of another version")
-    lib.espeak_SetSynthCallback(receive)
-    if lib.espeak_SetVoiceByName(f"{voice.language}+{voice.variant}".encode()) != 0:
-        raise ValueError(f"voice: espeak-ng has no language {voice.language!r}")
-    for parameter, value in ((1, voice.rate), (3, voice.pitch), (4, voice.range)):
-        lib.espeak_SetParameter(parameter, value, 0)
-    if hasattr(lib, "espeak_ng_SetRandSeed"):  # since 1.52
-        lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-    raw = text.replace(
-        " ", "\u00a0"
-    ).encode()  # unbreakable, else pairs such as "with the" are reported as one word
-    lib.espeak_Synth(raw, len(raw) + 1, 0, 1, 0, 1 | 0x1000, None, None)  # UTF-8, with a pause at the end
-    lib.espeak_Synchronize()
-    lib.espeak_Terminate()
-
-
-def _espeak(text: str, voice: Voice, seed: int = 0) -> tuple[NDArray[np.int16], list[_Moment]]:
-    """Return 22,050 samples per second and the moments in them, independent of anything said before."""
-    pieces: list[NDArray[np.int16]] = []
-    moments: list[_Moment] = []
-
-    def receive(wave: Any, count: int, events: Any) -> int:
-        if count > 0:
-            pieces.append(np.ctypeslib.as_array(wave, (count,)).copy())
-        i = 0
-        while events[i].type:  # an event of type 0 ends the list
-            e, i = events[i], i + 1
-            name = e.name.to_bytes(8, sys.byteorder).split(b"\0")[0] if e.type == _PHONE else b""
-            moments.append(_Moment(e.type, e.position, e.length, e.sample, name.decode("utf-8", "replace")))
-        return 0
-
-    with _ONE_AT_A_TIME:
-        lib = ctypes.CDLL(_espeak_files()[0])
-        try:
-            _speak(lib, text, voice, seed, _Receive(receive))
-        finally:
-            import _ctypes
-
-            getattr(_ctypes, "FreeLibrary" if sys.platform == "win32" else "dlclose")(lib._handle)
-    return np.concatenate(pieces), moments
-
-
-# %% ../nbs/04_speech.ipynb #2f0db87d
-_STOPS = frozenset(["p", "b", "t", "d", "k", "ɡ", "tʃ", "dʒ", "q", "c", "ɟ", "ts", "pf", "ʔ"])
-_SIGNS = dict.fromkeys(map(ord, "ˈˌːˑ̩̯͡"))  # stress, length, syllabic and tie marks
-
-
-def _burst_to_closure(wave: NDArray[np.int16], start: int, burst: int, quiet: float) -> int:
-    """Walk back from a stop's burst while the wave is quiet, no further than `start`."""
-    loud = np.flatnonzero(np.abs(wave[start:burst].astype(np.float64)) > quiet)
-    return start + int(loud[-1]) + 1 if len(loud) else start
-
-
-def _marks(
-    wave: NDArray[np.int16], moments: list[_Moment], rate: int
-) -> tuple[list[list[Any]], list[tuple[_Moment, int]]]:
-    """Return the phones as [label, first sample], and each word with the number of its first phone."""
-    quiet, short = 0.01 * float(np.abs(wave.astype(np.float64)).max()), rate // 70
-    marks: list[list[Any]] = []
-    heard: list[tuple[_Moment, int]] = []
-    word: _Moment | None = None
-    for m in moments:
-        label, start = m.name.translate(_SIGNS) or SILENCE, m.sample
-        if m.type == _WORD:
-            word = m
-        if m.type != _PHONE or m.name.startswith("("):  # "(en)" announces a change of language
-            continue
-        if label == SILENCE:
-            if not marks or marks[-1][0] != SILENCE:
-                marks.append([SILENCE, start])
-            continue
-        if word is not None and marks and marks[-1][0] == SILENCE and word.sample - marks[-1][1] < short:
-            marks.pop()  # a pause of no length: two vowels meet
-        before = marks[-1][1] if marks else -rate
-        if (
-            word is not None and word.sample - before >= short
-        ):  # else the mark belongs to the consonant before
-            start = min(start, word.sample)
-        elif label in _STOPS:
-            start = _burst_to_closure(wave, before + 1, start, quiet)
-        if word is not None:
-            heard.append((word, len(marks)))
-            word = None
-        marks.append([label, max(start, before + 1)])
-    return marks, heard
-
-
-def _align(
-    text: str, wave: NDArray[np.int16], moments: list[_Moment], rate: int = _ESPEAK_RATE
-) -> tuple[list[Segment], list[Segment]]:
-    """Turn moments into words and phones that share boundaries and leave no gap."""
-    marks, heard = _marks(wave, moments, rate)
-    edges = [start for _, start in marks] + [len(wave)]
-    firsts = [first for _, first in heard] + [len(marks)]
-    for i in range(1, len(marks)):  # a dark "l" is said as the end of its vowel: give it the second half
-        if marks[i][0] == "l" and i not in firsts and edges[i + 1] - edges[i] < rate // 50:
-            edges[i] = (edges[i - 1] + edges[i + 1]) // 2
-    phones = [Segment(label, edges[i] / rate, edges[i + 1] / rate) for i, (label, _) in enumerate(marks)]
-    words = []
-    for (word, first), last in zip(heard, firsts[1:], strict=True):
-        sounding = [phone for phone in phones[first:last] if phone.label != SILENCE]
-        label = text[word.position - 1 : word.position - 1 + word.length]
-        words.append(Segment(label, sounding[0].start, sounding[-1].end))
-    return words, phones
-
-
-# %% ../nbs/04_speech.ipynb #97a48f61
-def synthesize(text: str, voice: Voice, seed: int = 0, id: str = "", kind: str = "") -> Utterance:
-    """Speak a text with espeak-ng; equal arguments give equal samples, whatever was spoken before.
-
-    16 kHz, peak 0.7, a pause of 0.05-0.15 s on both sides, and white noise of standard deviation 0.003 (-50 dB of full scale)
-    throughout. Words and phones are timed to the sample; the closure of a stop belongs to the stop.
-
-    Args:
-        text: Words separated by single spaces, numbers written out, so that the text is what is spoken.
-        voice: Who speaks.
-        seed: Changes the noise and, for most voices, small details of the speech.
-        id: Name of the utterance; the pauses and the noise depend on it too.
-        kind: Kind of the utterance.
-
-    Raises:
-        ImportError: If espeak-ng or soxr is missing.
-        ValueError: If espeak-ng lacks the language, or reads other words than those written.
-    """
-    wave, moments = _espeak(text, voice, seed)
-    words, phones = _align(text, wave, moments)
-    if not words or [word.label for word in words] != text.split(" "):
-        raise ValueError(
-            f"text={text!r} is read as {[word.label for word in words]}: write numbers and signs as words"
-        )
-    rng = random.Random(f"{id}|{text}|{voice}|{seed}")
-    first, last, lead, tail = words[0].start, words[-1].end, rng.uniform(0.05, 0.15), rng.uniform(0.05, 0.15)
-    spoken = _resample(wave[round(first * _ESPEAK_RATE) : round(last * _ESPEAK_RATE)])
-    before, after = (np.zeros(round(pause * SAMPLING_RATE), np.float32) for pause in (lead, tail))
-    audio = np.concatenate([before, spoken * np.float32(0.7 / np.abs(spoken).max()), after])
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
-
-    def move(segments: Iterable[Segment]) -> list[Segment]:
-        shift = len(before) / SAMPLING_RATE - first
-        times = (
-            (s.label, round((s.start + shift) * SAMPLING_RATE), round((s.end + shift) * SAMPLING_RATE))
-            for s in segments
-        )
-        return [Segment(label, start / SAMPLING_RATE, end / SAMPLING_RATE) for label, start, end in times]
-
-    shorter = [Segment(p.label, p.start, min(p.end, last)) for p in phones if first <= p.start < last]
-    phones = [Segment(SILENCE, 0.0, len(before) / SAMPLING_RATE), *move(shorter)]
-    phones.append(Segment(SILENCE, phones[-1].end, len(audio) / SAMPLING_RATE))
-    audio = audio + np.float32(0.003) * noise
-    return Utterance(
-        id, audio, SAMPLING_RATE, text, voice.id, voice.language.split("-")[0], move(words), phones, kind=kind
-    )
-
-
-def _resample(wave: NDArray[np.int16]) -> Samples:
-    """22,050 samples per second to 16,000."""
-    try:
-        import soxr
-    except ImportError as error:
-        raise ImportError('resampling needs soxr: pip install "w2vc[audio]"') from error
-    return np.asarray(soxr.resample(wave.astype(np.float32) / 32768, _ESPEAK_RATE, SAMPLING_RATE), np.float32)
-
-
-# %% ../nbs/04_speech.ipynb #bde625f8
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
-GRAMMAR = {
-    part: tuple(words.split())
-    for part, words in {
-        "determiner": "a the my your this every",
-        "adjective": "big small red blue green yellow brown old young loud quiet happy thin rough strange long",
-        "noun": "boy girl dog bird fish mouse king nurse judge teacher child house boat chair book shoe toy treasure garage village",
-        "verb": "sees finds likes hears watches follows carries measures chooses opens shows leaves",
-        "article": "a the my",
-        "preposition": "near under behind with beyond over",
-        "place": "river kitchen school beach wall mountain forest bridge",
-        "adverb": "today tonight again slowly twice together",
-    }.items()
-}
-
-
-def make_digits(rng: random.Random) -> str:
-    """Draw a string of three to six digits, in words."""
-    return " ".join(rng.choice(DIGITS) for _ in range(rng.randint(3, 6)))
-
-
-def make_sentence(rng: random.Random) -> str:
-    """Draw a sentence of the little grammar, such as "the old nurse finds a blue shoe near the river"."""
-
-    def pick(part: str, chance: float = 1.0) -> list[str]:
-        return [rng.choice(GRAMMAR[part])] if rng.random() < chance else []
-
-    words = pick("determiner") + pick("adjective", 0.7) + pick("noun") + pick("verb")
-    words += pick("article") + pick("adjective", 0.4) + pick("noun")
-    words += [*pick("preposition"), "the", *pick("place")] if rng.random() < 0.5 else []
-    return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(words + pick("adverb", 0.3)))
-
-
-# %% ../nbs/04_speech.ipynb #c1289323
-def _voices(table: str) -> dict[str, Voice]:
-    """Read lines of `id language variant pitch range rate`."""
-    rows = [line.split() for line in table.strip().splitlines()]
-    return {row[0]: Voice(row[0], row[1], row[2], *map(int, row[3:])) for row in rows}
-
-
-# f = female, m = male. No near copies, no effects, no strong echo.
-TRAIN_VOICES = _voices("""
-f01 en-us f1      50 50 150
-f02 en    anika   45 40 150
-f03 en-us aunty   55 60 160
-f04 en-us Andrea  50 50 140
-f05 en    f2      50 50 170
-f06 en-us f3      45 60 155
-f07 en    grandma 50 40 145
-m01 en-us m3      50 50 160
-m02 en    m5      45 60 150
-m03 en-us Diogo   50 50 175
-m04 en    paul    55 45 155
-m05 en-us Reed    50 50 165
-m06 en    Mario   50 60 150
-m07 en-us edward  45 50 170
-m08 en    Gene    50 40 160
-m09 en-us Alex    60 60 145
-""")
-TEST_VOICES = _voices("""
-f11 en-us Annie   45 50 155
-f12 en    belinda 50 50 165
-f13 en-us shelby  50 55 150
-f14 en    steph   50 45 160
-m11 en-us m8      55 50 165
-m12 en    quincy  50 60 155
-m13 en-us victor  50 45 150
-m14 en    norbert 55 50 170
-""")
-PHRASES = {
-    "en": "good morning my friend|the train leaves at seven|where is the old bridge|we eat bread and cheese|it will rain tomorrow|the child reads a book",
-    "de": "guten morgen mein freund|der zug fährt um sieben|wo ist die alte brücke|wir essen brot und käse|morgen wird es regnen|das kind liest ein buch",
-    "fr": "bonjour mon cher ami|le train part à sept heures|où est le vieux pont|nous mangeons du pain|demain il va pleuvoir|la petite fille lit un livre",
-    "es": "buenos días mi amigo|el tren sale a las siete|dónde está el puente viejo|comemos pan con queso|mañana va a llover|el niño lee un libro",
-    "it": "buongiorno mio caro amico|il treno parte alle sette|dove si trova il vecchio ponte|mangiamo pane e formaggio|domani pioverà|la bambina legge un libro",
-    "nl": "goedemorgen mijn vriend|de trein vertrekt om zeven uur|waar is de oude brug|wij eten brood met kaas|morgen gaat het regenen|het kind leest een boek",
-}
-
-
-# %% ../nbs/04_speech.ipynb #3e5e7fd8
-class Line(NamedTuple):
-    """One line of a corpus's script."""
-
-    split: str
-    id: str
-    kind: str
-    text: str
-    voice: Voice
-
-    def speak(self) -> Utterance:
-        """Synthesise the line; its id is the seed."""
-        return synthesize(self.text, self.voice, zlib.crc32(self.id.encode()) % 2**31, self.id, self.kind)
-
-
-def english_script() -> list[Line]:
-    """Write the script of "builtin": sentences, digits and keywords in turn, so that neighbours differ in speaker."""
-    lines, used = [], set(KEYWORDS)
-    for split, counts in {"test": (4, 3, 10), "dev": (1, 1, 2), "train": (4, 4, 10)}.items():
-        voices = list((TEST_VOICES if split == "test" else TRAIN_VOICES).values())
-        for kind, count in zip(("sentence", "digits", "keyword"), counts, strict=True):
-            for k in range(count):
-                for i, voice in enumerate(voices):
-                    rng = random.Random(f"{split} {voice.id} {kind} {k}")
-                    text = KEYWORDS[(2 * i + k) % len(KEYWORDS)]
-                    while (
-                        kind != "keyword" and text in used
-                    ):  # no text twice, so none of the test set in training
-                        text = make_digits(rng) if kind == "digits" else make_sentence(rng)
-                    used.add(text)
-                    lines.append(Line(split, f"{split}-{voice.id}-{kind}-{k}", kind, text, voice))
-    return lines
-
-
-def language_script() -> list[Line]:
-    """Write the script of "builtin-languages": three voices, each in six languages; the test voice says other phrases."""
-    lines = []
-    for split, speaker in (("train", "f05"), ("train", "m01"), ("test", "m11")):
-        voice = {**TRAIN_VOICES, **TEST_VOICES}[speaker]
-        for language, phrases in PHRASES.items():
-            for k, text in list(enumerate(phrases.split("|")))[
-                slice(3, 6) if split == "test" else slice(0, 3)
-            ]:
-                said = replace(voice, language=voice.language if language == "en" else language)
-                lines.append(Line(split, f"{split}-{speaker}-{language}-{k}", "phrase", text, said))
-    return lines
-
-
-# %% ../nbs/04_speech.ipynb #e312d334
-def _assets() -> Path:
-    """The folder of the built-in corpora."""
+def speech_assets() -> Path:
+    """Return the folder of the built-in corpora."""
     return Path(str(resources.files("w2vc"))) / "assets" / "speech"
 
 
-BUILTIN = {"builtin": ("english", english_script), "builtin-languages": ("languages", language_script)}
+SOURCES: dict[str, Callable[[str], Speech]] = {
+    "builtin": lambda split: load_packed(speech_assets() / "english", "builtin", split),
+    "builtin-languages": lambda split: load_packed(speech_assets() / "languages", "builtin-languages", split),
+    "builtin-mixes": lambda split: _builtin_mixes(split),
+}
 
 
-def build_corpus(folder: str | Path | None = None) -> None:
-    """Make the built-in corpora again; needs the extras synth and audio.
-
-    Args:
-        folder: Where to write; the package's own assets by default.
-    """
-    for directory, script in BUILTIN.values():
-        lines = script()
-        about = {
-            "licence": "Apache-2.0, as w2vc itself: the texts are ours, and the audio is the output of a program",
-            "source": "spoken by espeak-ng 1.52.0 (espeakng-loader 0.2.4) with python -m w2vc.speech build",
-            "speakers": {
-                v.id: f"espeak-ng {v.language}+{v.variant}, pitch {v.pitch}, range {v.range}, {v.rate} words per minute"
-                for v in {line.voice.id: line.voice for line in lines}.values()
-            },
-        }
-        splits: dict[str, list[Line]] = {}
-        for line in lines:
-            splits.setdefault(line.split, []).append(line)
-        spoken = {split: map(Line.speak, part) for split, part in splits.items()}
-        save_speech(
-            (Path(folder) if folder else _assets()) / directory, spoken, about, format="OGG", compression=0.45
-        )
-
-
-# %% ../nbs/04_speech.ipynb #40d46fcb
+# %% ../nbs/04_speech.ipynb #0ac141d8
 def load_speech(name: str | Path | None = None, split: str = "train", **options: Any) -> Speech:
     """Load a set of utterances.
 
     Args:
         name: "builtin" (English) or "builtin-languages" (six languages), both synthetic with timed words and phones;
-            "builtin-mixes" (two speakers at a time); a human set such as "asterisk-en" or "librivox", fetched at the
-            first call; "human", the best of those at hand; or a folder of recordings. By default "builtin", or
-            what the environment variable W2VC_SPEECH names (with a note, and "builtin", where that cannot be had).
+            "builtin-mixes" (two speakers at a time); any other key of `SOURCES`, such as "human" or "librivox" of
+            chapter 06; or a folder of recordings. By default what the environment variable W2VC_SPEECH names, or
+            "builtin" (also, with a note, where that source cannot be had).
         split: "train", "dev", "test" or "all". A set without splits is all "train".
         **options: For a folder: see `load_folder`.
 
@@ -812,7 +447,7 @@ def load_speech(name: str | Path | None = None, split: str = "train", **options:
 
     Raises:
         ValueError: If there is no such set, split or folder.
-        SpeechUnavailableError: If a human set is not here and cannot be fetched; the message says what to do.
+        SpeechUnavailableError: If a set is not here and cannot be fetched; the message says what to do.
     """
     if name is not None:
         return _load_named(str(name), split, options)
@@ -820,24 +455,19 @@ def load_speech(name: str | Path | None = None, split: str = "train", **options:
     try:
         return _load_named(name, split, options)
     except (SpeechUnavailableError, ImportError) as error:
+        if name == "builtin":
+            raise
         print(f"Note: W2VC_SPEECH={name}, but {error} The built-in corpus is used instead.")
         return _load_named("builtin", split, {})
 
 
 def _load_named(name: str, split: str, options: dict[str, Any]) -> Speech:
     """Find out what a name means."""
-    if name in BUILTIN:
-        return _load_packed(_assets() / BUILTIN[name][0], name, split)
-    if name == "builtin-mixes":
-        return _builtin_mixes(split)
-    if name == "human":
-        return _load_human(split)
-    if name in HUMAN:
-        return _load_packed(fetch_speech(name), name, split)
+    if name in SOURCES:
+        return SOURCES[name](split)
     if Path(name).expanduser().exists():
         return load_folder(name, split, **options)
-    known = [*BUILTIN, "builtin-mixes", "human", *HUMAN]
-    raise ValueError(f"name={name!r} is no folder here and no known set; known sets: {known}")
+    raise ValueError(f"name={name!r} is no folder here and no known set; known sets: {list(SOURCES)}")
 
 
 # %% ../nbs/04_speech.ipynb #925e762d
@@ -958,305 +588,8 @@ def _builtin_mixes(split: str) -> Speech:
     return Speech((u for part in parts for u in part), "builtin-mixes", split, parts[0].about)
 
 
-# %% ../nbs/04_speech.ipynb #b9ebf5fd
-class SpeechUnavailableError(RuntimeError):
-    """A set's source, or a tool that fetching it needs, is missing; the message says how to get it."""
-
-
-class _Found(NamedTuple):
-    """A recording of a set, before it is decoded."""
-
-    id: str
-    path: Path
-    text: str
-    speaker: str
-    kind: str
-    group: str  # recordings of one group go to one split
-
-
-@dataclass(frozen=True)
-class HumanSet:
-    """A set of recordings of people that a script can fetch."""
-
-    packages: tuple[str, ...]  # Debian packages
-    find: Callable[[Path, str], Iterator[_Found]]  # (unpacked folder, language) -> recordings
-    language: str
-    megabytes: int
-    licence: str
-    speakers: str
-    splits: bool = True
-
-
-def spoken_form(text: str, language: str = "en") -> str:
-    """Reduce a written text to the words spoken: lower case, no punctuation, notes in brackets dropped.
-
-    English digits become words, one by one, as they are read in the prompts. In other languages a text with digits gives
-    "", unknown: better no label than a wrong one.
-    """
-    text = re.sub(r"\[.*?\]|\(.*?\)|<.*?>", " ", text.replace("’", "'").replace("`", "'"))
-    if language != "en" and re.search(r"\d", text):
-        return ""
-    text = re.sub(r"\d", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
-    words = re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
-    return " ".join(words)
-
-
-# %% ../nbs/04_speech.ipynb #fc1fa142
-_NO_WORDS = {
-    "ascending-2tone",
-    "descending-2tone",
-    "beep",
-    "beeperr",
-    "tt-monkeys",
-    "confbridge-join",
-    "confbridge-leave",
-}
-
-
-def _find_asterisk(root: Path, language: str) -> Iterator[_Found]:
-    """Telephone prompts: sounds/<voice>/<key>.g722, with the English texts in core-sounds-en.txt.gz."""
-    texts: dict[str, str] = {}
-    for path in root.glob("usr/share/doc/asterisk-core-sounds-*/core-sounds-*.txt.gz"):
-        if path.name == f"core-sounds-{language}.txt.gz":
-            lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
-            texts = {
-                key.strip(): text for key, colon, text in (line.partition(":") for line in lines) if colon
-            }
-    for voice in sorted((root / "usr/share/asterisk/sounds").glob(f"{language}_*")):
-        for path in sorted(voice.rglob("*.g722")):
-            key = path.relative_to(voice).with_suffix("").as_posix()
-            text = spoken_form(texts.get(key, ""))
-            silent = key.startswith("silence/") or key in _NO_WORDS or path.stat().st_size == 0
-            if silent or (texts and not text):
-                continue
-            folder = key.split("/")[0] if "/" in key else ""
-            kind = {"digits": "digits", "letters": "letter", "phonetic": "keyword"}.get(folder, "prompt")
-            yield _Found(key, path, text, voice.name.split("_")[-1].lower(), kind, text or key)
-
-
-def _find_librivox(root: Path, language: str) -> Iterator[_Found]:
-    """Sentences of an audio book: <id>.wav and lines "<s> words </s> (id)" in one file."""
-    folder = root / "usr/share/pocketsphinx/test/data/librivox"
-    if (folder / "transcription").is_file():
-        for line in (folder / "transcription").read_text(encoding="utf-8").splitlines():
-            if match := re.match(r"(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\((\S+)\)", line):
-                yield _Found(
-                    match[2],
-                    folder / f"{match[2]}.wav",
-                    spoken_form(match[1]),
-                    "austen-reader",
-                    "sentence",
-                    match[2],
-                )
-
-
-def _find_fillets(root: Path, language: str) -> Iterator[_Found]:
-    """Dialogues of a game: sound/<level>/<language>/<key>.ogg, texts in script/<level or share>/*dialogs_<language>.lua."""
-    game = root / "usr/share/games/fillets-ng"
-    line = re.compile(
-        r'dialogId\(\s*"([^"]+)",\s*"font_(\w+)".*?\)\s*dialogStr\(\s*"((?:[^"\\]|\\.)*)"', re.DOTALL
-    )
-    told: dict[tuple[str, str], tuple[str, str]] = {}  # (level, key) -> (speaker, text)
-    for script in sorted(game.glob(f"script/*/*dialogs_{language}.lua")):
-        for key, speaker, text in line.findall(script.read_text(encoding="utf-8")):
-            told[script.parent.name, key] = speaker, text.replace('\\"', '"')
-    for path in sorted(game.glob(f"sound/*/{language}/*.ogg")):
-        level = path.parent.parent.name
-        speaker, text = told.get((level, path.stem)) or told.get(("share", path.stem)) or ("", "")
-        if speaker:
-            yield _Found(
-                f"{level}/{path.stem}", path, spoken_form(text, language), speaker, "dialogue", level
-            )
-
-
-# %% ../nbs/04_speech.ipynb #371ac5b4
-def _prompts(language: str, licence: str, speakers: str, megabytes: int) -> HumanSet:
-    """Describe one language of the telephone prompts."""
-    packages = (
-        f"asterisk-core-sounds-{language}-g722",
-        *(["asterisk-core-sounds-en"] if language == "en" else []),
-    )
-    return HumanSet(packages, _find_asterisk, language, megabytes, licence, speakers)
-
-
-_DIALOGUE = "GPL-2, ALTAR interactive and the Fish Fillets NG authors; for use on this computer"
-HUMAN = {
-    "asterisk-en": _prompts("en", "CC-BY-SA-3.0, read by Allison Smith, financed by Digium", "1 (f)", 11),
-    "asterisk-es": _prompts("es", "CC-BY-SA-3.0, read by Allison Smith, financed by Digium", "1 (f)", 13),
-    "asterisk-fr": _prompts("fr", "CC-BY-SA-3.0, read by June Wallack, financed by Digium and others", "1 (f)", 11),
-    "asterisk-it": _prompts("it", "CC-BY-3.0, read by Carlo Flora", "1 (m)", 10),
-    "asterisk-ru": _prompts("ru", "CC-BY-3.0, provided by Maxim Topal, ivrvoice.ru", "1 (f)", 11),
-    "librivox": HumanSet(
-        ("pocketsphinx-testdata",), _find_librivox, "en", 2,
-        "BSD-2-Clause, Carnegie Mellon University and Alpha Cephei; the reading is from LibriVox", "1", splits=False,
-    ),
-    "fillets-cs": HumanSet(("fillets-ng-data-cs", "fillets-ng-data"), _find_fillets, "cs", 110, _DIALOGUE, "about 20"),
-    "fillets-nl": HumanSet(("fillets-ng-data-nl", "fillets-ng-data"), _find_fillets, "nl", 104, _DIALOGUE, "2"),
-}  # fmt: skip
-
-
-# %% ../nbs/04_speech.ipynb #d2558e69
-def _cache() -> Path:
-    """The folder for fetched speech: W2VC_CACHE, or ~/.cache/w2vc."""
-    return Path(os.environ.get("W2VC_CACHE") or "~/.cache/w2vc").expanduser() / "speech"
-
-
-def _run(*command: str | Path, cwd: Path) -> str:
-    """Run a tool; return "" or what it said when it failed."""
-    try:
-        done = subprocess.run(
-            [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return (
-        ""
-        if done.returncode == 0
-        else (done.stderr or done.stdout).strip()[-400:] or f"exit status {done.returncode}"
-    )
-
-
-def _unpack_packages(name: str, folder: Path) -> Path:
-    """Download a set's Debian packages and unpack them under `folder`, without installing anything."""
-    human = HUMAN[name]
-    by_hand = f"Or unpack the packages {', '.join(human.packages)} by hand and call fetch_speech({name!r}, source=FOLDER)."
-    for tool in ("apt-get", "dpkg"):
-        if shutil.which(tool) is None:
-            raise SpeechUnavailableError(
-                f"{name} comes as Debian packages and this system has no {tool}. {by_hand}"
-            )
-    options = ["-oAPT::Sandbox::User=root", "-oAcquire::Retries=2", "-oAcquire::http::Timeout=30"]
-    failed = _run("apt-get", *options, "download", *human.packages, cwd=folder)
-    if failed:  # no package lists, or stale ones: make fresh ones of our own, which needs no administrator
-        (folder / "state/lists/partial").mkdir(parents=True)
-        (folder / "cache/archives/partial").mkdir(parents=True)
-        own = [
-            f"-oDir::State={folder}/state",
-            f"-oDir::State::lists={folder}/state/lists",
-            f"-oDir::Cache={folder}/cache",
-            "-oDir::State::status=/var/lib/dpkg/status",
-        ]
-        stale = _run("apt-get", *options, *own, "-oAPT::Update::Error-Mode=any", "update", cwd=folder)
-        failed = _run("apt-get", *options, *own, "download", *human.packages, cwd=folder)
-        failed = failed and (stale or failed)
-    for package in sorted(folder.glob("*.deb")):
-        failed = failed or _run("dpkg", "-x", package, folder / "root", cwd=folder)
-    if failed:
-        raise SpeechUnavailableError(
-            f"{name} cannot be downloaded ({failed.splitlines()[-1]}). Try again with a network. {by_hand}"
-        )
-    return folder / "root"
-
-
-def _decode(path: Path) -> Samples:
-    """Decode a recording of any kind to 16 kHz mono; G.722 (telephone wideband) needs PyAV."""
-    if path.suffix != ".g722":
-        return _load_audio(path)
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            'telephone prompts are G.722 files, which need PyAV: pip install "w2vc[human]"'
-        ) from error
-    with av.open(str(path), format="g722") as container:
-        pieces = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-    return np.concatenate(pieces).astype(np.float32) / np.float32(32768)
-
-
-# %% ../nbs/04_speech.ipynb #5186673e
-def _split_of(group: str) -> str:
-    """Put a group into a split by a hash of its name: the same everywhere, whatever else is in the set."""
-    return {0: "dev", 1: "test", 2: "test"}.get(zlib.crc32(group.encode()) % 10, "train")
-
-
-def fetch_speech(name: str, source: str | Path | None = None) -> Path:
-    """Fetch a human set into the cache, once; later calls only return its folder.
-
-    Args:
-        name: A key of `HUMAN`.
-        source: A folder that holds the unpacked packages ("/" where they are installed); by default they are downloaded.
-
-    Returns:
-        The folder in the cache (W2VC_CACHE, or ~/.cache/w2vc), complete or not there at all.
-
-    Raises:
-        ValueError: If there is no such set, or `source` holds nothing of it.
-        SpeechUnavailableError: If the packages cannot be had.
-        ImportError: If a decoder is missing.
-    """
-    if name not in HUMAN:
-        raise ValueError(f"name={name!r}: the human sets are {list(HUMAN)}")
-    human, target = HUMAN[name], _cache() / name
-    if (target / "speech.json").is_file() and source is None:
-        return target
-    _cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_cache(), prefix=f".{name}-") as temporary:
-        if source is None:
-            print(f"Fetching {name}, {human.megabytes} MB, into the cache. Licence: {human.licence}.")
-        root = _unpack_packages(name, Path(temporary)) if source is None else Path(source).expanduser()
-        found = list(human.find(root, human.language))
-        if not found:
-            raise ValueError(
-                f"source={str(root)!r} holds no recording of {name}; it should look like the unpacked {human.packages}"
-            )
-        about = {
-            "licence": human.licence,
-            "source": f"Debian packages {', '.join(human.packages)}",
-            "speakers": human.speakers,
-        }
-        save_speech(Path(temporary) / "done", _decode_all(found, human), about)
-        shutil.rmtree(target, ignore_errors=True)
-        try:
-            (Path(temporary) / "done").rename(target)
-        except OSError:  # another process was faster
-            if not (target / "speech.json").is_file():
-                raise
-    print(f"{name}: {len(found)} utterances. Licence: {human.licence}.")
-    return target
-
-
-def _decode_all(found: list[_Found], human: HumanSet) -> dict[str, Iterator[Utterance]]:
-    """Decode a set split by split; clips of a handy length come first."""
-
-    def utterances(split: str) -> Iterator[Utterance]:
-        rows = [row for row in found if (_split_of(row.group) if human.splits else "train") == split]
-        for row in sorted(
-            rows, key=lambda row: (not 3 <= len(row.text.split()) <= 12, row.kind != "prompt", row.id)
-        ):
-            yield Utterance(
-                row.id, _decode(row.path), SAMPLING_RATE, row.text, row.speaker, human.language, kind=row.kind
-            )
-
-    return {split: utterances(split) for split in ("train", "dev", "test")}
-
-
-# %% ../nbs/04_speech.ipynb #8b29e429
-def _load_human(split: str) -> Speech:
-    """Load the best human set at hand: one that is in the cache, else one that can be fetched."""
-    order = ("asterisk-en", "librivox")
-    reasons = []
-    for name in sorted(order, key=lambda name: not (_cache() / name / "speech.json").is_file()):
-        try:
-            return load_speech(name, split if HUMAN[name].splits else "all")
-        except (SpeechUnavailableError, ImportError) as error:
-            reasons.append(f"{name}: {error}")
-    raise SpeechUnavailableError("no human speech can be had here. " + " ".join(reasons))
-
-
 # %% ../nbs/04_speech.ipynb #e098021c
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
-
-
-def _load_audio(source: Any, rate: int = SAMPLING_RATE) -> Samples:
-    """Decode a path or a file in memory, mix to mono, resample."""
-    from w2vc.audio import load_audio
-
-    try:
-        return np.asarray(load_audio(source, rate), np.float32)
-    except (ImportError, ValueError):
-        raise
-    except Exception as error:  # each decoder has its own
-        raise ValueError(f"{source} cannot be read as audio: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -1276,7 +609,7 @@ class _AudioFile:
 
     def read(self) -> Samples:
         """Decode, mix to mono, resample."""
-        return _load_audio(self.path)
+        return load_audio(self.path, SAMPLING_RATE)
 
 
 def _metadata(path: Path) -> dict[Path, dict[str, str]]:
@@ -1338,7 +671,7 @@ def load_folder(
     if not folder.exists():
         raise ValueError(f"folder={str(folder)!r} does not exist")
     if (folder / "speech.json").is_file():
-        return _load_packed(folder, folder.name, split)
+        return load_packed(folder, folder.name, split)
     top = folder / split if (folder / split).is_dir() else folder
     if top == folder and split not in {"train", "all"}:
         raise ValueError(
@@ -1410,11 +743,7 @@ def _decode_cell(cell: Any, rate: int) -> Any:
     """Decode one audio cell (`bytes` or `path`); anything else stays as it is."""
     if not isinstance(cell, dict) or "array" in cell or not {"bytes", "path"} & set(cell):
         return cell
-    data, path = cell.get("bytes"), cell.get("path")
-    if data is None and path is None:
-        raise ValueError("a row's audio has neither bytes nor a path")
-    array = _load_audio(io.BytesIO(data) if data is not None else path, rate)
-    return {"path": path, "array": array, "sampling_rate": rate}
+    return {"path": cell.get("path"), "array": load_audio(cell, rate), "sampling_rate": rate}
 
 
 def _decode_row(row: dict[str, Any], column: str, rate: int) -> dict[str, Any]:
@@ -1516,7 +845,7 @@ def load_dataset(
         An `AudioDataset`, or a dict from split to `AudioDataset`.
     """
     plain = Path(path).expanduser()
-    known = str(path) in {*BUILTIN, *HUMAN, "builtin-mixes", "human"}
+    known = str(path) in SOURCES
     if known or (plain.is_dir() and not _has_tables(plain)):
         return AudioDataset(load_speech(path, split or "train").to_dataset(), sampling_rate)
     library = _datasets()
@@ -1529,38 +858,3 @@ def load_dataset(
 def _has_tables(folder: Path) -> bool:
     """Say whether a folder holds tables (a released data set) rather than plain audio files."""
     return any(path.suffix in {".parquet", ".arrow", ".jsonl"} for path in folder.rglob("*"))
-
-
-# %% ../nbs/04_speech.ipynb #66a6b76d
-def _main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line: `python -m w2vc.speech build`, `fetch NAME` or `list`."""
-    parser = argparse.ArgumentParser(prog="python -m w2vc.speech", description="Make, fetch and list speech.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="make the built-in corpora again")
-    build.add_argument("--folder", help="where to write; the package's assets by default")
-    fetch = commands.add_parser("fetch", help="fetch a human set into the cache")
-    fetch.add_argument("name", choices=list(HUMAN))
-    fetch.add_argument("--source", help="folder of the unpacked packages; they are downloaded by default")
-    commands.add_parser("list", help="list the sets")
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "build":
-        build_corpus(chosen.folder)
-    elif chosen.command == "fetch":
-        try:
-            print(fetch_speech(chosen.name, chosen.source))
-        except (SpeechUnavailableError, ValueError, ImportError) as error:
-            sys.exit(f"{error}")
-    else:
-        for name in (*BUILTIN, "builtin-mixes"):
-            print(load_speech(name, "all"))
-        for name, human in HUMAN.items():
-            here = (
-                "in the cache"
-                if (_cache() / name / "speech.json").is_file()
-                else f"{human.megabytes} MB to fetch"
-            )
-            print(f"{name}: {human.language}, speakers: {human.speakers}; {human.licence}; {here}")
-
-
-if __name__ == "__main__" and "__file__" in globals():  # not while the notebook runs
-    _main()

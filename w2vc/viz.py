@@ -610,7 +610,10 @@ def plot_codes(
             )
             ink = "black" if tint[:3] @ (0.299, 0.587, 0.114) > 0.5 else "white"
             middle, room = (start + stop) / 2 * step, (stop - start) * step
-            ax.add_artist(_FittedText(middle, g, str(int(codes[start, g])), room, color=ink))
+            if (
+                n_frames <= 40 or stop - start > 1
+            ):  # in a long row, a few numbers in narrow boxes only disturb
+                ax.add_artist(_FittedText(middle, g, str(int(codes[start, g])), room, color=ink))
     ax.set_ylim(groups - 0.5, -0.5)
     ax.set_yticks(range(groups), [f"group {g}" for g in range(groups)])
     return ax
