@@ -7,6 +7,7 @@ The chapters were executed once, by make; here only their notebook directives be
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -57,9 +58,27 @@ def stage_notebook(source: Path, target: Path) -> None:
     nbformat.write(nb, target)
 
 
-def toctree(caption: str, entries: list[str]) -> str:
-    """One block of the contents."""
-    return f"```{{toctree}}\n:caption: {caption}\n:maxdepth: 1\n\n" + "\n".join(entries) + "\n```\n"
+def heading(name: str) -> tuple[str, str]:
+    """Title and promise of a chapter: its first text cell."""
+    nb = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    text = next(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    title = re.findall(r"^# (.+)$", text, re.M)[0]
+    promise = re.findall(r"^> (.+)$", text, re.M)
+    return title, promise[0] if promise else ""
+
+
+def contents(caption: str, names: list[str]) -> str:
+    """One part of the book: a hidden toctree for the sidebar, and a table with promises and costs for the page."""
+    tree = [f"```{{toctree}}\n:caption: {caption}\n:hidden:\n"]
+    table = [f"\n## {caption}\n", "| chapter | | runs in |", "| --- | --- | --- |"]
+    for name in names:
+        title, promise = heading(name)
+        number = Path(name).name[:2]
+        tree.append(f"{number} {title} <{name}>")
+        cost = executed_folder() / f"{name}.json"
+        seconds = f"{json.loads(cost.read_text())['seconds']:.0f} s" if cost.is_file() else ""
+        table.append(f"| [{number} {title}]({name}.ipynb) | {promise} | {seconds} |")
+    return "\n".join([*tree, "```", *(table if caption != "Solutions" else [])]) + "\n"
 
 
 def stage() -> None:
@@ -67,17 +86,18 @@ def stage() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     SITE.mkdir(parents=True)
     names = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-    answers = sorted(p.stem for p in (ROOT / "nbs" / "solutions").glob("[0-9]*.ipynb"))
-    for name in [*names, *(f"solutions/{a}" for a in answers)]:
+    answers = sorted(f"solutions/{p.stem}" for p in (ROOT / "nbs" / "solutions").glob("[0-9]*.ipynb"))
+    for name in [*names, *answers]:
         stage_notebook(executed_folder() / f"{name}.ipynb", SITE / f"{name}.ipynb")
     shutil.copy(ROOT / "docs" / "conf.py", SITE)
     shutil.copytree(ROOT / "docs" / "_static", SITE / "_static")
-    blocks = [
-        toctree(caption, [n for n in names if int(n[:2]) in numbers]) for caption, numbers in PARTS.items()
+    parts = [
+        contents(caption, [n for n in names if int(n[:2]) in numbers]) for caption, numbers in PARTS.items()
     ]
-    blocks.append(toctree("Solutions", [f"solutions/{a}" for a in answers]))
     landing = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    (SITE / "index.md").write_text(landing + "\n" + "\n".join(blocks), encoding="utf-8")
+    (SITE / "index.md").write_text(
+        "\n".join([landing, *parts, contents("Solutions", answers)]), encoding="utf-8"
+    )
 
 
 def build(out: Path) -> int:

@@ -1,15 +1,11 @@
-"""Speech: the built-in corpus and its times, the synthesiser, the doors to folders, data sets and recordings of people."""
+"""Speech: the built-in corpus and its times, the containers, mixes, and the doors to folders and data sets."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import pickle
-import platform
-import shutil
 import subprocess
 import sys
-import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2vc import speech as S
-from w2vc.speech import Segment, Speech, Utterance, load_speech
+from w2vc.speech import Segment, Speech, SpeechUnavailableError, Utterance, load_speech
 
 soundfile = pytest.importorskip("soundfile")
 SPLITS = ("train", "dev", "test")
@@ -70,8 +66,6 @@ def test_contents(corpus: Speech) -> None:
     assert len(parts["test"].speakers) == 8
     assert parts["dev"].speakers == parts["train"].speakers
     assert not set(parts["test"].speakers) & set(parts["train"].speakers)
-    voices = {**S.TRAIN_VOICES, **S.TEST_VOICES}
-    assert len({v.variant for v in voices.values()}) == len(voices)
     for split in ("train", "test"):
         for speaker in parts[split].speakers:
             assert len(parts[split].filter(speaker=speaker)) >= 10
@@ -80,25 +74,17 @@ def test_contents(corpus: Speech) -> None:
     assert sum(map(len, told.values())) == len(
         set().union(*told.values())
     )  # no text in two splits, none twice
-    assert all("Apache" in load_speech(name).about["licence"] for name in S.BUILTIN)
+    assert all("Apache" in load_speech(name).about["licence"] for name in ("builtin", "builtin-languages"))
     sounds = {p.label for u in parts["train"] for p in u.phones}
     assert len(sounds) > 40
     assert {p.label for u in parts["test"] for p in u.phones} <= sounds
 
 
 def test_small_enough() -> None:
-    folder = S._assets()
+    folder = S.speech_assets()
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 5_000_000
     assert (folder / "LICENSE.md").is_file()
     assert "W2VC" not in (folder / "english/speech.json").read_text(encoding="utf-8")
-
-
-def test_the_script_is_the_corpus(corpus: Speech) -> None:
-    script = {line.id: line for line in S.english_script()}
-    assert set(script) == {u.id for u in corpus}
-    for u in corpus:
-        line = script[u.id]
-        assert (u.text, u.kind, u.speaker) == (line.text, line.kind, line.voice.id)
 
 
 @pytest.mark.parametrize("name", ["builtin", "builtin-languages"])
@@ -162,9 +148,9 @@ def test_labels_lie_on_the_sound(corpus: Speech) -> None:
 
 def test_languages_share_their_speakers() -> None:
     both = load_speech("builtin-languages", "all")
-    assert {u.language for u in both} == set(S.PHRASES)
+    assert {u.language for u in both} == {"en", "de", "fr", "es", "it", "nl"}
     for speaker in both.speakers:
-        assert {u.language for u in both.filter(speaker=speaker)} == set(S.PHRASES)
+        assert len({u.language for u in both.filter(speaker=speaker)}) == 6
     train, test = load_speech("builtin-languages"), load_speech("builtin-languages", "test")
     assert not set(train.speakers) & set(test.speakers)
     assert not {u.text for u in train} & {u.text for u in test}
@@ -267,97 +253,6 @@ def test_ogg_is_close_and_unchanged_sound_is_not_rewritten(tmp_path: Path) -> No
     S.save_speech(tmp_path, {"train": [loud]}, {}, format="OGG", compression=0.45)
     assert path.read_bytes() != before
     assert np.abs(load_speech(tmp_path)[0].audio).max() < 0.4  # nothing stale is remembered
-
-
-# The synthesiser
-
-
-ann = S.Voice("ann", "en-us", "f1")
-PINNED = sys.platform == "linux" and platform.machine() == "x86_64"
-
-
-def test_regenerated_equals_shipped(corpus: Speech) -> None:
-    pytest.importorskip("espeakng_loader")
-    lines = {line.id: line for line in [*S.english_script(), *S.language_script()]}
-    shipped = [
-        *corpus.filter(kind="sentence")[::29],
-        *corpus.filter(kind="keyword")[::90],
-        *load_speech("builtin-languages", "all")[::13],
-    ]
-    assert len(shipped) > 10
-    for u in shipped:
-        again = lines[u.id].speak()
-        assert again.phones == u.phones, u.id
-        assert again.words == u.words, u.id
-        assert again.n_samples == u.n_samples
-        assert snr(again.audio, u.audio) > 15, u.id  # Vorbis is lossy
-
-
-@pytest.mark.skipif(not PINNED, reason="samples are pinned for Linux x86_64 alone")
-def test_raw_samples_are_pinned() -> None:
-    loader = pytest.importorskip("importlib.metadata")
-    try:
-        version = loader.version("espeakng-loader")
-    except loader.PackageNotFoundError:
-        pytest.skip("espeakng-loader is not installed")
-    if version != "0.2.4":
-        pytest.skip(f"samples are pinned for espeakng-loader 0.2.4, here is {version}")
-    sums = [
-        zlib.crc32(S._espeak("the old king sees a fish", voice, seed=5)[0].tobytes())
-        for voice in (ann, S.TRAIN_VOICES["m05"])
-    ]
-    assert sums == RAW_SUMS
-
-
-RAW_SUMS = [1988673669, 119026677]
-
-
-def test_independent_of_what_was_said_before() -> None:
-    pytest.importorskip("espeakng_loader")
-    one = S.synthesize("seven blue boats", ann, seed=3)
-    S.synthesize("guten morgen", S.Voice("x", "de", "m5"))
-    two = S.synthesize("seven blue boats", ann, seed=3)
-    assert np.array_equal(one.audio, two.audio)
-    assert one.phones == two.phones
-    assert not np.array_equal(
-        one.audio, S.synthesize("seven blue boats", ann, seed=4).audio[: len(one.audio)]
-    )
-
-
-def test_synthesiser_refuses_what_it_would_misread() -> None:
-    pytest.importorskip("espeakng_loader")
-    for text in ("room 42", "", "wait, what", "two  spaces"):
-        with pytest.raises(ValueError, match="text="):
-            S.synthesize(text, ann)
-    with pytest.raises(ValueError, match="no language 'xx'"):
-        S.synthesize("hello", S.Voice("x", "xx", "f1"))
-
-
-def test_missing_tools_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    monkeypatch.setattr(S.ctypes.util, "find_library", lambda name: None)
-    with pytest.raises(ImportError, match=r"w2vc\[synth\]"):
-        S.synthesize("hello", ann)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"w2vc\[data"):
-        load_speech()[:1].to_dataset()
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"w2vc\[human\]"):
-        S._decode(tmp_path / "x.g722")
-    monkeypatch.setitem(sys.modules, "soundfile", None)
-    S._decode_whole.cache_clear()
-    with pytest.raises(ImportError, match=r"w2vc\[audio\]"):
-        load_speech()[0].audio  # noqa: B018
-
-
-@pytest.mark.slow
-def test_build_makes_the_same_corpus(tmp_path: Path) -> None:
-    pytest.importorskip("espeakng_loader")
-    S._main(["build", "--folder", str(tmp_path)])
-    for name, (folder, _) in S.BUILTIN.items():
-        for a, b in zip(load_speech(tmp_path / folder, "all"), load_speech(name, "all"), strict=True):
-            assert (a.id, a.text, a.words, a.phones, a.turns) == (b.id, b.text, b.words, b.phones, b.turns)
-            assert snr(a.audio, b.audio) > 40
 
 
 # Mixes
@@ -593,180 +488,39 @@ def test_load_dataset_of_plain_speech(folder: Path) -> None:
     assert list(every) == ["validation"]
 
 
-# People
+def test_missing_tools_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"w2vc\[data"):
+        load_speech()[:1].to_dataset()
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    S._decode_whole.cache_clear()
+    with pytest.raises(ImportError, match=r"w2vc\[audio\]"):
+        load_speech()[0].audio  # noqa: B018
 
 
-def g722(path: Path, audio: np.ndarray) -> None:
-    av = pytest.importorskip("av")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="g722") as container:
-        stream = container.add_stream("g722", rate=16000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(
-            (audio * 32767).astype(np.int16)[None], format="s16", layout="mono"
-        )
-        frame.sample_rate = 16000
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
+# Choosing by environment
 
 
-@pytest.fixture
-def asterisk(tmp_path: Path) -> Path:
-    """Unpacked packages in miniature."""
-    voice = tmp_path / "root/usr/share/asterisk/sounds/en_US_f_Allison"
-    for key in ("hello", "digits/4", "letters/dot", "silence/1", "beep", "confbridge-join", "untold"):
-        g722(voice / f"{key}.g722", tone())
-    (voice / "empty.g722").write_bytes(b"")
-    doc = tmp_path / "root/usr/share/doc/asterisk-core-sounds-en"
-    doc.mkdir(parents=True)
-    lines = ["; a remark", "hello: Hello, press 1 (please)!", "digits/4: four", "letters/dot: dot [.]", "silence/1: (1 second)",
-             "beep: [a beep]", "confbridge-join: <beep ascending>", "empty: nothing"]  # fmt: skip
-    (doc / "core-sounds-en.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    return tmp_path / "root"
-
-
-def test_asterisk_layout(asterisk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = S.fetch_speech("asterisk-en", asterisk)
-    assert "CC-BY-SA-3.0" in capsys.readouterr().out
-    every = load_speech("asterisk-en", "all")  # from the cache: nothing is fetched
-    assert {u.id: (u.text, u.kind) for u in every} == {
-        "hello": ("hello press one", "prompt"), "digits/4": ("four", "digits"), "letters/dot": ("dot", "letter"),
-    }  # fmt: skip
-    assert every.speakers == ("allison",)
-    assert every[0].language == "en"
-    assert "Allison Smith" in every.about["licence"]
-    spectrum = np.abs(np.fft.rfft(every[0].audio[:8000]))  # half a second: bins of 2 Hz
-    assert spectrum.argmax() * 2 == pytest.approx(440, abs=4)
-    assert every[0].audio.std() == pytest.approx(tone().std(), rel=0.1)
-    assert sorted(p.name for p in where.parent.iterdir()) == ["asterisk-en"]  # no temporary folder is left
-
-
-def test_other_layouts(tmp_path: Path) -> None:
-    data = tmp_path / "usr/share/pocketsphinx/test/data/librivox"
-    data.mkdir(parents=True)
-    soundfile.write(data / "x-1.wav", tone(), 16000)
-    (data / "transcription").write_text("<s> he was  not </s> (x-1)\n")
-    S.fetch_speech("librivox", tmp_path)
-    (u,) = load_speech("librivox")
-    assert (u.id, u.text, u.n_samples) == ("x-1", "he was  not".replace("  ", " "), 8000)
-    game = tmp_path / "usr/share/games/fillets-ng"
-    for level, key in (("city", "one"), ("city", "two"), ("border", "cry"), ("city", "untold")):
-        path = game / f"sound/{level}/cs/{key}.ogg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, tone(rate=22050), 22050, format="OGG")
-    for level, text in (
-        (
-            "city",
-            'dialogId("one", "font_small", "Hi \\"you\\"!")\ndialogStr("Ahoj, \\"ty\\"!")\n\ndialogId("two", "font_big", "1")\ndialogStr("Mám 2.")\n',
-        ),
-        ("share", 'dialogId("cry", "font_big", "x")\ndialogStr("Áá")\n'),
-    ):
-        (game / f"script/{level}").mkdir(parents=True)
-        (game / f"script/{level}/my_dialogs_cs.lua").write_text(text)
-    S.fetch_speech("fillets-cs", tmp_path)
-    found = {u.id: (u.speaker, u.text) for u in load_speech("fillets-cs", "all")}
-    assert found == {"city/one": ("small", "ahoj ty"), "city/two": ("big", ""), "border/cry": ("big", "áá")}
-    assert abs(load_speech("fillets-cs", "all")[0].n_samples - 8000) <= 1
-
-
-def test_splits_depend_on_the_group_alone() -> None:
-    groups = [f"group {i}" for i in range(2000)]
-    split = {g: S._split_of(g) for g in groups}
-    shares = [sum(v == s for v in split.values()) / 2000 for s in SPLITS]
-    assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
-
-
-def test_missing_source_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_environment_names_the_default(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match="holds no recording of librivox"):
-        S.fetch_speech("librivox", tmp_path)
-    with pytest.raises(ValueError, match="the human sets are"):
-        S.fetch_speech("nobody")
-    monkeypatch.setattr(S.shutil, "which", lambda tool: None)
-    with pytest.raises(S.SpeechUnavailableError, match=r"no apt-get.*pocketsphinx-testdata.*source=FOLDER"):
-        load_speech("librivox")
-    with pytest.raises(S.SpeechUnavailableError, match=r"asterisk-en.*librivox"):
-        load_speech("human")
-    capsys.readouterr()
-    monkeypatch.setenv("W2VC_SPEECH", "human")
-    speech = load_speech()
-    assert speech.name == "builtin"
-    assert "The built-in corpus is used instead" in capsys.readouterr().out
-    assert load_speech("builtin", "test").split == "test"
-    assert not list((tmp_path / "cache/speech").iterdir())
+    monkeypatch.setenv("W2VC_SPEECH", "builtin-languages")
+    assert load_speech().name == "builtin-languages"
+    assert load_speech("builtin").name == "builtin"
+    monkeypatch.setenv("W2VC_SPEECH", str(folder))
+    assert load_speech()[0].text == "GO ON"
+    monkeypatch.setenv("W2VC_SPEECH", "humna")
+    with pytest.raises(ValueError, match="humna"):  # a typing error is not a missing source
+        load_speech()
 
+    def missing(split: str) -> Speech:
+        raise SpeechUnavailableError("it is not here.")
 
-def test_human_prefers_what_is_here(asterisk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    S.fetch_speech("asterisk-en", asterisk)
-    monkeypatch.setattr(S.shutil, "which", lambda tool: None)
-    monkeypatch.setenv("W2VC_SPEECH", "human")
-    assert load_speech(split="all").name == "asterisk-en"
-
-
-def test_a_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(S.shutil, "which", lambda tool: f"/usr/bin/{tool}")
-    monkeypatch.setattr(S, "_run", lambda *command, cwd: "E: no network here")
-    with pytest.raises(S.SpeechUnavailableError, match="no network here"):
-        S.fetch_speech("librivox")
-    assert not list((tmp_path / "cache/speech").iterdir())
-
-
-def test_a_failed_decode_leaves_nothing(
-    asterisk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    S.fetch_speech("asterisk-en", asterisk)
-    before = sorted((p.name, p.read_bytes()) for p in (tmp_path / "cache/speech/asterisk-en").iterdir())
-
-    def broken(path: Path) -> np.ndarray:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(S, "_decode", broken)
-    with pytest.raises(OSError, match="disk full"):
-        S.fetch_speech("asterisk-en", asterisk)
+    monkeypatch.setitem(S.SOURCES, "far", missing)
+    with pytest.raises(SpeechUnavailableError):
+        load_speech("far")
+    monkeypatch.setenv("W2VC_SPEECH", "far")
+    assert load_speech(split="test").split == "test"
     assert (
-        sorted((p.name, p.read_bytes()) for p in (tmp_path / "cache/speech/asterisk-en").iterdir()) == before
+        "W2VC_SPEECH=far, but it is not here. The built-in corpus is used instead." in capsys.readouterr().out
     )
-
-
-@pytest.mark.network
-def test_fetch_librivox_for_real() -> None:
-    for tool in ("apt-get", "dpkg"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not here: human speech comes from Debian packages")
-    try:
-        speech = load_speech("librivox")
-    except S.SpeechUnavailableError as error:
-        pytest.skip(f"the source cannot be reached: {error}")
-    assert len(speech) == 5
-    assert speech.seconds == pytest.approx(24.7, abs=0.1)
-    assert any("dashwood" in u.text for u in speech)
-    assert all(0.02 < u.audio.std() < 0.5 for u in speech)
-
-
-@pytest.mark.network
-@pytest.mark.slow
-def test_fetch_asterisk_for_real() -> None:
-    pytest.importorskip("av")
-    try:
-        every = (
-            load_speech("asterisk-en")
-            + load_speech("asterisk-en", "dev")
-            + load_speech("asterisk-en", "test")
-        )
-    except S.SpeechUnavailableError as error:
-        pytest.skip(f"the source cannot be reached: {error}")
-    assert len(every) == 551
-    assert 24 < every.seconds / 60 < 25
-    by_text = {}
-    for split in SPLITS:
-        for u in load_speech("asterisk-en", split):
-            assert by_text.setdefault(u.text, split) == split  # a prompt is in one split
-
-
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    S._main(["list"])
-    out = capsys.readouterr().out
-    assert "488 utterances" in out
-    assert "CC-BY-SA-3.0" in out
-    with pytest.raises(SystemExit, match="holds no recording"):
-        S._main(["fetch", "librivox", "--source", str(tmp_path)])

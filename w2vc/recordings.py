@@ -23,16 +23,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .audio import Samples, load_audio
-from .speech import (
-    DIGITS,
-    SAMPLING_RATE,
-    SOURCES,
-    Speech,
-    SpeechUnavailableError,
-    Utterance,
-    load_packed,
-    save_speech,
-)
+from .speech import DIGITS, SAMPLING_RATE, SOURCES, Speech, SpeechUnavailableError, Utterance
+
+# isort: split
+from .speech import load_packed, save_speech
 
 # %% auto #0
 __all__ = ["HUMAN", "spoken_form", "HumanSet", "fetch_speech"]

@@ -426,7 +426,6 @@ def speech_assets() -> Path:
 SOURCES: dict[str, Callable[[str], Speech]] = {
     "builtin": lambda split: load_packed(speech_assets() / "english", "builtin", split),
     "builtin-languages": lambda split: load_packed(speech_assets() / "languages", "builtin-languages", split),
-    "builtin-mixes": lambda split: _builtin_mixes(split),
 }
 
 
@@ -587,6 +586,8 @@ def _builtin_mixes(split: str) -> Speech:
     ]
     return Speech((u for part in parts for u in part), "builtin-mixes", split, parts[0].about)
 
+
+SOURCES["builtin-mixes"] = _builtin_mixes
 
 # %% ../nbs/04_speech.ipynb #e098021c
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")

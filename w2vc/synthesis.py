@@ -22,7 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .audio import resample
-from .speech import DIGITS, KEYWORDS, SAMPLING_RATE, SILENCE, Segment, Utterance, save_speech, speech_assets
+from .speech import DIGITS, KEYWORDS, SAMPLING_RATE, SILENCE, Segment, Utterance
+
+# isort: split
+from .speech import save_speech, speech_assets
 
 # %% auto #0
 __all__ = [
@@ -237,7 +240,9 @@ def synthesize(text: str, voice: Voice, seed: int = 0, id: str = "", kind: str =
         )
     rng = random.Random(f"{id}|{text}|{voice}|{seed}")
     first, last, lead, tail = words[0].start, words[-1].end, rng.uniform(0.05, 0.15), rng.uniform(0.05, 0.15)
-    spoken = wave[round(first * _ESPEAK_RATE) : round(last * _ESPEAK_RATE)].astype(np.float32) / 32768
+    spoken = wave[round(first * _ESPEAK_RATE) : round(last * _ESPEAK_RATE)].astype(np.float32) / np.float32(
+        32768
+    )
     spoken = resample(spoken, _ESPEAK_RATE, SAMPLING_RATE)
     before, after = (np.zeros(round(pause * SAMPLING_RATE), np.float32) for pause in (lead, tail))
     audio = np.concatenate([before, spoken * np.float32(0.7 / np.abs(spoken).max()), after])
