@@ -158,6 +158,10 @@ def test_masks_of_any_type(dtype: torch.dtype) -> None:
     mask = compute_mask_indices((3, 30), 0.5, 4, generator=seeded())
     expected = sample_negative_indices((3, 30), 4, mask, generator=seeded(1))
     assert torch.equal(sample_negative_indices((3, 30), 4, mask.to(dtype), generator=seeded(1)), expected)
+    if dtype != torch.bool:
+        assert torch.equal(
+            sample_negative_indices((3, 30), 4, 3 * mask.to(dtype), generator=seeded(1)), expected
+        )
     as_array: Any = mask.to(dtype).numpy()
     assert torch.equal(sample_negative_indices((3, 30), 4, as_array, generator=seeded(1)), expected)
 

@@ -71,6 +71,13 @@ def test_asterisk_layout(asterisk: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert sorted(p.name for p in where.parent.iterdir()) == ["asterisk-en"]  # no temporary folder is left
 
 
+def test_fetching_from_a_source_again_replaces_the_set(asterisk: Path) -> None:
+    R.fetch_speech("asterisk-en", asterisk)
+    (asterisk / "usr/share/asterisk/sounds/en_US_f_Allison/hello.g722").unlink()
+    R.fetch_speech("asterisk-en", asterisk)
+    assert {u.id for u in load_speech("asterisk-en", "all")} == {"digits/4", "letters/dot"}
+
+
 def test_other_layouts(tmp_path: Path) -> None:
     data = tmp_path / "usr/share/pocketsphinx/test/data/librivox"
     data.mkdir(parents=True)
@@ -159,7 +166,6 @@ def test_a_failed_decode_leaves_nothing(
     )
 
 
-@pytest.mark.network
 def test_fetch_librivox_for_real() -> None:
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
@@ -174,7 +180,6 @@ def test_fetch_librivox_for_real() -> None:
     assert all(0.02 < u.audio.std() < 0.5 for u in speech)
 
 
-@pytest.mark.network
 @pytest.mark.slow
 def test_fetch_asterisk_for_real() -> None:
     pytest.importorskip("av")

@@ -211,6 +211,10 @@ def test_frame_labels(pieces: list[tuple[float, float]], n_frames: int) -> None:
     assert S.frame_labels(segments, n_frames) == slow
 
 
+def test_a_frame_on_a_boundary_belongs_to_what_begins() -> None:
+    assert S.frame_labels([Segment("a", 0.0, 0.0125), Segment("b", 0.0125, 0.03)], 2) == ["b", ""]
+
+
 # Storage
 
 

@@ -147,3 +147,9 @@ def test_grammar() -> None:
     variants = [v.variant for v in (*S.TRAIN_VOICES.values(), *S.TEST_VOICES.values())]
     assert len(set(variants)) == len(variants) == 24
     assert len(KEYWORDS) == 10
+
+
+def test_pairs_are_not_read_as_one_word() -> None:
+    pytest.importorskip("espeakng_loader")
+    u = S.synthesize("a boat with the girl of the house", S.Voice("x", "en", "m3"))
+    assert [w.label for w in u.words] == u.text.split()

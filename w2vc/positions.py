@@ -91,13 +91,13 @@ def rotary_speeds(width: int, base: float) -> Tensor:
     return 1.0 / (base ** (even / width))
 
 
+# %% ../nbs/20_positions.ipynb #dc949c2e
 def rotate_half(x: Tensor) -> Tensor:
     """Turn each plane by a quarter: `(a, b)` becomes `(-b, a)`, with a in the first half of the last axis."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
 
-# %% ../nbs/20_positions.ipynb #dc949c2e
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the planes of each head by the angle of the frame.
 
@@ -120,8 +120,8 @@ class RotaryPositions(nn.Module):
     """Cosine and sine of the angle by which each plane of a head has turned at each frame.
 
     The angle is frame number times `inv_freq`, the speed of the plane in radians per frame. `inv_freq` is saved
-    with the model, as the released checkpoints hold it. It stays float32 whatever the model is cast to: a speed
-    rounded to 16 bits is wrong by many radians after a thousand frames.
+    with the model, as the released checkpoints hold it. It stays float32 whatever the model is cast to: with a speed
+    rounded to 16 bits the angle is off by more at each frame, by about half a radian after a thousand.
 
     Source: RoFormer (Su et al., 2021), section 3.2.2.
 
