@@ -231,15 +231,20 @@ def test_pad_gives_what_transformers_gives(padding: Any, multiple: int | None, f
     assert set(ours) == set(theirs)
     for key in theirs:
         assert type(ours[key]) is type(theirs[key]), key
+        if key == "weight":
+            assert ours[key].dtype == theirs[key].dtype  # float64 becomes float32
         assert_same_rows(ours[key], theirs[key])
     assert np.array_equal(np.asarray(ours.input_values[0][:30]), clips[0])  # nothing is normalised again
 
 
 def test_pad_keeps_a_mask_that_was_there_and_cuts_it() -> None:
     rows = {"input_values": [sound(6), sound(3)], "attention_mask": [[1, 1, 1, 1, 0, 0], [1, 1, 1]]}
-    padded = Wav2Vec2FeatureExtractor().pad(rows, max_length=5, truncation=True, return_tensors="pt")
-    assert padded.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
-    assert padded.attention_mask.dtype == torch.int64
+    for wanted in (True, None):
+        padded = Wav2Vec2FeatureExtractor().pad(
+            rows, max_length=5, truncation=True, return_attention_mask=wanted, return_tensors="pt"
+        )
+        assert padded.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+        assert padded.attention_mask.dtype == torch.int64
     one = Wav2Vec2FeatureExtractor().pad({"input_values": [0.5, 0.25]})
     assert one.input_values.tolist() == [[0.5, 0.25]]
 
@@ -254,6 +259,7 @@ def test_pad_keeps_a_mask_that_was_there_and_cuts_it() -> None:
         ({"input_values": [[1.0], [2.0]], "labels": [1]}, "different sizes"),
         ({"input_values": [[1.0], [float("nan")]]}, "input_values 1 holds nan at sample 0"),
         ({"input_values": [np.zeros((2, 5), np.float32)]}, "shape \\(2, 5\\)"),
+        ({"input_values": [[1.0, 2.0]], "attention_mask": [[1]]}, "attention_mask 0 has shape"),
         (7, "got a int"),
     ],
 )
@@ -711,6 +717,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             load_audio(tmp_path / name)
         with pytest.raises(ValueError, match=rf"source \({len(data)} bytes\)"):
             load_audio(data)
+    mp3 = file_of(sound(3 * RATE), form="MP3")
+    with pytest.raises(ValueError, match=r"is cut short: it states 48000 samples and holds \d+"):
+        load_audio(mp3[: len(mp3) // 2])
     with (tmp_path / "text.wav").open("rb") as file, pytest.raises(ValueError, match=r"text\.wav"):
         load_audio(file)
     with (tmp_path / "text.wav").open() as file, pytest.raises(ValueError, match="binary mode"):

@@ -115,7 +115,7 @@ def _rate(rate: Any, name: str) -> int:
         whole = int(rate)
     except (TypeError, ValueError, OverflowError):
         whole = 0
-    if isinstance(rate, bool) or whole != rate or not 100 <= whole <= 1_000_000:
+    if whole != rate or not 100 <= whole <= 1_000_000:
         raise ValueError(
             f"{name}={rate!r} must be a whole number of samples per second, from 100 to 1,000,000"
         )
@@ -325,7 +325,6 @@ def plan_lengths(
     )
     if isinstance(padding, bool):
         padding = "longest" if padding else "do_not_pad"
-    padding = getattr(padding, "value", padding)  # an enum of transformers
     if padding not in {"longest", "max_length", "do_not_pad"}:
         raise ValueError(f"padding={padding!r} must be True, False, 'longest', 'max_length' or 'do_not_pad'")
     if max_length is None and (truncation or padding == "max_length"):
@@ -692,6 +691,11 @@ class Wav2Vec2FeatureExtractor(_Settings):
             key: rows if key == "input_values" else [_plain(v) for v in column]
             for key, column in columns.items()
         }
+        for i, mask in enumerate(columns.get("attention_mask", [])):
+            if np.shape(mask) != rows[i].shape:
+                raise ValueError(
+                    f"attention_mask {i} has shape {np.shape(mask)}, its input_values {rows[i].shape}"
+                )
         for key in {"input_values", "attention_mask"} & set(columns):
             columns[key] = [row[:kept] for row, (kept, _) in zip(columns[key], plan, strict=True)]
         return self._fill(columns, plan, return_attention_mask, return_tensors)
@@ -704,7 +708,7 @@ class Wav2Vec2FeatureExtractor(_Settings):
         return_tensors: str | None,
     ) -> BatchFeature:
         """Fill up rows to their planned lengths, and add the mask."""
-        kind = getattr(return_tensors, "value", return_tensors)
+        kind = return_tensors
         if kind not in {None, "pt", "np"}:
             raise ValueError(f"return_tensors={kind!r} must be 'pt', 'np' or None")
         wanted = self.return_attention_mask if return_attention_mask is None else return_attention_mask

@@ -29,18 +29,18 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     on the other rows of the batch.
 
     Args:
-        noise: `[K, N]` float32 in [0, 1), a row for each hidden frame, in the order of `mask.nonzero()`.
+        noise: `[A, N]` float32 in [0, 1), a row for each of the A hidden frames, in the order of `mask.nonzero()`.
         mask: `[B, T]` bool, True = hidden.
 
     Returns:
         `[B, T, N]` int64, numbers of frames in the flattened batch `[B * T]`.
     """
     (n_rows, n_frames), n_negatives = mask.shape, noise.shape[1]
-    hidden = mask.flatten().nonzero()[:, 0]  # [K] the hidden frames of all rows in one list
+    hidden = mask.flatten().nonzero()[:, 0]  # [A] the hidden frames of all rows in one list
     row = hidden // n_frames
     counts = mask.sum(1)  # [B]
-    first = (counts.cumsum(0) - counts)[row]  # [K] where the row's stretch of the list begins
-    others = counts[row] - 1  # [K]
+    first = (counts.cumsum(0) - counts)[row]  # [A] where the row's stretch of the list begins
+    others = counts[row] - 1  # [A]
     own = torch.arange(len(hidden), device=mask.device)
     own = own.masked_fill(
         others == 0, len(hidden)

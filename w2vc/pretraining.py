@@ -37,22 +37,22 @@ def candidate_logits(
     with the codes of the true one is no wrong answer: its logit is minus infinity.
 
     Args:
-        states: `[B, M, P]`.
+        states: `[B, A, P]` of the masked frames.
         targets: `[B, T, P]`.
-        candidates: `[B, M, 1 + N]` frame indices below `T`; the first of each row is the true frame.
+        candidates: `[B, A, 1 + N]` frame indices below `T`; the first of each row is the true frame.
         codes: `[B, T, G]` integers that tell equal targets.
         temperature: above 0.
 
     Returns:
-        `[B, M, 1 + N]` fp32.
+        `[B, A, 1 + N]` fp32.
     """
     with torch.autocast(states.device.type, enabled=False):
         unit_states, unit_targets = (normalize(x.float(), dim=-1, eps=1e-8) for x in (states, targets))
-        similarity = unit_states @ unit_targets.transpose(1, 2)  # [B, M, T]
+        similarity = unit_states @ unit_targets.transpose(1, 2)  # [B, A, T]
     logits = similarity.gather(2, candidates) / temperature
-    B, M, K = candidates.shape
+    B, A, n = candidates.shape  # n = 1 + N
     G = codes.shape[2]
-    chosen = codes.gather(1, candidates.reshape(B, M * K, 1).expand(-1, -1, G)).view(B, M, K, G)
+    chosen = codes.gather(1, candidates.reshape(B, A * n, 1).expand(-1, -1, G)).view(B, A, n, G)
     same = (chosen[:, :, 1:] == chosen[:, :, :1]).all(-1)
     return logits.masked_fill(pad(same, (1, 0)), float("-inf"))
 
@@ -134,7 +134,8 @@ def contrastive_loss(
         states: `[B, T, P]` projected context states.
         targets: `[B, T, P]` projected quantized frames.
         negatives: `[B, T, N]` integers, indices into the flattened `B * T` frames. If all stay inside their own
-            utterance the similarities are `[B, M, T]` (M masked frames); if not, the batch counts as one utterance.
+            utterance the similarities are `[B, A, T]` (A: the most masked frames of a row); if not, the batch counts
+            as one utterance.
         mask: `[B, T]` bool or any int type, True = this frame was hidden and is scored.
         temperature: above 0.
         codes: `[B, T, G]` integers, the codes of the targets: a negative with the codes of the positive is left out.
@@ -157,11 +158,11 @@ def contrastive_loss(
     rows = mask.int().argsort(dim=1, descending=True, stable=True)[:, :n_rows]  # masked frames first
     total = states.new_zeros((), dtype=torch.float32)
     for block in torch.split(rows, max(1, _BLOCK // (B * T)), dim=1):
-        own = block[..., None]  # [B, M, 1]
+        own = block[..., None]  # [B, A, 1]
         wrong = negatives.gather(1, own.expand(-1, -1, N)) % T
         picked = states.gather(1, own.expand(-1, -1, states.shape[2]))
         logits = candidate_logits(picked, targets, torch.cat([own, wrong], 2), codes, temperature)
-        surprise = -logits.log_softmax(-1)[..., 0]  # [B, M]
+        surprise = -logits.log_softmax(-1)[..., 0]  # [B, A]
         total = (
             total + surprise.where(mask.gather(1, block), 0).sum()
         )  # short rows carry some unmasked frames
@@ -195,8 +196,8 @@ class Wav2Vec2ConformerForPreTrainingOutput(ModelOutput):
         projected_states: `[B, T, P]`, what the model says about each frame.
         projected_quantized_states: `[B, T, P]`, the projected code vectors of every frame.
         codevector_perplexity: scalar, how many codes are in use at the masked frames.
-        hidden_states: N + 1 tensors `[B, T, D]`, if asked for.
-        attentions: N maps `[B, H, T, T]`, if asked for.
+        hidden_states: L + 1 tensors `[B, T, D]`, if asked for.
+        attentions: L maps `[B, H, T, T]`, if asked for.
         contrastive_loss: scalar, or None without negatives.
         diversity_loss: scalar, or None without negatives.
     """

@@ -116,15 +116,11 @@ def _speak(lib: Any, text: str, voice: Voice, seed: int, receive: Any) -> None:
         lib.espeak_SetParameter(parameter, value, 0)
     if hasattr(lib, "espeak_ng_SetRandSeed"):  # since 1.52
         lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-    c_library = (
-        ctypes.CDLL("ucrtbase") if sys.platform == "win32" else lib
-    )  # elsewhere found through the library
-    c_library.srand(
-        ctypes.c_uint(seed)
-    )  # some voices draw their noise from C's rand(), which unloading does not reset
-    raw = text.replace(
-        " ", "\u00a0"
-    ).encode()  # unbreakable, else pairs such as "with the" are reported as one word
+    # Some voices draw their noise from C's rand(), which unloading does not reset.
+    c_library = ctypes.CDLL("ucrtbase") if sys.platform == "win32" else lib
+    c_library.srand(ctypes.c_uint(seed))
+    # Unbreakable spaces, else pairs such as "with the" are reported as one word.
+    raw = text.replace(" ", "\u00a0").encode()
     lib.espeak_Synth(raw, len(raw) + 1, 0, 1, 0, 1 | 0x1000, None, None)  # UTF-8, with a pause at the end
     lib.espeak_Synchronize()
     lib.espeak_Terminate()
