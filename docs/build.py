@@ -24,6 +24,7 @@ PARTS = {  # caption: the chapters whose number lies in this range
     "From sound to targets": range(10, 20),
     "From frames to context": range(20, 32),
     "Learning without labels": range(32, 40),
+    "Writing down what was said": range(40, 44),
     "Reference": range(90, 100),
 }
 DIRECTIVE = re.compile(r"^#\s*\|\s*(.+?)\s*\n?$")

@@ -69,7 +69,7 @@ def describe(value: Any) -> str:
         return "generator"
     if isinstance(value, tuple | list) and len(value) > 8:
         return f"{type(value).__name__} of {len(value)}"
-    text = repr(_rounded(value))
+    text = " ".join(line.strip() for line in repr(_rounded(value)).splitlines())  # feedback stays on one line
     # a default repr holds a memory address, which differs from run to run
     return (
         f"{type(value).__name__} object"

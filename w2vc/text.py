@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import torch
 
-from w2vc.audio import (
+from .audio import (
     EXTRACTOR_FILE,
     NESTED,
     PROCESSOR_FILE,
@@ -108,7 +108,7 @@ def word_offsets(chars: Sequence[Mapping[str, Any]], delimiter: str = " ") -> li
 
 
 # %% ../nbs/41_text.ipynb #c3683334
-def vocabulary_problems(  # noqa: PLR0917
+def vocabulary_problems(
     vocab: Mapping[str, int],
     pad_token: str | None = "<pad>",
     unk_token: str | None = "<unk>",
@@ -180,7 +180,7 @@ def _unreachable(
     ]
     if mixed:
         found.append(
-            f"{_some(mixed)} hold a space or the word delimiter {delimiter!r}: words would run together"
+            f"a space or the word delimiter {delimiter!r} is in {_some(mixed)}: words would run together"
         )
     lower = [s for s in plain if len(s) == 1 and s != s.upper()]
     if do_lower_case and lower:
