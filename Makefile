@@ -49,7 +49,7 @@ book: executed ## execute every chapter and write the site
 
 lab: $(STAMP) ## open the chapters in JupyterLab
 	@echo "== JupyterLab opens nbs/. Start with 00_start.ipynb; stop with Ctrl-C."
-	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=nbs nbs/00_start.ipynb
+	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=nbs --LabApp.default_url=/lab/tree/00_start.ipynb
 
 # The chapters run two at a time first; a chapter that fails here fails again, by name, in tests/test_programs.py.
 test: CHECK := $(BIN)/python -m pytest

@@ -755,3 +755,17 @@ def test_importing_the_module_needs_neither() -> None:
     code = "import sys; sys.modules['soundfile'] = sys.modules['soxr'] = sys.modules['huggingface_hub'] = None; import w2vc.audio"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert module.Wav2Vec2FeatureExtractor().sampling_rate == RATE
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("kind", [None, "np", "pt"])
+def test_the_result_never_shares_memory_with_the_callers_audio(kind: str | None, many: bool) -> None:
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
+    given = [sound(50), sound(50 if kind == "pt" else 70)]
+    before = [row.copy() for row in given]
+    out = extractor(given if many else given[0], sampling_rate=RATE, return_tensors=kind)
+    padded = extractor.pad({"input_values": given}, padding=False, return_tensors=kind or "np")
+    for rows in (out.input_values, padded.input_values):
+        for row in rows:
+            row[:] = 9.0
+    assert all(np.array_equal(row, old) for row, old in zip(given, before, strict=True))

@@ -165,6 +165,20 @@ def test_longest_match(pair: Any) -> None:
     assert theirs.tokenize("abced") == ["a", "b", "c", "e", "d"]
 
 
+def test_longest_of_those_that_start_alike(pair: Any) -> None:
+    vocab = {s: i for i, s in enumerate(["<", "<pad>", "<pad", "</s>", "<unk>", "|", *"bers", "ee", "eer", "eers"])}
+    ours, theirs = pair(vocab, bos_token="<pad")
+    for text, tokens in (("beer", ["b", "eer"]), ("beers", ["b", "eers"]), ("e<pad>e", ["e", "<pad>", "e"])):
+        assert ours.tokenize(text) == theirs.tokenize(text) == tokens
+
+
+def test_delimiter_that_ends_sentences_too(pair: Any) -> None:
+    ours, theirs = pair(LETTERS, eos_token="|")
+    path = [5, 4, 5, 2]
+    assert ours.all_special_tokens == ["<s>", "<unk>", "<pad>"]
+    assert ours.decode(path, skip_special_tokens=True) == theirs.decode(path, skip_special_tokens=True) == "E E</s>"
+
+
 def test_long_delimiter(pair: Any) -> None:
     """transformers spells a long delimiter letter by letter."""
     vocab = {s: i for i, s in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<sep>", "A", "B"])}

@@ -433,7 +433,7 @@ def _stack(rows: list[Any], key: str, kind: str) -> Any:
             f"{key} has rows of {min(sizes)} to {max(sizes)} values, which is no tensor: pass padding=True"
         )
     ragged = np.empty(len(rows), dtype=object)
-    ragged[:] = rows
+    ragged[:] = [row.copy() for row in rows]
     return ragged
 
 
@@ -654,7 +654,9 @@ class Wav2Vec2FeatureExtractor(_Settings):
             )
         plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
         rows = [row[:kept] for row, (kept, _) in zip(rows, plan, strict=True)]
-        rows = [normalise(row) for row in rows] if self.do_normalize else rows
+        rows = [
+            normalise(row) if self.do_normalize else row.copy() for row in rows
+        ]  # never the caller's memory
         return self._fill({"input_values": rows}, plan, return_attention_mask, return_tensors)
 
     def pad(  # noqa: PLR0917

@@ -20,15 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import torch
 
-from .audio import (
-    EXTRACTOR_FILE,
-    NESTED,
-    PROCESSOR_FILE,
-    BatchFeature,
-    Wav2Vec2FeatureExtractor,
-    _read_json,
-    plan_lengths,
-)
+from .audio import BatchFeature, Wav2Vec2FeatureExtractor, _read_json, plan_lengths
 from .config import find_file, nearest, write_together
 from .model import ModelOutput
 
@@ -336,6 +328,7 @@ class _Symbols:
 
     def _prepare(self) -> None:
         """Make the two patterns that cut a text: special tokens first, then symbols, longest first."""
+        self._ids = self.encoder | self.added_tokens_encoder
         special = self.all_special_tokens
         cut = dict.fromkeys(
             [*special, *(t for t in self.added_tokens_encoder if t != self.word_delimiter_token)]
@@ -344,7 +337,7 @@ class _Symbols:
             "(" + "|".join(map(re.escape, sorted(filter(None, cut), key=len, reverse=True))) + ")"
         )
         self._strips = {t for t in special if len(t) > 1 and t in self.encoder}
-        long = [s for s in self.get_vocab() if len(s) > 1 and s not in cut]
+        long = [s for s in self._ids if len(s) > 1 and s not in cut]
         self._symbol = re.compile(
             "|".join([*map(re.escape, sorted(long, key=len, reverse=True)), "."]), re.DOTALL
         )
@@ -360,10 +353,10 @@ class _Symbols:
 
     def get_vocab(self) -> dict[str, int]:
         """All symbols and their ids."""
-        return self.encoder | self.added_tokens_encoder
+        return dict(self._ids)
 
     def __len__(self) -> int:
-        return len(self.get_vocab())
+        return len(self._ids)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{knob}={getattr(self, knob)!r}" for knob in self.knobs[:7])
@@ -382,10 +375,10 @@ class _Symbols:
     @property
     def all_special_ids(self) -> list[int]:
         """The ids of the special tokens."""
-        return [self.get_vocab()[token] for token in self.all_special_tokens]
+        return [self._ids[token] for token in self.all_special_tokens]
 
     def _id_of(self, token: str | None) -> int | None:
-        return None if token is None else self.get_vocab().get(token)
+        return None if token is None else self._ids.get(token)
 
     @property
     def pad_token_id(self) -> int | None:
@@ -488,7 +481,7 @@ class _Encoding(_Symbols):
         return self._look_up(tokens)
 
     def _look_up(self, tokens: Sequence[str]) -> list[int]:
-        vocab, unknown = self.get_vocab(), self.unk_token_id
+        vocab, unknown = self._ids, self.unk_token_id
         missing = [token for token in tokens if token not in vocab]
         if missing and unknown is None:
             raise ValueError(
@@ -692,7 +685,8 @@ class _Decoding(_Symbols):
         if isinstance(ids, numbers.Integral):
             return self._symbols_of([int(ids)])[0]
         tokens = self._symbols_of(_id_list(ids))
-        return [t for t in tokens if t not in self.all_special_tokens] if skip_special_tokens else tokens
+        skipped = set(self.all_special_tokens) if skip_special_tokens else set()
+        return [token for token in tokens if token not in skipped]
 
     def _symbols_of(self, ids: list[int]) -> list[str]:
         missing = [i for i in ids if i not in self.decoder]
@@ -906,7 +900,7 @@ def _tokenizer_settings(
     for key in _Symbols.knobs:
         if isinstance(settings.get(key), dict):  # {"content": "<s>", "lstrip": false, ...}
             settings[key] = settings[key]["content"]
-    return settings, dict(sorted(added.items(), key=lambda pair: pair[1]))
+    return settings, added
 
 
 # %% ../nbs/41_text.ipynb #1bb00761
@@ -1075,8 +1069,8 @@ class Wav2Vec2Processor:
         settings = self.feature_extractor.to_dict()
         files = {
             **self.tokenizer.files(**kind),
-            EXTRACTOR_FILE: _json_bytes(settings | kind),
-            PROCESSOR_FILE: _json_bytes({NESTED: settings, **kind}),
+            "preprocessor_config.json": _json_bytes(settings | kind),
+            "processor_config.json": _json_bytes({"feature_extractor": settings, **kind}),
         }
         write_together(save_directory, files, remove=(ADDED_FILE, "special_tokens_map.json"))
 
