@@ -240,3 +240,10 @@ def test_a_verdict_shows_nothing_twice(capsys: pytest.CaptureFixture[str]) -> No
     capsys.readouterr()
     verdict._ipython_display_()
     assert capsys.readouterr().out == ""
+
+
+def test_feedback_stays_on_one_line() -> None:
+    pair = torch.tensor([1, 2]).sort()  # its repr has line breaks
+    assert "\n" in repr(pair)
+    assert "\n" not in describe(pair)
+    assert "\n" not in check_property(lambda: pair, lambda result: result[5], name="x").message

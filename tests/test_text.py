@@ -166,7 +166,9 @@ def test_longest_match(pair: Any) -> None:
 
 
 def test_longest_of_those_that_start_alike(pair: Any) -> None:
-    vocab = {s: i for i, s in enumerate(["<", "<pad>", "<pad", "</s>", "<unk>", "|", *"bers", "ee", "eer", "eers"])}
+    vocab = {
+        s: i for i, s in enumerate(["<", "<pad>", "<pad", "</s>", "<unk>", "|", *"bers", "ee", "eer", "eers"])
+    }
     ours, theirs = pair(vocab, bos_token="<pad")
     for text, tokens in (("beer", ["b", "eer"]), ("beers", ["b", "eers"]), ("e<pad>e", ["e", "<pad>", "e"])):
         assert ours.tokenize(text) == theirs.tokenize(text) == tokens
@@ -176,7 +178,11 @@ def test_delimiter_that_ends_sentences_too(pair: Any) -> None:
     ours, theirs = pair(LETTERS, eos_token="|")
     path = [5, 4, 5, 2]
     assert ours.all_special_tokens == ["<s>", "<unk>", "<pad>"]
-    assert ours.decode(path, skip_special_tokens=True) == theirs.decode(path, skip_special_tokens=True) == "E E</s>"
+    assert (
+        ours.decode(path, skip_special_tokens=True)
+        == theirs.decode(path, skip_special_tokens=True)
+        == "E E</s>"
+    )
 
 
 def test_long_delimiter(pair: Any) -> None:
@@ -443,6 +449,15 @@ def test_older_files(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no vocab\.json"):
         Wav2Vec2CTCTokenizer.from_pretrained(tmp_path)
+
+
+def test_added_id_that_is_taken(tmp_path: Path) -> None:
+    """A file may say that <s> has an id that a letter has: the vocabulary is right, or the letter could not be read."""
+    (tmp_path / "vocab.json").write_text(json.dumps(BLOG))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<s>": 3, "</s>": 40}))
+    ours = Wav2Vec2CTCTokenizer.from_pretrained(tmp_path, unk_token="[UNK]", pad_token="[PAD]")
+    assert ours.get_vocab() == BLOG | {"<s>": 14, "</s>": 40}
+    assert ours.decode([BLOG["c"]]) == "c"
 
 
 def test_added_tokens(pair: Any, tmp_path: Path) -> None:

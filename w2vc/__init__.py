@@ -3,23 +3,31 @@
 from . import recordings as recordings  # registers the human speech sets that load_speech knows by name
 from .audio import BatchFeature, Wav2Vec2FeatureExtractor, load_audio
 from .config import Wav2Vec2ConformerConfig
+from .ctc import CausalLMOutput, Wav2Vec2ConformerForCTC
 from .masking import compute_mask_indices
 from .model import Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
 from .negatives import sample_negative_indices
 from .pretraining import Wav2Vec2ConformerForPreTraining, Wav2Vec2ConformerForPreTrainingOutput
 from .speech import Utterance, load_dataset, load_speech
+from .text import AutoFeatureExtractor, AutoProcessor, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoFeatureExtractor",
+    "AutoProcessor",
     "BatchFeature",
+    "CausalLMOutput",
     "Utterance",
     "Wav2Vec2BaseModelOutput",
+    "Wav2Vec2CTCTokenizer",
     "Wav2Vec2ConformerConfig",
+    "Wav2Vec2ConformerForCTC",
     "Wav2Vec2ConformerForPreTraining",
     "Wav2Vec2ConformerForPreTrainingOutput",
     "Wav2Vec2ConformerModel",
     "Wav2Vec2FeatureExtractor",
+    "Wav2Vec2Processor",
     "compute_mask_indices",
     "load_audio",
     "load_dataset",

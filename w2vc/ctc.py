@@ -110,9 +110,9 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     states = weave_blanks(labels, blank)  # [B, S]
     log_probs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
     emit = log_probs.gather(2, states[:, None].expand(-1, T, -1))  # [B, T, S]
-    skips = (states != blank) & (
+    skips = (
         states != pad(states, (2, 0), value=blank)[:, :-2]
-    )  # a label unlike the last
+    )  # a label unlike the last (blanks are all alike)
     reach = torch.full_like(emit[:, 0], _NEVER)  # [B, S]: log probability of all ways to stand here
     reach[:, 0] = 0.0  # before the first frame we stand on the first blank
     for t in range(T):
@@ -217,20 +217,6 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         width = config.output_hidden_size if config.add_adapter else config.hidden_size
         self.lm_head = nn.Linear(width, config.vocab_size)
         self.init_weights()
-
-    def _get_feat_extract_output_lengths(
-        self, input_lengths: Tensor | int, add_adapter: bool | None = None
-    ) -> Tensor:
-        """Count the frames that come out for `input_lengths` samples."""
-        return self.wav2vec2_conformer._get_feat_extract_output_lengths(input_lengths, add_adapter)
-
-    def _get_feature_vector_attention_mask(
-        self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
-    ) -> Tensor:
-        """Turn a mask over samples `[B, S]` into one over frames, True = real."""
-        return self.wav2vec2_conformer._get_feature_vector_attention_mask(
-            feature_vector_length, attention_mask, add_adapter
-        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's ctc_loss reads lengths: never one graph
     def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -427,6 +427,20 @@ class ModelBase(nn.Module):
         """Count the parameters; `only_trainable` leaves out frozen ones."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
+    def _get_feat_extract_output_lengths(
+        self, input_lengths: Tensor | int, add_adapter: bool | None = None
+    ) -> Tensor:
+        """Count the frames that come out for `input_lengths` samples; the base model knows."""
+        base: Any = self.base_model
+        return base._get_feat_extract_output_lengths(input_lengths, add_adapter)
+
+    def _get_feature_vector_attention_mask(
+        self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
+    ) -> Tensor:
+        """Turn a mask over samples `[B, S]` into one over frames `[B, T]`, True = real; the base model knows."""
+        base: Any = self.base_model
+        return base._get_feature_vector_attention_mask(feature_vector_length, attention_mask, add_adapter)
+
     def freeze_feature_encoder(self) -> None:
         """Train everything but the convolutional feature encoder."""
         self.base_model.feature_extractor.requires_grad_(False)

@@ -233,12 +233,6 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
         """Set the Gumbel temperature (> 0), for instance after each optimiser step."""
         self.quantizer.set_temperature(temperature)
 
-    def _get_feat_extract_output_lengths(
-        self, input_lengths: Tensor | int, add_adapter: bool | None = None
-    ) -> Tensor:
-        """Count the frames that come out for `input_lengths` samples."""
-        return self.wav2vec2_conformer._get_feat_extract_output_lengths(input_lengths, add_adapter)
-
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
         self,
         input_values: Tensor,
