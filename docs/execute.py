@@ -4,8 +4,7 @@ python docs/execute.py nbs/12_masking.ipynb --out _build/executed/12_masking.ipy
 python docs/execute.py nbs/12_masking.ipynb --inplace
 
 The executed copy serves the tests and the site alike. Beside it lies NAME.json with the seconds and the peak memory
-of the kernel. A chapter that fails leaves no copy in the --out folder (so make tries again), but
-_build/failed/NAME.ipynb to look at, and the failing cell on the screen.
+of the kernel. A chapter that fails leaves no copy, so that make tries again, and its name and failing cell on the screen.
 """
 
 from __future__ import annotations

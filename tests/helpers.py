@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from w2vc.config import Wav2Vec2ConformerConfig
+from w2vc.pretrained import PreTrainedModel
 
 PARITY = 1e-5  # the largest relative difference allowed in fp32 (design: outputs, losses and gradients alike)
 worst: dict[str, float] = {}  # largest difference seen per name; conftest prints it after the run
@@ -29,6 +30,16 @@ def peer_config(config: Wav2Vec2ConformerConfig, **knobs: Any) -> Any:
     peer = PeerConfig(**ours, **knobs)
     peer._attn_implementation = "eager"
     return peer
+
+
+def twin(ours: PreTrainedModel) -> Any:
+    """transformers' model of the same name with the same weights, loaded strictly in both directions."""
+    import transformers
+
+    theirs = getattr(transformers, type(ours).__name__)(peer_config(ours.config))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs.train(ours.training)
 
 
 @torch.no_grad()

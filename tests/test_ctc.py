@@ -217,15 +217,6 @@ def batch(padded: bool = False) -> dict[str, Tensor]:
     return {**inputs, "attention_mask": attention_mask} if padded else inputs
 
 
-def twin(ours: Wav2Vec2ConformerForCTC) -> Any:
-    from transformers import Wav2Vec2ConformerForCTC as Peer
-
-    theirs = Peer(helpers.peer_config(ours.config))
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs.train(ours.training)
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("norm", ["group", "layer"])
@@ -239,7 +230,7 @@ def test_parity_of_the_whole_head(positions: str | None, norm: str, padded: bool
         hidden_states_pre_norm=True,
     )
     ours = build(config, training)
-    theirs = twin(ours)
+    theirs = helpers.twin(ours)
     inputs = batch(padded)
     flags = {"output_hidden_states": True, "output_attentions": True}
     a, b = ours(**inputs, **flags), theirs(**inputs, **flags)
@@ -269,7 +260,7 @@ def test_parity_of_the_whole_head(positions: str | None, norm: str, padded: bool
 @pytest.mark.parametrize("padded", [False, True])
 def test_parity_with_an_adapter(padded: bool, knobs: dict[str, Any]) -> None:
     ours = build(still(add_adapter=True, padding_invariant=False, **{"num_adapter_layers": 2, **knobs}))
-    theirs = twin(ours)
+    theirs = helpers.twin(ours)
     inputs = batch(padded)
     inputs["labels"][:, 2:] = -100  # an adapter leaves few frames
     a, b = ours(**inputs), theirs(**inputs)
@@ -285,7 +276,7 @@ def test_parity_with_an_adapter(padded: bool, knobs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("zero_infinity", [False, True])
 def test_reductions(reduction: str, zero_infinity: bool) -> None:
     ours = build(still(padding_invariant=False))
-    theirs = twin(ours)
+    theirs = helpers.twin(ours)
     inputs = batch(padded=True)
     if zero_infinity:
         inputs["labels"] = torch.cat([inputs["labels"], torch.full((3, 40), -100)], 1)
@@ -326,7 +317,7 @@ def test_without_a_look_an_infeasible_row_is_infinite(monkeypatch: pytest.Monkey
     ours = build(still())
     values, labels = torch.randn(1, SAMPLES), torch.full((1, 60), 5)
     assert ours(values, labels=labels).loss.isinf()
-    assert twin(ours)(values, labels=labels).loss.isinf()
+    assert helpers.twin(ours)(values, labels=labels).loss.isinf()
     ours.config.ctc_zero_infinity = True
     assert ours(values, labels=labels).loss.item() == 0
 
@@ -386,7 +377,7 @@ def test_labels_of_every_form_mean_the_same() -> None:
 
 def test_another_blank_and_none() -> None:
     ours = build(still(pad_token_id=5, padding_invariant=False))
-    theirs = twin(ours)
+    theirs = helpers.twin(ours)
     inputs = batch(padded=True)
     inputs["labels"][0, 0] = 0  # an ordinary letter now
     a, b = ours(**inputs), theirs(**inputs)
@@ -427,7 +418,7 @@ def test_initialisation() -> None:
 
 def test_strict_state_dict_both_ways_and_tuple_outputs() -> None:
     ours = build(still())
-    theirs = twin(ours)  # loads strictly in both directions
+    theirs = helpers.twin(ours)  # loads strictly in both directions
     assert sorted(ours.state_dict()) == sorted(theirs.state_dict())
     inputs = batch()
     for with_labels in (True, False):

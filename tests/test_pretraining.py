@@ -306,15 +306,6 @@ def same_noise(*models: nn.Module) -> None:
         model.quantizer.register_forward_pre_hook(lambda *_: torch.manual_seed(11) and None)
 
 
-def twin(ours: Wav2Vec2ConformerForPreTraining) -> Any:
-    from transformers import Wav2Vec2ConformerForPreTraining as Peer
-
-    theirs = Peer(helpers.peer_config(ours.config))
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs.train(ours.training)
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("norm", ["group", "layer"])
@@ -327,7 +318,7 @@ def test_parity_of_the_whole_head(positions: str | None, norm: str, padded: bool
         padding_invariant=False,
     )
     ours = build(config, training)
-    theirs = twin(ours)
+    theirs = helpers.twin(ours)
     same_noise(ours, theirs)
     ours.set_gumbel_temperature(1.5)
     theirs.quantizer.temperature = 1.5
@@ -355,7 +346,7 @@ def test_parity_of_the_whole_head(positions: str | None, norm: str, padded: bool
 
 def test_strict_state_dict_both_ways_and_tuple_outputs() -> None:
     ours = build(still())
-    theirs = twin(ours)  # loads strictly in both directions
+    theirs = helpers.twin(ours)  # loads strictly in both directions
     assert sorted(ours.state_dict()) == sorted(theirs.state_dict())
     inputs = batch(ours)
     for drop in ((), ("sampled_negative_indices",), ("sampled_negative_indices", "mask_time_indices")):

@@ -65,3 +65,23 @@ def test_start_runs_on_human_speech(tmp_path: Path) -> None:
         "it ran on the built-in corpus"
     )
     assert json.loads((tmp_path / "start.json").read_text())["seconds"] <= 30
+
+
+def test_a_failing_cell_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    """What a contributor sees after a mistake: the chapter, the cell and the error; and no copy that looks finished."""
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in ("x = 0", "1 / x", "x")]
+    )
+    nbformat.write(nb, tmp_path / "07_wrong.ipynb")
+    command = [
+        sys.executable,
+        "docs/execute.py",
+        str(tmp_path / "07_wrong.ipynb"),
+        "--out",
+        str(tmp_path / "out.ipynb"),
+    ]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert out.returncode == 1
+    for part in ("07_wrong", "1 / x", "ZeroDivisionError"):
+        assert part in out.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["07_wrong.ipynb"]
