@@ -40,7 +40,7 @@ $(RUN)/%.ipynb: nbs/%.ipynb $(PACKAGE) $(DATA) docs/execute.py | $(STAMP)
 
 executed: $(STAMP) ## execute every chapter whose copy in _build/executed is stale
 	@echo "== Executing the chapters and solutions that are out of date ($(words $(EXECUTED)) in all, $(JOBS) at a time)"
-	@$(MAKE) --no-print-directory -k -j$(JOBS) $(EXECUTED)
+	@$(MAKE) -s --no-print-directory -k -j$(JOBS) $(EXECUTED)
 
 book: executed ## execute every chapter and write the site
 	@echo "== Building the site"
