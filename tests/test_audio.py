@@ -556,7 +556,7 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
         Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "nowhere")
     file = tmp_path / "preprocessor_config.json"
     for text, message in (
-        ("{", r"preprocessor_config\.json is not JSON"),
+        ("{", r"preprocessor_config\.json is not valid JSON"),
         ("[]", "must hold a JSON object"),
         ('{"feature_extractor_type": "SeamlessM4TFeatureExtractor"}', "SeamlessM4TFeatureExtractor"),
         ('{"feature_size": 80}', "feature_size=80"),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .config import find_file, nearest, write_atomically
+from .config import find_file, nearest, read_json, write_atomically
 
 # %% auto #0
 __all__ = [
@@ -479,30 +479,19 @@ EXTRACTOR_FILE, PROCESSOR_FILE, NESTED = (
 )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or name the file that is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
 def _read_settings(name_or_path: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
     """Find the settings of a checkpoint: inside `processor_config.json`, as newer ones have it, or in a file of their own."""
     if Path(name_or_path).is_file():
-        content = _read_json(Path(name_or_path))
+        content = read_json(Path(name_or_path))
         return content.get(NESTED, content)
     joint = find_file(name_or_path, PROCESSOR_FILE, revision=revision)
-    content = {} if joint is None else _read_json(joint)
+    content = {} if joint is None else read_json(joint)
     if NESTED in content:
         return content[NESTED]
     path = find_file(name_or_path, EXTRACTOR_FILE, revision=revision)
     if path is None:
         raise FileNotFoundError(f"{os.fspath(name_or_path)!r} has no {EXTRACTOR_FILE}")
-    return _read_json(path)
+    return read_json(path)
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -511,7 +500,7 @@ def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
         content = settings
         if name == PROCESSOR_FILE:
             joint = find_file(folder, name)
-            content = {} if joint is None else _read_json(joint)
+            content = {} if joint is None else read_json(joint)
             if NESTED not in content:
                 return
             content = {**content, NESTED: settings}

@@ -64,6 +64,7 @@ __all__ = [
     "finish_save",
     "write_together",
     "find_file",
+    "read_json",
     "SavedKnobs",
     "accept_knobs",
     "Wav2Vec2ConformerConfig",
@@ -655,6 +656,21 @@ def find_file(
         ) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: If it holds anything else, with the name of the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON (cut short?): {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
+    return content
+
+
 # %% ../nbs/02_config.ipynb #6836cc98
 class SavedKnobs(AllKnobs):
     """Knobs that go to files and come back."""
@@ -731,13 +747,7 @@ class SavedKnobs(AllKnobs):
         found = path if path.is_file() else find_file(name_or_path, "config.json", revision=revision)
         if found is None:
             raise FileNotFoundError(f"{os.fspath(name_or_path)!r} has no config.json")
-        try:
-            data = json.loads(found.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{found} is not valid JSON (cut short?): {error}") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"{found} must hold a JSON object, but holds a {type(data).__name__}")
-        return cls.from_dict(data, **overrides)
+        return cls.from_dict(read_json(found), **overrides)
 
 
 # %% ../nbs/02_config.ipynb #4bbb3e7d

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import torch
 
-from .audio import BatchFeature, Wav2Vec2FeatureExtractor, _read_json, plan_lengths
-from .config import find_file, nearest, write_together
+from .audio import BatchFeature, Wav2Vec2FeatureExtractor, plan_lengths
+from .config import find_file, nearest, read_json, write_together
 from .model import ModelOutput
 
 # %% auto #0
@@ -263,7 +263,7 @@ class _Symbols:
     ) -> None:
         if padding_side not in {"right", "left"}:
             raise ValueError(f"padding_side={padding_side!r} must be 'right' or 'left'")
-        self.vocab = dict(vocab_file) if isinstance(vocab_file, Mapping) else _read_json(Path(vocab_file))
+        self.vocab = dict(vocab_file) if isinstance(vocab_file, Mapping) else read_json(Path(vocab_file))
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.unk_token = unk_token
@@ -883,7 +883,7 @@ def _tokenizer_settings(
 
     def read(name: str) -> dict[str, Any]:
         path = find_file(name_or_path, name, revision=revision)
-        return {} if path is None else _read_json(path)
+        return {} if path is None else read_json(path)
 
     settings = read(TOKENIZER_FILE)
     kind = str(settings.get("tokenizer_class") or "Wav2Vec2CTCTokenizer").removesuffix("Fast")
