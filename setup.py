@@ -15,7 +15,7 @@ extras = {
     key.removesuffix("_requirements"): shlex.split(cfg[key]) for key in cfg if key.endswith("_requirements")
 }
 extras["all"] = sorted(
-    {need for name in ("audio", "viz", "hub", "data", "synth", "human") for need in extras[name]}
+    {need for name in ("audio", "viz", "hub", "data", "synth", "human", "train", "eval", "cli") for need in extras[name]}
 )
 extras["dev"] = sorted({need for needs in list(extras.values()) for need in needs})
 
@@ -30,5 +30,5 @@ setup(
     package_data={"w2vc": ["py.typed", "assets/**/*"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,
-    entry_points={"nbdev": ["w2vc = w2vc._modidx:d"]},
+    entry_points={"nbdev": ["w2vc = w2vc._modidx:d"], "console_scripts": ["w2vc = w2vc.cli:main"]},
 )

@@ -25,6 +25,11 @@ PARTS = {  # caption: the chapters whose number lies in this range
     "From frames to context": range(20, 32),
     "Learning without labels": range(32, 40),
     "Writing down what was said": range(40, 44),
+    "What it is, who speaks, and when": range(44, 47),
+    "At work": range(47, 50),
+    "Learning for real": range(50, 60),
+    "Looking inside": range(60, 70),
+    "Fast and large": range(70, 80),
     "Reference": range(90, 100),
 }
 DIRECTIVE = re.compile(r"^#\s*\|\s*(.+?)\s*\n?$")

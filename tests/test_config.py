@@ -460,28 +460,6 @@ def test_find_file_local(tmp_path: Path) -> None:
             find_file(missing, "a.json")
 
 
-def test_find_file_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    asked: list[Any] = []
-
-    def download(repo: str, name: str, revision: str | None = None) -> str:
-        asked.append((repo, name, revision))
-        if name == "config.json":
-            return str(tmp_path / name)
-        raise {"none": EntryNotFoundError, "offline": LocalEntryNotFoundError}.get(name, OSError)("no\nway")
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert find_file("who/what", "config.json", revision="main") == tmp_path / "config.json"
-    assert asked == [("who/what", "config.json", "main")]
-    assert find_file("who/what", "none") is None
-    with pytest.raises(FileNotFoundError, match=r"'who/what'.*hub cannot be reached"):
-        find_file("who/what", "offline")
-    with pytest.raises(FileNotFoundError, match=r"'who/what'.*OSError: no$"):
-        find_file("who/what", "other")
-
-
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -494,5 +472,7 @@ def test_offline_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_pat
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor a checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^'nobody/no-such-checkpoint' is no folder here.*cannot be reached"
+    ):
         Wav2Vec2ConformerConfig.from_pretrained("nobody/no-such-checkpoint")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
+import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections import Counter
@@ -20,12 +24,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers import assert_close, randomise_, tiny_config
+from released import stand_in, write_released
+from w2vc import AutoProcessor, Wav2Vec2FeatureExtractor, load_speech, pretrained
 from w2vc import config as config_module
-from w2vc import pretrained
+from w2vc.classification import (
+    Wav2Vec2ConformerForAudioFrameClassification,
+    Wav2Vec2ConformerForSequenceClassification,
+)
 from w2vc.config import JOURNAL, Wav2Vec2ConformerConfig, find_file, parameter_counts, write_together
+from w2vc.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model import Wav2Vec2ConformerModel
 from w2vc.pretrained import BASE, PreTrainedModel, modern_name, read_checkpoint
 from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
+from w2vc.speaker import Wav2Vec2ConformerForXVector
 
 KINDS: dict[str, dict[str, Any]] = {
     "relative-group": {},
@@ -183,6 +194,104 @@ def test_both_namings_of_weight_norm(name: str, tmp_path: Path) -> None:
         cls.from_pretrained(tmp_path)
 
 
+# ---------------------------------------------------------------- with every head, through the doors of transformers
+
+HEADS: dict[str, type[PreTrainedModel]] = {
+    "AutoModel": Wav2Vec2ConformerModel,
+    "AutoModelForPreTraining": Wav2Vec2ConformerForPreTraining,
+    "AutoModelForCTC": Wav2Vec2ConformerForCTC,
+    "AutoModelForAudioClassification": Wav2Vec2ConformerForSequenceClassification,
+    "AutoModelForAudioFrameClassification": Wav2Vec2ConformerForAudioFrameClassification,
+    "AutoModelForAudioXVector": Wav2Vec2ConformerForXVector,
+}
+WEIGHTED = {"use_weighted_layer_sum": True, "hidden_states_pre_norm": True}
+DOORS = [(door, {}) for door in HEADS] + [(door, WEIGHTED) for door in list(HEADS)[3:]]
+doors = pytest.mark.parametrize(("door", "knobs"), DOORS, ids=[d + "-weighted" * bool(k) for d, k in DOORS])
+THREE = {"id2label": {0: "yes", 1: "no", 2: "maybe"}, "label2id": {"yes": 0, "no": 1, "maybe": 2}}
+
+
+def assert_same_outputs(name: str, ours: PreTrainedModel, theirs: Any) -> None:
+    x = torch.randn(2, 6000)
+    with torch.no_grad():
+        mine, yours = ours(x), theirs.eval()(x)
+    assert set(mine.keys()) == set(yours.keys())
+    for key in mine:
+        assert_close(f"{name} {key}", mine[key], yours[key])
+
+
+@doors
+def test_the_auto_classes_of_transformers_open_what_we_save(
+    door: str, knobs: dict[str, Any], tmp_path: Path
+) -> None:
+    import transformers
+
+    ours = build(HEADS[door], **THREE, **knobs)
+    ours.save_pretrained(tmp_path)
+    theirs, info = getattr(transformers, door).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(theirs).__name__ == type(ours).__name__
+    assert theirs.config.id2label == THREE["id2label"]
+    assert_same_outputs(f"{door}, saved by us", ours, theirs)
+
+
+@doors
+def test_we_open_every_head_that_transformers_saves(door: str, knobs: dict[str, Any], tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.Wav2Vec2ConformerConfig.from_dict(tiny_config(**THREE, **knobs).to_dict())
+    theirs = randomise_(getattr(transformers, HEADS[door].__name__)(config), 3)
+    theirs.save_pretrained(tmp_path)
+    ours = HEADS[door].from_pretrained(tmp_path)
+    assert ours.load_report is not None
+    assert len(ours.load_report.loaded) == len(theirs.state_dict())
+    assert ours.config.id2label == THREE["id2label"]
+    assert_same_outputs(f"{door}, saved by them", ours, theirs)
+
+
+def test_the_speech_recognition_pipeline_of_transformers(tmp_path: Path) -> None:
+    """Model and processor saved by us in one folder are a checkpoint for `transformers.pipeline`."""
+    import transformers
+
+    model = stand_in()
+    write_released(model, tmp_path / "old")
+    processor = AutoProcessor.from_pretrained(tmp_path / "old")
+    processor.save_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "ours")
+    sound = [load_speech("builtin")[i].audio for i in (0, 1)]
+
+    peer = transformers.AutoProcessor.from_pretrained(tmp_path / "ours")
+    assert type(peer).__name__ == "Wav2Vec2Processor"
+    options: dict[str, Any] = {"sampling_rate": 16_000, "padding": True, "return_tensors": "pt"}
+    mine, yours = processor(sound, **options), peer(sound, **options)
+    assert set(mine) == set(yours) == {"input_values", "attention_mask"}
+    assert_close("processor saved by us", mine["input_values"], yours["input_values"])
+    assert peer(text="HELLO").input_ids == processor(text="HELLO").input_ids
+
+    listen = transformers.pipeline("automatic-speech-recognition", model=str(tmp_path / "ours"))
+    assert type(listen.model).__name__ == "Wav2Vec2ConformerForCTC"
+    for audio in sound:
+        inputs = processor(audio, sampling_rate=16_000, return_tensors="pt")
+        with torch.no_grad():
+            text = processor.batch_decode(model(**inputs).logits.argmax(-1))[0]
+        assert len(text) > 5
+        assert listen({"raw": audio, "sampling_rate": 16_000})["text"] == text
+
+
+def test_the_audio_classification_pipeline_of_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    model = build(Wav2Vec2ConformerForSequenceClassification, **THREE)
+    model.save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    judge = transformers.pipeline("audio-classification", model=str(tmp_path), top_k=3)
+    audio = load_speech("builtin")[0].audio
+    inputs = Wav2Vec2FeatureExtractor()(audio, sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(**inputs).logits.softmax(-1)[0].tolist()
+    for verdict in judge({"raw": audio, "sampling_rate": 16_000}):
+        assert verdict["score"] == pytest.approx(scores[THREE["label2id"][verdict["label"]]], abs=1e-5)
+
+
 # ---------------------------------------------------------------- what must fit, and what need not
 
 
@@ -315,6 +424,15 @@ def test_dtype(dtype: Any, tmp_path: Path) -> None:
         assert head.lm_head.weight.dtype == wanted  # fresh parts follow
 
 
+def test_speeds_of_rotary_positions_are_never_rounded(tmp_path: Path) -> None:
+    """Also those that are not the usual ones, which could be computed anew."""
+    model = build(position_embeddings_type="rotary")
+    model.encoder.embed_positions.inv_freq.mul_(1.01)
+    model.save_pretrained(tmp_path)
+    half = Wav2Vec2ConformerModel.from_pretrained(tmp_path, dtype="bfloat16")
+    assert torch.equal(half.encoder.embed_positions.inv_freq, model.encoder.embed_positions.inv_freq)
+
+
 def test_bad_dtype_and_overrides(tmp_path: Path) -> None:
     build().save_pretrained(tmp_path)
     for dtype in (torch.int8, "bfloat61", "nn", 16):
@@ -369,6 +487,54 @@ def test_saving_keeps_the_config_files_other_keys(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^hidden_act="):
         model.save_pretrained(tmp_path)
     assert same(Wav2Vec2ConformerModel.from_pretrained(tmp_path), model)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
+    """A result, and by how many bytes this process's memory rose at its highest, file pages included."""
+
+    def memory(key: str) -> int:
+        return int(re.findall(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # what earlier tests freed goes back to the system
+    if trim:
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
+    before = memory("VmRSS")
+    result = work()
+    return result, memory("VmHWM") - before
+
+
+@pytest.fixture(scope="module")
+def hundred_megabytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the default width with one layer, written without a model."""
+    folder = tmp_path_factory.mktemp("large")
+    config = Wav2Vec2ConformerConfig(num_hidden_layers=1)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in Wav2Vec2ConformerModel(config).state_dict().items()}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if "num_batches" not in name}
+    tensors |= {name: torch.tensor(0) for name in shapes if "num_batches" in name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's memory accounts")
+@pytest.mark.parametrize(("dtype", "share"), [(None, 1.0), ("float32", 1.0), ("bfloat16", 0.5)])
+def test_no_number_is_in_memory_twice(
+    dtype: str | None, share: float, hundred_megabytes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load takes the memory of the model as it will be, and one window on the file."""
+    monkeypatch.setattr(pretrained, "WINDOW", 8_000_000)
+    size = (hundred_megabytes / "model.safetensors").stat().st_size
+    assert size > 90e6
+    largest = 4 * 768 * 48 * 128
+    model, peak = peak_of(lambda: Wav2Vec2ConformerModel.from_pretrained(hundred_megabytes, dtype=dtype))
+    assert model.dtype == getattr(torch, dtype or "float32")
+    assert share * size * 0.5 < peak < share * size + 8_000_000 + largest + 5_000_000
 
 
 # ---------------------------------------------------------------- first values
@@ -628,7 +794,7 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         Wav2Vec2ConformerModel.from_pretrained(tmp_path)
     tiny_config().save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         Wav2Vec2ConformerModel.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="neither a folder here nor"):
         Wav2Vec2ConformerModel.from_pretrained(tmp_path / "nowhere")
@@ -639,21 +805,22 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Wav2Vec2ConformerModel.from_pretrained("nobody/nothing")
 
 
-def test_a_hub_id_is_read_through_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    from huggingface_hub.errors import EntryNotFoundError
-
-    model = build()
-    model.save_pretrained(tmp_path, max_shard_bytes=20_000)
-
-    def download(repo: str, name: str, revision: str | None = None) -> str:
-        assert (repo, revision) == ("who/what", "v1")
-        if not (tmp_path / name).exists():
-            raise EntryNotFoundError("404")
-        return str(tmp_path / name)
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert same(Wav2Vec2ConformerModel.from_pretrained("who/what", revision="v1"), model)
+def test_fairseq_checkpoints_are_sent_to_their_own_door(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint_best.pt"
+    torch.save({"model": {}, "cfg": None}, file)
+    words = r"checkpoint_best\.pt one of fairseq's checkpoints\? w2vc\.fairseq\.load_fairseq reads those$"
+    for cls in (Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel, Wav2Vec2ConformerForCTC, AutoProcessor):
+        for place in (file, str(file), tmp_path):
+            with pytest.raises(FileNotFoundError, match=words):
+                cls.from_pretrained(place)
+    assert callable(importlib.import_module("w2vc.fairseq").load_fairseq)
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"has no weights.*{words}"):
+        Wav2Vec2ConformerModel.from_pretrained(tmp_path)
+    build().save_pretrained(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(FileNotFoundError, match=r"is a file, and a checkpoint is a folder$"):
+            Wav2Vec2ConformerModel.from_pretrained(tmp_path / name)
 
 
 def test_the_file_says_format_pt_and_holds_every_tensor(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 import sys
 from itertools import pairwise
@@ -156,3 +157,44 @@ def test_pairs_are_not_read_as_one_word() -> None:
     pytest.importorskip("espeakng_loader")
     u = S.synthesize("a boat with the girl of the house", S.Voice("x", "en", "m3"))
     assert [w.label for w in u.words] == u.text.split()
+
+
+# ------------------------------------------------------------------------------------------ hours of it, on demand
+
+
+def first(split: str, n: int) -> list[S.Line]:
+    return list(itertools.islice(S.large_script(split), n))
+
+
+def test_large_script_keeps_its_voices_and_texts_apart() -> None:
+    parts = {split: first(split, 300) for split in ("train", "dev", "test")}
+    variants = {split: {line.voice.variant for line in lines} for split, lines in parts.items()}
+    assert variants["test"] == {voice.variant for voice in S.TEST_VOICES.values()}
+    assert not variants["train"] & variants["dev"]
+    assert not (variants["train"] | variants["dev"]) & variants["test"]
+    builtin = {line.text for line in S.english_script() if line.kind != "keyword"}
+    for lines in parts.values():
+        assert not builtin & {line.text for line in lines if line.kind != "keyword"}
+        assert {line.kind for line in lines} == set(S.MAKERS)
+    assert first("train", 300) == parts["train"]  # the same script every time
+    assert len({line.voice.id for line in parts["train"]}) == 2 * len(S.TRAIN_VARIANTS)
+
+
+def test_synthetic_speech_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("espeakng_loader")
+    monkeypatch.setenv("W2VC_CACHE", str(tmp_path))
+    train = load_speech("synthetic", hours=0.005)
+    assert 18 <= train.seconds < 25  # the last utterance may go over
+    assert [u.text for u in train] == [line.text for line in first("train", len(train))]
+    assert [u.phones for u in train[:2]] == [line.speak().phones for line in first("train", 2)]
+    monkeypatch.setattr(S, "synthesize", None)  # nothing is spoken again
+    assert len(load_speech("synthetic", "dev", hours=0.005)) >= 1
+    np.testing.assert_array_equal(load_speech("synthetic", hours=0.005)[3].audio, train[3].audio)
+
+
+@pytest.mark.parametrize("hours", [0, -1.0, float("nan")])
+def test_synthetic_speech_refuses_no_hours(hours: float) -> None:
+    with pytest.raises(ValueError, match="hours="):
+        load_speech("synthetic", hours=hours)
+    with pytest.raises(ValueError, match=r"'builtin' takes no such option: .*hours"):
+        load_speech("builtin", hours=1)

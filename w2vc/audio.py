@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .config import find_file, nearest, read_json, write_atomically
+from .config import find_file, lacks, nearest, pin_revision, read_json, write_atomically
 
 # %% auto #0
 __all__ = [
@@ -484,13 +484,14 @@ def _read_settings(name_or_path: str | os.PathLike[str], revision: str | None) -
     if Path(name_or_path).is_file():
         content = read_json(Path(name_or_path))
         return content.get(NESTED, content)
+    revision = pin_revision(name_or_path, EXTRACTOR_FILE, revision=revision)
     joint = find_file(name_or_path, PROCESSOR_FILE, revision=revision)
     content = {} if joint is None else read_json(joint)
     if NESTED in content:
         return content[NESTED]
     path = find_file(name_or_path, EXTRACTOR_FILE, revision=revision)
     if path is None:
-        raise FileNotFoundError(f"{os.fspath(name_or_path)!r} has no {EXTRACTOR_FILE}")
+        raise lacks(name_or_path, EXTRACTOR_FILE)
     return read_json(path)
 
 

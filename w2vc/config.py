@@ -31,6 +31,7 @@ __all__ = [
     "Activation",
     "CHECKS",
     "JOURNAL",
+    "COMMIT",
     "ConfigType",
     "TINY",
     "LARGE",
@@ -63,7 +64,11 @@ __all__ = [
     "pending_save",
     "finish_save",
     "write_together",
+    "hub_problem",
+    "find_on_hub",
+    "lacks",
     "find_file",
+    "pin_revision",
     "read_json",
     "SavedKnobs",
     "accept_knobs",
@@ -607,6 +612,97 @@ def write_together(
 
 
 # %% ../nbs/02_config.ipynb #eaa695f1
+COMMIT = re.compile(r"[0-9a-f]{40}")  # the name of one state of a repository: it never changes its content
+
+
+def hub_problem(repo: str, filename: str, revision: str | None, error: Exception) -> str:
+    """Say in one line why the hub gave no file, and what to do.
+
+    Args:
+        repo: Hub id.
+        filename: The file that was wanted.
+        revision: The revision that was wanted.
+        error: What the hub's client raised.
+    """
+    from huggingface_hub import constants, errors
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    said = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo!r} is gated on the hub: ask for access at {constants.ENDPOINT}/{repo}, then {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo!r} has no revision {revision!r} on the hub: name one of its branches, tags or commits"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{repo!r} is neither a folder here nor a repository on the hub; if it is a private one, {log_in}"
+        )
+    answered = isinstance(error.__cause__ or error, errors.HfHubHTTPError)
+    if isinstance(error, errors.LocalEntryNotFoundError) and not answered:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT}: {said}"
+        wanted = filename if revision is None else f"{filename} of revision {revision!r}"
+        return (
+            f"{repo!r} is no folder here, the cache has no {wanted}, and the hub cannot be reached ({why}): "
+            "go online once, or pass a folder"
+        )
+    return f"{repo!r} is no folder here, and the hub does not give {filename}: {said}"
+
+
+# %% ../nbs/02_config.ipynb #7b12e655
+def find_on_hub(repo: str, filename: str, revision: str | None = None) -> Path | None:
+    """Find a file in the hub's cache on this disk, fetched first if the hub has a newer one.
+
+    Args:
+        repo: Hub id such as "facebook/wav2vec2-conformer-rel-pos-large".
+        filename: The file's name inside it.
+        revision: Branch, tag or commit; None: the main branch.
+
+    Returns:
+        The path in the cache, or None where the repository has no such file.
+
+    Raises:
+        FileNotFoundError: Unknown, private or gated repository; unknown revision; or no network and not in the cache.
+        ImportError: huggingface_hub is not installed.
+    """
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise ImportError('reading from the hub needs huggingface_hub: pip install "w2vc[hub]"') from error
+    try:
+        cached = hub.try_to_load_from_cache(repo, filename, revision=revision)
+        absent = cached is not None and not isinstance(cached, str)  # the cache remembers that there is none
+        if absent and COMMIT.fullmatch(revision or ""):
+            return None
+        if not isinstance(cached, str):  # ask if the hub is there: the download would ask for half a minute
+            try:
+                hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, revision=revision))
+            except errors.HfHubHTTPError:
+                pass  # it is, and the download hears the same answer
+            except Exception as silence:
+                if absent:
+                    return None
+                raise errors.LocalEntryNotFoundError(str(silence)) from silence
+        return Path(hub.hf_hub_download(repo, filename, revision=revision))
+    except Exception as error:  # the client has many kinds; for a reader of checkpoints they are one
+        local = isinstance(error, errors.LocalEntryNotFoundError)
+        if isinstance(error, errors.EntryNotFoundError) and not local:
+            return None
+        raise FileNotFoundError(hub_problem(repo, filename, revision, error)) from error
+
+
+# %% ../nbs/02_config.ipynb #92a1935f
+def lacks(name_or_path: str | os.PathLike[str], what: str) -> FileNotFoundError:
+    """The error for a checkpoint without a file; it knows the looks of fairseq's checkpoints, which are files."""
+    path = Path(name_or_path)
+    pickles = [path] if path.is_file() else sorted(path.glob("*.pt")) if path.is_dir() else []
+    problem = "is a file, and a checkpoint is a folder" if path.is_file() else f"has no {what}"
+    if any(pickle.suffix in {".pt", ".pth"} for pickle in pickles):
+        problem += (
+            f"; is {pickles[0].name} one of fairseq's checkpoints? w2vc.fairseq.load_fairseq reads those"
+        )
+    return FileNotFoundError(f"{os.fspath(name_or_path)!r} {problem}")
+
+
 def find_file(
     name_or_path: str | os.PathLike[str], filename: str, *, revision: str | None = None
 ) -> Path | None:
@@ -621,39 +717,44 @@ def find_file(
         The local path, or None where the folder or repository exists and has no such file.
 
     Raises:
-        FileNotFoundError: Neither a folder nor a repository that can be reached.
+        FileNotFoundError: Neither a folder nor a repository that can be reached; the message says what to do.
         ImportError: A hub id, and huggingface_hub is not installed.
     """
     folder = Path(name_or_path)
+    if folder.is_file():
+        raise lacks(folder, filename)
     if os.fspath(name_or_path) and folder.is_dir():
         written = pending_save(folder).get(filename, filename)
         names = (
             [] if written is None else [written, filename]
         )  # the second: already renamed when the cut came
         return next((folder / name for name in names if (folder / name).is_file()), None)
-    problem = f"{os.fspath(name_or_path)!r} is neither a folder here nor a checkpoint that the hub gives out"
     if not isinstance(name_or_path, str) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
+        problem = (
+            f"{os.fspath(name_or_path)!r} is neither a folder here nor the name of a checkpoint on the hub"
+        )
         raise FileNotFoundError(f"{problem}: it reads like a path, and nothing is there")
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ImportError('reading from the hub needs huggingface_hub: pip install "w2vc[hub]"') from error
-    try:
-        return Path(huggingface_hub.hf_hub_download(name_or_path, filename, revision=revision))
-    except LocalEntryNotFoundError as error:  # offline, and not in the cache
-        raise FileNotFoundError(
-            f"{problem}: the hub cannot be reached and the cache lacks {filename}"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except (
-        Exception
-    ) as error:  # unknown repository or revision, no access, no network: one kind of error for all
-        reason = str(error).strip().splitlines()
-        raise FileNotFoundError(
-            f"{problem}: {type(error).__name__}: {reason[0] if reason else ''}"
-        ) from error
+    return find_on_hub(name_or_path, filename, revision)
+
+
+# %% ../nbs/02_config.ipynb #2df0c2a5
+def pin_revision(
+    name_or_path: str | os.PathLike[str], filename: str, *, revision: str | None = None
+) -> str | None:
+    """Turn a branch or tag into the commit that it stands at, so that files read one by one belong together.
+
+    Args:
+        name_or_path: A folder, or a hub id.
+        filename: A file that the checkpoint should have; the cache keeps it under its commit.
+        revision: Branch, tag or commit on the hub; None: the main branch.
+
+    Returns:
+        The commit; or `revision` itself for a folder, or where there is no such file.
+    """
+    if Path(name_or_path).exists() or COMMIT.fullmatch(revision or ""):
+        return revision
+    found = find_file(name_or_path, filename, revision=revision)
+    return found.parent.name if found is not None and COMMIT.fullmatch(found.parent.name) else revision
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -744,9 +845,10 @@ class SavedKnobs(AllKnobs):
             ValueError: The file is no JSON object, or a knob in it breaks a rule.
         """
         path = Path(name_or_path)
-        found = path if path.is_file() else find_file(name_or_path, "config.json", revision=revision)
+        alone = path.is_file() and path.suffix in {".json", ""}
+        found = path if alone else find_file(name_or_path, "config.json", revision=revision)
         if found is None:
-            raise FileNotFoundError(f"{os.fspath(name_or_path)!r} has no config.json")
+            raise lacks(name_or_path, "config.json")
         return cls.from_dict(read_json(found), **overrides)
 
 

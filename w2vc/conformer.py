@@ -24,6 +24,7 @@ __all__ = [
     "FeedForward",
     "ConformerBlock",
     "skip_layer",
+    "several_processes",
     "keep_buffers",
     "recompute_contexts",
     "ConformerEncoder",
@@ -115,6 +116,12 @@ def skip_layer(layerdrop: float, training: bool) -> bool:
     return training and layerdrop > 0 and torch.rand([], device="cpu").item() < layerdrop
 
 
+def several_processes() -> bool:
+    """Say whether several processes train together; each then waits for a gradient of every parameter from all others."""
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
+
+
 # %% ../nbs/26_conformer.ipynb #1b48bda4
 @contextmanager
 def keep_buffers(module: nn.Module) -> Iterator[None]:
@@ -194,7 +201,12 @@ class ConformerEncoder(nn.Module):
             if output_hidden_states:
                 states += (hidden,)
             maps = None
-            if not skip_layer(self.config.layerdrop, self.training):
+            skipped = skip_layer(self.config.layerdrop, self.training)
+            if skipped and several_processes():  # run it for nothing: gradients of 0 instead of none
+                with keep_buffers(block):
+                    unused, _ = self._run(block, hidden, frame_mask, positions, False)
+                hidden = torch.where(torch.ones((), dtype=torch.bool, device=hidden.device), hidden, unused)
+            elif not skipped:
                 hidden, maps = self._run(block, hidden, frame_mask, positions, output_attentions)
             attentions += (maps,)
         last = self.layer_norm(hidden)

@@ -218,7 +218,6 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         self.lm_head = nn.Linear(width, config.vocab_size)
         self.init_weights()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's ctc_loss reads lengths: never one graph
     def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The CTC loss of a batch in fp32, joined as the config says."""
         config, (B, T, V) = self.config, logits.shape
@@ -277,7 +276,10 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
             return_dict=True,
         )
         logits = self.lm_head(self.dropout(base.last_hidden_state))
-        loss = None if labels is None else self._loss(logits, labels, attention_mask)
+        loss_of = self._loss
+        if torch.compiler.is_compiling():  # torch's ctc_loss reads lengths: never one graph
+            loss_of = torch.compiler.disable(loss_of)
+        loss = None if labels is None else loss_of(logits, labels, attention_mask)
         output = CausalLMOutput(loss, logits, base.hidden_states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()

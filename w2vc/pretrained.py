@@ -12,6 +12,7 @@ import math
 import os
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +23,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .config import Wav2Vec2ConformerConfig, find_file, refuse, write_together
+from .config import Wav2Vec2ConformerConfig, find_file, lacks, pin_revision, refuse, write_together
 from .positions import rotary_speeds
 
 # %% auto #0
 __all__ = [
     "Start",
     "NAMED_STARTS",
+    "Placement",
+    "WINDOW",
     "BASE",
     "OPTIONAL",
     "uniform_by_inputs",
@@ -37,6 +40,8 @@ __all__ = [
     "initialise",
     "modern_name",
     "modern_names",
+    "placement",
+    "read_safetensors",
     "read_tensors",
     "read_shards",
     "read_checkpoint",
@@ -160,22 +165,62 @@ def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # %% ../nbs/28_pretrained.ipynb #8f4f5930
-def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
+Placement = Callable[[str, Tensor], Tensor]  # (name, tensor of a file): the tensor where and as it will live
+WINDOW = 64_000_000  # bytes of a file that are looked at before its map is closed and opened anew
+
+
+def placement(dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Placement:
+    """How the tensors of a file are copied: to a type and a device, while reading, so that nothing exists twice.
+
+    Args:
+        dtype: For floating numbers; the speeds of rotary positions keep theirs (chapter 20). None: as in the file.
+        device: Where to; None: the CPU.
+    """
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        keeps = dtype is None or not tensor.is_floating_point() or name.endswith("inv_freq")
+        return tensor.to(device=device or "cpu", dtype=tensor.dtype if keeps else dtype)
+
+    return place
+
+
+def read_safetensors(path: Path, place: Placement) -> dict[str, Tensor]:
+    """Read a safetensors file through a memory map: each tensor is copied once, from the file to its place.
+
+    The pages of a map count as used memory until it is closed, hence the `WINDOW`. Nothing that is returned hangs on
+    the file: it may change or go.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = deque(file.keys())
+    tensors: dict[str, Tensor] = {}
+    while names:
+        seen = 0
+        with safetensors.safe_open(path, framework="pt") as file:
+            while names and seen < WINDOW:
+                view = file.get_tensor(name := names.popleft())
+                placed = place(name, view)
+                tensors[name] = placed.clone() if placed is view else placed
+                seen += view.nbytes
+    return tensors
+
+
+def read_tensors(path: Path, kind: str, place: Placement | None = None) -> dict[str, Tensor]:
     """Read one weight file, and nothing but tensors.
 
     Args:
         path: The file.
         kind: "safetensors" or "bin" (a torch pickle, read by `weights_only`).
+        place: What to do with each tensor; None: leave it as it is, on the CPU.
 
     Raises:
         ValueError: The file is damaged, cut short, or holds code or other objects.
     """
+    place = place or placement()
     try:
         if kind == "safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return read_safetensors(path, place)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))  # what a pickle names to be called
@@ -187,12 +232,17 @@ def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is refused: {why}") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is refused: it must hold a dict of tensors by name")
-    return dict(tensors)
+    tensors = dict(tensors)
+    return {name: place(name, tensors.pop(name)) for name in list(tensors)}
 
 
 # %% ../nbs/28_pretrained.ipynb #e8ba54f7
 def read_shards(
-    name_or_path: str | os.PathLike[str], index: Path, kind: str, revision: str | None
+    name_or_path: str | os.PathLike[str],
+    index: Path,
+    kind: str,
+    revision: str | None,
+    place: Placement | None = None,
 ) -> dict[str, Tensor]:
     """Read the shards that an index lists, and check that each holds what the index says."""
     try:
@@ -210,7 +260,7 @@ def read_shards(
         path = find_file(name_or_path, shard, revision=revision)
         if path is None:
             raise FileNotFoundError(f"{os.fspath(name_or_path)!r} lacks {shard}, which its index lists")
-        found = read_tensors(path, kind)
+        found = read_tensors(path, kind, place)
         if lost := sorted(name for name in places if places[name] == shard and name not in found):
             raise ValueError(f"{path} lacks tensors that the index promises: {listing(lost)}")
         tensors |= found
@@ -218,30 +268,34 @@ def read_shards(
 
 
 def read_checkpoint(
-    name_or_path: str | os.PathLike[str], *, revision: str | None = None
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Read all weights of a checkpoint, from one file or from shards; safetensors are preferred.
 
     Args:
         name_or_path: A folder or a hub id.
         revision: Branch, tag or commit on the hub.
+        dtype: For floating numbers; None: as in the file.
+        device: Where to; None: the CPU.
 
     Returns:
-        Tensor by name, on the CPU, with today's names (see `modern_name`).
+        Tensor by name, with today's names (see `modern_name`).
 
     Raises:
         FileNotFoundError: No weights there, or a shard is gone.
         ValueError: A file is damaged, or index and shards disagree.
     """
+    place = placement(dtype, device)
     for single, kind in (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin")):
         if path := find_file(name_or_path, single, revision=revision):
-            return modern_names(read_tensors(path, kind))
+            return modern_names(read_tensors(path, kind, place))
         if index := find_file(name_or_path, f"{single}.index.json", revision=revision):
-            return modern_names(read_shards(name_or_path, index, kind, revision))
-    where = os.fspath(name_or_path)
-    raise FileNotFoundError(
-        f"{where!r} holds no weights: no model.safetensors, no pytorch_model.bin, no index of shards"
-    )
+            return modern_names(read_shards(name_or_path, index, kind, revision, place))
+    raise lacks(name_or_path, "weights: no model.safetensors, no pytorch_model.bin, no index of shards")
 
 
 # %% ../nbs/28_pretrained.ipynb #358b68b2
@@ -351,7 +405,9 @@ def fill(
     report, pairs = match_names(expected, tensors, is_base=model.base_model is model)
     if strict and not report.fits:
         lists = f"{source} does not fit {type(model).__name__}:\n{report}"
-        raise ValueError(f"{lists}\nstrict=False loads what fits and starts the rest afresh.")
+        raise ValueError(
+            f"{lists}\nstrict=False loads what fits, starts the rest afresh, and lists it in load_report."
+        )
     loaded = {name: tensors.pop(theirs).to(device=device) for name, theirs in pairs.items()}
     tensors.clear()
     absent = [name for name in expected if name not in loaded]
@@ -560,10 +616,11 @@ class PreTrainedModel(ModelBase):
             ValueError: A file is damaged or holds code; or, if `strict`, tensors are missing, unexpected, mis-shaped.
         """
         dtype = read_dtype(dtype)
+        revision = pin_revision(name_or_path, "config.json", revision=revision)
         config = Wav2Vec2ConformerConfig.from_pretrained(name_or_path, revision=revision, **config_overrides)
         with torch.device("meta"):  # shapes without memory: nothing is initialised twice
             model = cls(config)
-        tensors = read_checkpoint(name_or_path, revision=revision)
+        tensors = read_checkpoint(name_or_path, revision=revision, dtype=dtype, device=device)
         source = repr(os.fspath(name_or_path))
         model.load_report = fill(model, tensors, device=device, strict=strict, source=source)
         return model.to(device=device, dtype=dtype).eval()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import re
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from .audio import Samples, load_audio
 from .speech import DIGITS, SAMPLING_RATE, SOURCES, Speech, SpeechUnavailableError, Utterance
 
 # isort: split
-from .speech import load_packed, save_speech
+from .speech import load_packed, save_speech, speech_cache
 
 # %% auto #0
 __all__ = ["HUMAN", "spoken_form", "HumanSet", "fetch_speech"]
@@ -183,11 +182,6 @@ def _decode(path: Path) -> Samples:
 
 
 # %% ../nbs/06_recordings.ipynb #60a9dd12
-def _cache() -> Path:
-    """The folder for fetched speech: W2VC_CACHE, or ~/.cache/w2vc."""
-    return Path(os.environ.get("W2VC_CACHE") or "~/.cache/w2vc").expanduser() / "speech"
-
-
 def _run(*command: str | Path, cwd: Path) -> str:
     """Run a tool; return "" or what it said when it failed."""
     try:
@@ -258,11 +252,11 @@ def fetch_speech(name: str, source: str | Path | None = None) -> Path:
     """
     if name not in HUMAN:
         raise ValueError(f"name={name!r}: the human sets are {list(HUMAN)}")
-    human, target = HUMAN[name], _cache() / name
+    human, target = HUMAN[name], speech_cache() / name
     if (target / "speech.json").is_file() and source is None:
         return target
-    _cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_cache(), prefix=f".{name}-") as temporary:
+    speech_cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=speech_cache(), prefix=f".{name}-") as temporary:
         if source is None:
             print(f"Fetching {name}, {human.megabytes} MB, into the cache. Licence: {human.licence}.")
         root = _unpack_packages(name, Path(temporary)) if source is None else Path(source).expanduser()
@@ -307,7 +301,7 @@ def _load_human(split: str) -> Speech:
     """Load the best human set at hand: one that is in the cache, else one that can be fetched."""
     order = ("asterisk-en", "librivox")
     reasons = []
-    for name in sorted(order, key=lambda name: not (_cache() / name / "speech.json").is_file()):
+    for name in sorted(order, key=lambda name: not (speech_cache() / name / "speech.json").is_file()):
         try:
             return _load_set(name, split if HUMAN[name].splits else "all")
         except (SpeechUnavailableError, ImportError) as error:
@@ -338,7 +332,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         for name, human in HUMAN.items():
             here = (
                 "in the cache"
-                if (_cache() / name / "speech.json").is_file()
+                if (speech_cache() / name / "speech.json").is_file()
                 else f"{human.megabytes} MB to fetch"
             )
             print(f"{name}: {human.language}, speakers: {human.speakers}; {human.licence}; {here}")

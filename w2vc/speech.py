@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -42,6 +43,7 @@ __all__ = [
     "load_packed",
     "SpeechUnavailableError",
     "speech_assets",
+    "speech_cache",
     "load_speech",
     "frame_labels",
     "mix",
@@ -423,7 +425,12 @@ def speech_assets() -> Path:
     return Path(str(resources.files("w2vc"))) / "assets" / "speech"
 
 
-SOURCES: dict[str, Callable[[str], Speech]] = {
+def speech_cache() -> Path:
+    """Return the folder for speech that was fetched or spoken on demand: W2VC_CACHE, or ~/.cache/w2vc."""
+    return Path(os.environ.get("W2VC_CACHE") or "~/.cache/w2vc").expanduser() / "speech"
+
+
+SOURCES: dict[str, Callable[..., Speech]] = {
     "builtin": lambda split: load_packed(speech_assets() / "english", "builtin", split),
     "builtin-languages": lambda split: load_packed(speech_assets() / "languages", "builtin-languages", split),
 }
@@ -435,11 +442,11 @@ def load_speech(name: str | Path | None = None, split: str = "train", **options:
 
     Args:
         name: "builtin" (English) or "builtin-languages" (six languages), both synthetic with timed words and phones;
-            "builtin-mixes" (two speakers at a time); any other key of `SOURCES`, such as "human" or "librivox" of
-            chapter 06; or a folder of recordings. By default what the environment variable W2VC_SPEECH names, or
+            "builtin-mixes" (two speakers at a time); "synthetic" (hours of it, spoken on demand); any other key of
+            `SOURCES`, such as "human" or "librivox" of chapter 06; or a folder of recordings. By default what the environment variable W2VC_SPEECH names, or
             "builtin" (also, with a note, where that source cannot be had).
         split: "train", "dev", "test" or "all". A set without splits is all "train".
-        **options: For a folder: see `load_folder`.
+        **options: For a folder: see `load_folder`; for "synthetic": `hours`.
 
     Returns:
         The utterances. Nothing is decoded yet.
@@ -463,7 +470,11 @@ def load_speech(name: str | Path | None = None, split: str = "train", **options:
 def _load_named(name: str, split: str, options: dict[str, Any]) -> Speech:
     """Find out what a name means."""
     if name in SOURCES:
-        return SOURCES[name](split)
+        try:
+            inspect.signature(SOURCES[name]).bind(split, **options)
+        except TypeError as error:
+            raise ValueError(f"{name!r} takes no such option: {error}") from None
+        return SOURCES[name](split, **options)
     if Path(name).expanduser().exists():
         return load_folder(name, split, **options)
     raise ValueError(f"name={name!r} is no folder here and no known set; known sets: {list(SOURCES)}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import ctypes.util
+import itertools
 import random
 import re
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from .audio import resample
 from .speech import DIGITS, KEYWORDS, SAMPLING_RATE, SILENCE, Segment, Utterance
 
 # isort: split
-from .speech import save_speech, speech_assets
+from .speech import SOURCES, Speech, load_packed, save_speech, speech_assets, speech_cache
 
 # %% auto #0
 __all__ = [
@@ -34,6 +35,10 @@ __all__ = [
     "TEST_VOICES",
     "PHRASES",
     "SCRIPTS",
+    "COMMON_WORDS",
+    "DEV_VARIANTS",
+    "TRAIN_VARIANTS",
+    "MAKERS",
     "Voice",
     "synthesize",
     "make_digits",
@@ -42,6 +47,10 @@ __all__ = [
     "english_script",
     "language_script",
     "build_corpus",
+    "many_voices",
+    "make_words",
+    "large_script",
+    "synthetic_speech",
 ]
 
 
@@ -406,14 +415,6 @@ def build_corpus(folder: str | Path | None = None) -> None:
     """
     for directory, script in SCRIPTS.items():
         lines = script()
-        about = {
-            "licence": "Apache-2.0, as w2vc itself: the texts are ours, and the audio is the output of a program",
-            "source": "spoken by espeak-ng 1.52.0 (espeakng-loader 0.2.4) with python -m w2vc.synthesis",
-            "speakers": {
-                v.id: f"espeak-ng {v.language}+{v.variant}, pitch {v.pitch}, range {v.range}, {v.rate} words per minute"
-                for v in {line.voice.id: line.voice for line in lines}.values()
-            },
-        }
         splits: dict[str, list[Line]] = {}
         for line in lines:
             splits.setdefault(line.split, []).append(line)
@@ -421,10 +422,172 @@ def build_corpus(folder: str | Path | None = None) -> None:
         save_speech(
             (Path(folder) if folder else speech_assets()) / directory,
             spoken,
-            about,
+            _about(line.voice for line in lines),
             format="OGG",
             compression=0.45,
         )
+
+
+def _about(voices: Iterable[Voice]) -> dict[str, Any]:
+    """Say where synthetic speech comes from."""
+    return {
+        "licence": "Apache-2.0, as w2vc itself: the texts are ours, and the audio is the output of a program",
+        "source": "spoken by espeak-ng 1.52.0 (espeakng-loader 0.2.4) with w2vc.synthesis",
+        "speakers": {
+            v.id: f"espeak-ng {v.language}+{v.variant}, pitch {v.pitch}, range {v.range}, {v.rate} words per minute"
+            for v in {voice.id: voice for voice in voices}.values()
+        },
+    }
+
+
+# %% ../nbs/05_synthesis.ipynb #38b5f2cf
+COMMON_WORDS = tuple(
+    """
+    able about above across act add after again against age ago air all almost alone along already also always among animal
+    answer any appear area arm around arrive art ask away back bad ball bank bar base be bear beat beautiful became because
+    become bed been before began behind being believe below best better between big birth black blow board body bone both bottom
+    box branch break bright bring broad brother brought build burn busy but buy by cake call came camp can capital captain car
+    care carry case cat catch cause cell center century chance change check choose church circle city claim class clean clear
+    climb clock close cloth cloud coast coat cold color come common company complete condition connect consider contain control
+    cook cool copy corn corner correct cost cotton count country course cover cross crowd cry current cut dance danger dark
+    daughter day dead deal dear death decide deep degree describe desert design develop dictionary did die different difficult
+    dinner direct discuss distant divide do doctor does dollar done door double doubt draw dream dress drink drive drop dry
+    during dust duty each early earth ease east easy eat edge effect egg eight electric else empty end energy engine enough enter
+    equal escape even evening event ever every exact example except exercise expect explain express extension eye face fact fall
+    family famous far farm fast father favor fear feed feel feet fell felt few field fight figure fill final fine finger finish
+    fire first fit floor flow flower fly follow food foot force foreign forget form forward found fraction free fresh friend from
+    front fruit full game garden gas gather gave general gentle get give glad glass gold gone good got govern grand grass gray
+    great ground group grow guess guide gun had hair half hand happen hard hat have head health heart heat heavy held help hill
+    history hit hold hole home hope horse hot hour how huge human hundred hunt hurry ice idea if imagine important inch include
+    industry insect instant instead interest invent iron island job join joke joy judge jump just keep key kill kind knew know
+    lady lake land language large last late laugh law lay lead learn least led left length less letter level lie life lift light
+    like line liquid list listen little live log look lost lot love low machine made magnet main major make man many map mark
+    market mass master match material matter may mean measure meat meet men message metal method middle might mile milk million
+    mind mine minute miss mix modern moment money month moon more morning most mother motion move much multiply music must name
+    nation natural near necessary neck need neighbor never new next night noise none noon nor north nose note nothing notice now
+    number object ocean offer office often oil old once only open operate opinion opposite option order original other ought out
+    oxygen page pain paint pair paper paragraph parent part particular party pass past path pattern pay peace people perhaps
+    period person phone phrase pick picture piece place plain plan plane planet plant play please plural poem point poor position
+    possible pound power practice prepare present press pretty price print probable problem process produce product promise proper
+    protect proud prove provide public pull push put quart question quick quiet quite race radio rail rain raise ran range rather
+    reach read ready reason receive record region remember repeat reply represent require rest result rich ride ring rise road
+    rock roll room root rope round row rub rule run safe said sail salt same sand sat save say scale school science score sea
+    search season seat second section see seed seem segment select self sell send sense sentence separate serve service settle
+    several shall shape share sharp sheet shell shine ship shop shore short should shoulder shout side sight sign silent silver
+    similar simple since sing sister sit size skill skin sky sleep slip slow smell smile smoke snow soft soil soldier solution
+    some son song soon sound south space speak special speech speed spell spend spoke spot spread spring square stand star start
+    state station stay steam steel step stick still stone stood story straight strange stranger stream street stretch strong
+    student study subject substance success such sudden suffix sugar suggest suit summer sun supply support sure surface surprise
+    swim symbol system table tail take talk tall teach team teeth tell temperature ten term test than thank that them then there
+    these they thick thing think third those though thought thousand through throw thus tie time tiny tire together told tone too
+    took tool top total touch toward town track trade train transfer travel tree triangle trip trouble truck true trust try tube
+    turn twenty type uncle under unit until usual valley value vary very view village visit voice vowel wait walk wall want war
+    warm wash watch water wave way wear weather week weight welcome well went were west what wheel when which while white whole
+    whose why wide wife wild will wind window wing winter wire wish woman wonder wood word work world would write wrong yard year
+    yet young
+    """.split()  # noqa: SIM905
+)
+DEV_VARIANTS = ("Alicia", "f5", "david", "Hugo", "m6", "robert")
+TRAIN_VARIANTS = tuple(
+    """
+    f1 f2 f3 f4 anika aunty Andrea grandma m1 m2 m3 m4 m5 m7 Diogo paul Reed Mario edward Gene Alex Andy Denis Jacky Lee Marco
+    Michael Mike Storm adam antonio boris caleb ed grandpa ian john kaukovalta klatt klatt3 klatt4 marcelo max michel pablo
+    pedro rob sandro travis zac
+    """.split()  # noqa: SIM905
+)
+
+
+def many_voices(variants: Sequence[str], each: int, seed: str) -> list[Voice]:
+    """Make `each` speakers of every variant, with accents and random pitch, liveliness and rate."""
+    rng = random.Random(seed)
+    return [
+        Voice(
+            f"{variant}-{k}", rng.choice(["en-us", "en"]), variant, rng.randint(38, 62), rng.randint(35, 65), rng.randint(140, 185)
+        )
+        for k in range(each)
+        for variant in variants
+    ]  # fmt: skip
+
+
+# %% ../nbs/05_synthesis.ipynb #ec967cf8
+def make_words(rng: random.Random) -> str:
+    """Draw three to seven common words, in no order."""
+    return " ".join(rng.choice(COMMON_WORDS) for _ in range(rng.randint(3, 7)))
+
+
+MAKERS: dict[str, tuple[float, Callable[[random.Random], str]]] = {  # kind: (share of the utterances, maker)
+    "sentence": (0.40, make_sentence),
+    "words": (0.35, make_words),
+    "digits": (0.18, make_digits),
+    "keyword": (0.07, lambda rng: rng.choice(KEYWORDS)),
+}
+
+
+def large_script(split: str) -> Iterator[Line]:
+    """Write an endless script for "train", "dev" or "test", each with its own voices; no text of "builtin" but keywords."""
+    voices = {
+        "train": many_voices(TRAIN_VARIANTS, 2, "train"),
+        "dev": many_voices(DEV_VARIANTS, 1, "dev"),
+        "test": list(TEST_VOICES.values()),
+    }[split]
+    taken = {line.text for line in english_script()} - set(KEYWORDS)
+    kinds, shares = list(MAKERS), [share for share, _ in MAKERS.values()]
+    for k in itertools.count():
+        rng = random.Random(f"large {split} {k}")
+        kind, text = rng.choices(kinds, shares)[0], ""
+        while not text or text in taken:
+            text = MAKERS[kind][1](rng)
+        yield Line(split, f"{split}-{k:06d}", kind, text, voices[k % len(voices)])
+
+
+# %% ../nbs/05_synthesis.ipynb #012e18a0
+def _until(lines: Iterable[Line], hours: float, label: str) -> Iterator[Utterance]:
+    """Speak lines until there are enough hours of them, behind a progress bar."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError('a progress bar needs tqdm: pip install "w2vc[synth]"') from error
+    seconds = 0.0
+    with tqdm(
+        total=round(60 * hours), unit="min", desc=label, bar_format="{l_bar}{bar}| {n:.0f}/{total} min"
+    ) as bar:
+        for line in lines:
+            if seconds >= 3600 * hours:
+                return
+            spoken = line.speak()
+            seconds += spoken.seconds
+            bar.update(spoken.seconds / 60)
+            yield spoken
+
+
+def synthetic_speech(split: str = "train", hours: float = 5.0) -> Speech:
+    """Load a large synthetic corpus, spoken on the first call (some minutes per hour) and kept in the cache.
+
+    Args:
+        split: "train"; "dev" (six other voices); "test" (the eight test voices of "builtin", other texts); or "all".
+        hours: Hours of the training split; dev has a tenth, test a fifteenth of it.
+
+    Raises:
+        ImportError: If espeak-ng, soundfile or tqdm is missing.
+        ValueError: If hours is not positive, or there is no such split.
+    """
+    if not hours > 0:
+        raise ValueError(f"hours={hours!r}: allowed is a number above 0")
+    name = f"synthetic-{hours:g}h"
+    folder = speech_cache() / name
+    if not (folder / "speech.json").is_file():
+        parts = {"test": hours / 15, "dev": hours / 10, "train": hours}
+        spoken = {
+            part: _until(large_script(part), amount, f"{name} {part}") for part, amount in parts.items()
+        }
+        voices = [
+            v for part in parts for v in {line.voice for line in itertools.islice(large_script(part), 100)}
+        ]
+        save_speech(folder, spoken, _about(sorted(voices, key=lambda voice: voice.id)))
+    return load_packed(folder, name, split)
+
+
+SOURCES["synthetic"] = synthetic_speech  # load_speech knows it now
 
 
 # %% ../nbs/05_synthesis.ipynb #1192a959

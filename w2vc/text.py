@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .audio import BatchFeature, Wav2Vec2FeatureExtractor, plan_lengths
-from .config import find_file, nearest, read_json, write_together
+from .config import find_file, lacks, nearest, pin_revision, read_json, write_together
 from .model import ModelOutput
 
 # %% auto #0
@@ -817,10 +817,11 @@ class Wav2Vec2CTCTokenizer(_Encoding, _Decoding):
             FileNotFoundError: no such folder or checkpoint, or it has no `vocab.json`.
             ValueError: not JSON, another kind of tokenizer, or an unknown override.
         """
+        revision = pin_revision(name_or_path, VOCAB_FILE, revision=revision)
         settings, added = _tokenizer_settings(name_or_path, revision)
         path = find_file(name_or_path, VOCAB_FILE, revision=revision)
         if path is None:
-            raise FileNotFoundError(f"{os.fspath(name_or_path)!r} has no {VOCAB_FILE}")
+            raise lacks(name_or_path, VOCAB_FILE)
         for name in overrides:
             if name not in cls.knobs:
                 raise ValueError(
@@ -1055,6 +1056,7 @@ class Wav2Vec2Processor:
         for name in overrides:
             if name not in known:
                 raise ValueError(f"{name}= is no knob of a processor{nearest(name, known)}")
+        revision = pin_revision(name_or_path, VOCAB_FILE, revision=revision)
         extractor, tokenizer = (
             part.from_pretrained(
                 name_or_path, revision=revision, **{k: v for k, v in overrides.items() if k in part.knobs}
@@ -1117,6 +1119,7 @@ class AutoProcessor:
             FileNotFoundError: no such folder or checkpoint, or it has no such files.
             ValueError: a file that cannot be used, or an unknown override.
         """
+        revision = pin_revision(name_or_path, VOCAB_FILE, revision=revision)
         if find_file(name_or_path, VOCAB_FILE, revision=revision) is None:
             return Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=revision, **overrides)
         return Wav2Vec2Processor.from_pretrained(name_or_path, revision=revision, **overrides)

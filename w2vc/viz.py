@@ -719,10 +719,11 @@ def _draw_row(
 # %% ../nbs/90_viz.ipynb #f79d9c20
 MAP_BLOCKS = (
     "config", "audio", "speech", "features", "masking", "negatives", "quantizer", "positions", "attention", "convolution",
-    "conformer", "pretrained", "model", "pretraining",
+    "conformer", "pretrained", "model", "pretraining", "ctc", "text", "decoding", "alignment", "classification", "speaker",
+    "batches", "transcription", "training", "evaluation",
 )  # fmt: skip
 
-# key -> (left, top, width, height, title, kind), in pixels of a page 700 wide and 450 high; "a/b" belongs to block a
+# key -> (left, top, width, height, title, kind), in pixels of a page 700 wide and 550 high; "a/b" belongs to block a
 _BOXES: dict[str, tuple[float, float, float, float, str, str]] = {
     "audio": (8, 62, 84, 66, "audio", "sound"),
     "speech": (8, 178, 84, 44, "speech\ncorpus", "sound"),
@@ -739,10 +740,27 @@ _BOXES: dict[str, tuple[float, float, float, float, str, str]] = {
     "quantizer": (142, 322, 104, 52, "quantizer", "loss"),
     "negatives": (324, 322, 96, 52, "negatives", "loss"),
     "pretraining": (552, 322, 106, 52, "contrastive\nloss", "loss"),
-    "config": (8, 408, 338, 30, "config: every size in one place", "base"),
-    "pretrained": (354, 408, 338, 30, "pretrained: weights in and out", "base"),
+    "batches": (8, 256, 84, 40, "batches", "sound"),
+    "training": (8, 330, 84, 44, "training", "loss"),
+    "evaluation": (8, 438, 84, 44, "evaluation", "loss"),
+    "ctc": (142, 438, 62, 44, "CTC", "head"),
+    "decoding": (222, 438, 78, 44, "decoding", "head"),
+    "text": (318, 438, 50, 44, "text", "head"),
+    "alignment": (386, 438, 78, 44, "alignment", "head"),
+    "classification": (478, 438, 106, 44, "sequence and\nframe heads", "head"),
+    "speaker": (598, 438, 82, 44, "speaker\nx-vector", "head"),
+    "config": (8, 510, 214, 30, "config: every size", "base"),
+    "pretrained": (230, 510, 240, 30, "pretrained: weights in and out", "base"),
+    "transcription": (478, 510, 214, 30, "transcription: any length", "base"),
 }
-_TINTS = {"sound": "#DCEAF5", "latent": "#E3F1EC", "block": "#F3ECF5", "loss": "#FBE9DF", "base": "#EFEFEF"}
+_TINTS = {
+    "sound": "#DCEAF5",
+    "latent": "#E3F1EC",
+    "block": "#F3ECF5",
+    "loss": "#FBE9DF",
+    "head": "#FBF6D9",
+    "base": "#EFEFEF",
+}
 _LIT, _LIT_AREA = "#FFC845", "#FFF1CC"
 
 
@@ -802,10 +820,11 @@ def _draw_box(ax: Axes, key: str, lit: bool) -> None:
 
 # %% ../nbs/90_viz.ipynb #b8a16036
 def _draw_areas(ax: Axes, block: str | None) -> None:
-    """Draw the three areas behind the blocks: the model, one block magnified, pre-training."""
+    """Draw the areas behind the blocks: the model, one block magnified, pre-training, the heads."""
     areas = {
         "model": (128, 24, 564, 266),
         "pretraining": (128, 298, 564, 96),
+        "heads": (128, 402, 564, 92),
         "conformer": (192, 158, 446, 126),
     }
     for slug, area in areas.items():
@@ -823,7 +842,11 @@ def _draw_areas(ax: Axes, block: str | None) -> None:
         )
     for xs in ((542, 196), (636, 634)):
         ax.plot(xs, (128, 158), color="#8E6C96", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    for slug, x, y, text in (("model", 138, 37, "the model"), ("pretraining", 452, 383, "pre-training")):
+    for slug, x, y, text in (
+        ("model", 138, 37, "the model"),
+        ("pretraining", 452, 383, "pre-training"),
+        ("heads", 138, 413, "heads, with labels"),
+    ):
         look: dict[str, Any] = {"weight": "bold"} if slug == block else {"style": "italic"}
         _note(ax, x, y, text, ha="left", fontsize=9, **look)
     _note(ax, 204, 173, "inside one conformer block", ha="left", style="italic", fontsize=8.2)
@@ -861,6 +884,14 @@ def _draw_arrows(ax: Axes, config: Any) -> None:
         _arrow(ax, (start, 212), (stop, 212))
     _arrow(ax, (323, 250), (323, 234))
     _arrow(ax, (638, 95), (666, 95), (666, 308), (640, 308), (640, 322))  # context, down to the loss
+    ax.plot((666, 666, 173), (308, 425, 425), color=INK, linewidth=1.2, zorder=2)  # context, on to the heads
+    for x in (173, 531, 639):
+        _arrow(ax, (x, 425), (x, 438))
+    for start, stop in ((204, 222), (300, 318)):
+        _arrow(ax, (start, 460), (stop, 460))
+    _arrow(ax, (386, 460), (368, 460))  # the text and where it is heard
+    for start, stop in ((222, 256), (296, 330), (374, 438)):
+        _arrow(ax, (50, start), (50, stop))
     _arrow(ax, (312, 128), (312, 146), (164, 146), (164, 322))  # normalised frames, down to the quantizer
     _arrow(ax, (246, 348), (324, 348))
     _arrow(ax, (420, 348), (552, 348))
@@ -885,10 +916,10 @@ def draw_map(block: str | None = None, config: Any = None) -> tuple[Figure, str]
         from w2vc.config import Wav2Vec2ConformerConfig
 
         config = Wav2Vec2ConformerConfig()
-    fig = Figure(figsize=(7, 4.5), facecolor=PAPER)
+    fig = Figure(figsize=(7, 5.5), facecolor=PAPER)
     FigureCanvasAgg(fig)
     ax = fig.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, 700), ylim=(450, 0))
+    ax.set(xlim=(0, 700), ylim=(550, 0))
     ax.axis("off")
     _draw_areas(ax, block)
     for key in _BOXES:
@@ -926,7 +957,9 @@ def _map_text(block: str | None, config: Any) -> str:
         f"to 1 frame, {config.conv_dim[-1]} channels), the projection to width {config.hidden_size}, the mask and "
         f"{config.num_hidden_layers} conformer blocks (half a feed-forward, attention with positions, convolution, half a "
         "feed-forward, layer norm), and becomes context. For pre-training, the frames also go through the quantizer and, "
-        f"with negatives, meet the context in the contrastive loss. Lit: {names[block] if block else 'nothing'}."
+        "with negatives, meet the context in the contrastive loss. With labels, the context goes to a head instead: CTC, "
+        "then decoding and text with its alignment; sequence and frame heads; speaker x-vectors. Beside it speech goes in "
+        f"batches to training and evaluation. Lit: {names[block] if block else 'nothing'}."
     )
 
 

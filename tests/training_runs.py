@@ -1,0 +1,150 @@
+"""Small runs for the tests of training; run as a program, this is one of several processes that train together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import w2vc.quantizer
+from w2vc.recipes import Recipe, read_overrides
+from w2vc.speech import Speech, load_speech
+from w2vc.training import OBJECTIVE_CLASSES, MetricsLog, Trainer, train
+
+CALM = {  # nothing random inside the model, so that cuts of a batch can be compared
+    "hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "conformer_conv_dropout": 0.0,
+    "feat_proj_dropout": 0.0, "feat_quantizer_dropout": 0.0, "final_dropout": 0.0, "layerdrop": 0.0,
+    "mask_time_length": 4,
+}  # fmt: skip
+
+
+def make_recipe(objective: str = "pretraining", *overrides: str, **knobs: Any) -> Recipe:
+    """A run of a tiny model on the built-in speech."""
+    plain: dict[str, Any] = {
+        "objective": objective,
+        "model": {"size": "tiny", "config": {**CALM, "num_negatives": 5, **knobs}},
+        "data": {
+            "train": [{"name": "builtin", "split": "dev", "kinds": ["keyword"]}],
+            "valid": [{"name": "builtin", "split": "test", "kinds": ["keyword"], "hours": 0.003}],
+            "batch_seconds": 8.0, "batch_rows": 4,
+        },
+        "pretraining": {"mask_length": 4, "mask_prob": 0.5},
+        "optimizer": {"lr": 1e-3},
+        "run": {"steps": 6, "log_every": 1, "evaluate_every": 3, "save_every": 2, "cpu": True},
+    }  # fmt: skip
+    if objective == "pretraining":
+        plain["data"]["crop_seconds"] = 1.0
+    return Recipe.from_dict(read_overrides(plain, overrides))
+
+
+def fixed_noise(logits: Tensor, temperature: float) -> Tensor:
+    """Stands for the Gumbel softmax: no noise."""
+    return (logits / temperature).softmax(-1)
+
+
+def gradients_of_a_step(trainer: Trainer) -> dict[str, Tensor]:
+    """What the optimiser gets to see in one step, with batch norm in eval."""
+    trainer.thaw()
+    for module in trainer.model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    seen: dict[str, Tensor] = {}
+    trainer.log = MetricsLog(trainer.folder)
+    trainer.optimizer.step = lambda: seen.update(
+        {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    )
+    trainer.update()
+    return seen
+
+
+def trainer_for(
+    plan: Recipe, speech: Speech, folder: Path, valid: Speech | None = None, *, double: bool = True
+) -> Trainer:
+    """A trainer on speech of our choice; in double precision, rounding stays far below what is asserted."""
+    kind = OBJECTIVE_CLASSES[plan.objective]
+    model, processor = kind.build(plan, speech)
+    if double:
+        model.double()
+    return Trainer(plan, folder, kind(plan, model, processor), speech, valid, progress=False)
+
+
+def cut_gradients(objective: str, cut: tuple[str, ...], folder: Path, **knobs: Any) -> dict[str, Tensor]:
+    """The gradient of one update over the same four utterances, cut in some way."""
+    crop = ("data.crop_seconds=1.5",) if objective == "pretraining" else ()
+    label = ("data.label=phones",) if objective == "frame" else ("data.label=speaker",)
+    plan = make_recipe(
+        objective, "data.batch_seconds=40", *crop, *label, *cut, diversity_loss_weight=0.0, **knobs
+    )
+    plan.model.config |= {} if objective == "ctc" else {"apply_spec_augment": False}
+    return gradients_of_a_step(
+        trainer_for(plan, load_speech("builtin", "dev").filter(kind="digits")[:4], folder)
+    )
+
+
+def largest_gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest difference of two sets of gradients over the largest gradient."""
+    assert one.keys() == other.keys()
+    assert one
+    largest = max(float(g.abs().max()) for g in other.values())
+    return max(float((one[n] - other[n]).abs().max()) for n in one) / largest
+
+
+def together(folder: Path) -> None:
+    """Run this file in two processes that train together over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [child.communicate(timeout=300)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert all(child.returncode == 0 for child in children), "\n".join(outputs)
+
+
+def child_of_two(folder: Path) -> None:
+    """One of two processes: the gradient of a batch cut in four, and runs with LayerDrop and a base model frozen at first."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    noisy = w2vc.quantizer.gumbel_relaxed
+    w2vc.quantizer.gumbel_relaxed = fixed_noise
+    for objective in ("pretraining", "ctc"):
+        cut = ("data.batch_rows=1", "run.accumulate=2")
+        found[objective] = cut_gradients(objective, cut, folder / objective)
+    w2vc.quantizer.gumbel_relaxed = noisy
+    for objective in ("pretraining", "ctc"):
+        freeze = "model.frozen_steps=2" if objective == "ctc" else "model.features_gradient=0"
+        plan = make_recipe(
+            objective, freeze, "run.accumulate=2", "run.steps=4", layerdrop=0.5, hidden_dropout=0.1
+        )
+        whole = train(plan, folder / f"{objective}-whole", progress=False).model
+        while not (
+            piece := train(plan, folder / f"{objective}-pieces", max_minutes=0, progress=False)
+        ).finished:
+            pass
+        found[f"{objective}-whole"], found[f"{objective}-pieces"] = (
+            whole.state_dict(),
+            piece.model.state_dict(),
+        )
+    torch.save(found, folder / f"found-{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    child_of_two(Path(sys.argv[1]))
