@@ -22,12 +22,12 @@ from transformers import Wav2Vec2CTCTokenizer as PeerTokenizer
 from w2vc.audio import Wav2Vec2FeatureExtractor
 from w2vc.ctc import collapse
 from w2vc.decoding import (
-    LN10,
     CTCDecoder,
     HotWords,
     Hypothesis,
     NGramModel,
     TextScorer,
+    _advance,
     _Beam,
     beam_search,
     estimate_ngram,
@@ -42,6 +42,7 @@ from w2vc.text import (
     offsets_in_seconds,
 )
 
+LN10 = math.log(10)
 FULL: dict[str, Any] = {
     "beam_width": 10**6, "n_best": 10**6, "token_min_logp": None, "beam_prune_logp": None,
 }  # fmt: skip
@@ -257,6 +258,8 @@ def test_scores_are_taken_in_any_form() -> None:
     assert beam_search(logits.numpy().astype(np.float32), **FULL)[0].ids == wanted[0].ids
     with pytest.raises(ValueError, match="is no log probability"):
         beam_search(logits, normalise=False)
+    with pytest.raises(ValueError, match="these are probabilities: pass their logarithm"):
+        beam_search(logits.softmax(-1).float())
     raw = beam_search(logits.log_softmax(-1) - 1, normalise=False, **FULL)[0]
     assert math.isclose(raw.acoustic, wanted[0].acoustic - 6), "taken as they are"
 
@@ -280,6 +283,9 @@ def test_scores_from_any_device(device: str) -> None:
         ({"beam_width": 0}, "beam_width=0"),
         ({"n_best": 1.5}, "n_best=1.5"),
         ({"top_k": 0}, "top_k=0"),
+        ({"token_min_logp": 0.1}, "token_min_logp=0.1"),
+        ({"beam_prune_logp": 10}, "beam_prune_logp=10"),
+        ({"symbols": ["_", "a"]}, "symbols: got 2, and the logits have 3"),
         ({"hotwords": ["a"]}, "symbols= is needed: hotwords"),
         ({"alhpa": 1.0, "symbols": ["_", "|", "a"]}, "alhpa"),
     ],
@@ -294,7 +300,7 @@ def test_the_tree_holds_no_more_than_the_beam_needs() -> None:
     beam = _Beam(6, 0, scorer)
     root = beam.prefixes[0]
     for frame in random_logits(4, 300, 6, 1.0).log_softmax(-1).numpy():
-        beam.advance(np.append(frame, -np.inf), np.arange(1, 6), 10, -math.inf)
+        _advance(beam, np.append(frame, -np.inf), np.arange(1, 6), 10, -math.inf)
     nodes, leaves, todo = 0, [], [root]
     while todo:
         node = todo.pop()
@@ -684,6 +690,25 @@ def test_n_best_has_no_text_twice() -> None:
     assert len({" ".join(h.text.split()) for h in doubled}) < 60, "without distinct=True there are such"
 
 
+def test_words_have_single_spaces_between_them() -> None:
+    tokenizer = TOKENIZERS["released"][0]
+    path = [LETTERS[s] for s in ["|", "<pad>", "|", "O", "<pad>", "|", "<pad>", "|", "<pad>", "|", "D", "|"]]
+    best = CTCDecoder(tokenizer).decode(20.0 * torch.nn.functional.one_hot(torch.tensor(path), 32))
+    assert best.path == tuple(path)
+    assert best.text == "O D"
+    assert [row["word"] for row in best.word_offsets] == ["O", "D"]
+
+
+def test_hypotheses_and_decoders_say_what_they_are() -> None:
+    found = beam_search(torch.tensor([[0.9, 0.1]]).log())[0]
+    assert repr(found) == "Hypothesis((): -0.11 = acoustic -0.11)"
+    model = estimate_ngram(["A"], 1)
+    assert (
+        repr(CTCDecoder(TOKENIZERS["released"][0], model, alpha=1.0))
+        == f"CTCDecoder(32 symbols, {model!r}, alpha=1.0)"
+    )
+
+
 def test_a_batch_is_its_rows() -> None:
     tokenizer = TOKENIZERS["released"][0]
     rows = [logits_of(tokenizer, text, sure=4.0) for text in ("HELLO WORLD", "HOLLOW", "OLD")]
@@ -750,6 +775,10 @@ def test_decoder_refuses_when_it_is_made() -> None:
         CTCDecoder(tokenizer, gamma=1)
     with pytest.raises(ValueError, match="upper case"):
         CTCDecoder(tokenizer, estimate_ngram(["hello world", "the sun is a fish"]))
+    with pytest.raises(
+        ValueError, match="tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor, not a dict"
+    ):
+        CTCDecoder(LETTERS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no pad_token"):
         CTCDecoder(Wav2Vec2CTCTokenizer(LETTERS, pad_token=None))
 

@@ -888,7 +888,7 @@ def test_hostile_objects_inside_a_good_checkpoint(tmp_path: Path) -> None:
         ValueError, match=r"is refused: layer_norm.weight is no tensor, but Inert\('(posix|nt).mkdir'\)"
     ):
         read_fairseq(save(path, state, cfg, "dict"))
-    for wrong in (evil, [1], {"a": 1}, {3: torch.ones(1)}, None):
+    for wrong in (evil, [1], {"a": 1}, {3: torch.ones(1)}, {"\x1b[2J": torch.ones(1)}, None):
         with pytest.raises(ValueError, match="is refused"):
             read_fairseq(save(path, wrong, cfg, "dict"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is refused|no settings"):
@@ -1117,7 +1117,7 @@ plain_values = st.recursive(
 
 
 @given(plain_values, st.integers(4, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_plain_data_is_read_as_pickle_reads_it(value: Any, protocol: int) -> None:
     assert read_pickle(pickle.dumps(value, protocol)) == value
     assert read_pickle(pickle.dumps([value, value, {"a": (value,)}], protocol)) == [
@@ -1137,7 +1137,7 @@ def without_bytes(value: Any) -> Any:
 
 
 @given(plain_values.map(without_bytes), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_older_protocols_too(value: Any, protocol: int) -> None:
     assert read_pickle(pickle.dumps(value, protocol)) == value
 
@@ -1157,7 +1157,7 @@ SETTINGS_PROGRAM = pickle.dumps(
         st.tuples(st.integers(0, len(SETTINGS_PROGRAM) - 1), st.integers(0, 255)), min_size=1, max_size=6
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_scrambled_programs_end_in_data_or_a_plain_error(changes: list[tuple[int, int]]) -> None:
     program = bytearray(SETTINGS_PROGRAM)
     for place, byte in changes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,11 +16,19 @@ from safetensors.torch import load_file
 import w2vc.conformer
 import w2vc.quantizer
 import w2vc.training
-from training_runs import cut_gradients, fixed_noise, largest_gap, make_recipe, together, trainer_for
+from training_runs import (
+    cut_gradients,
+    fixed_noise,
+    in_child,
+    largest_gap,
+    make_recipe,
+    together,
+    trainer_for,
+)
 from w2vc.conformer import ConformerEncoder
 from w2vc.ctc import Wav2Vec2ConformerForCTC
 from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
-from w2vc.recipes import Recipe, SourcePlan
+from w2vc.recipes import SourcePlan
 from w2vc.speech import Speech, Utterance
 from w2vc.text import AutoProcessor
 from w2vc.training import (
@@ -102,37 +109,26 @@ def test_resume_in_pieces_is_the_same_run(tmp_path: Path) -> None:
     assert curve(tmp_path / "whole") == curve(tmp_path / "pieces")
 
 
-def launch(folder: Path, plan: Recipe, *, wait: bool = True) -> Any:
-    """Train in a child process; its recipe goes through a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.yaml").write_text(plan.to_yaml())
-    command = [sys.executable, "-m", "w2vc.training", str(folder / "plan.yaml"), str(folder)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if wait:
-        out, _ = child.communicate()
-        assert child.returncode == 0, out
-        return out
-    return child
-
-
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Killed at two instants that nobody chose: weights and curves are those of the run that was left alone."""
+    """Killed four times at instants that nobody chose: weights and curves are those of the run that was left alone."""
     plan = make_recipe(
-        "pretraining", "run.steps=40", "run.save_every=1", "run.evaluate_every=20", hidden_dropout=0.1
+        "pretraining", "run.steps=16", "run.save_every=1", "run.evaluate_every=8", hidden_dropout=0.1
     )
-    launch(tmp_path / "whole", plan)
-    for steps, pause in ((4, 0.013), (15, 0.05)):
-        child = launch(tmp_path / "killed", plan, wait=False)
-        while not any(r["step"] >= steps for r in read_metrics(tmp_path / "killed")):
-            assert child.poll() is None, child.communicate()
-            time.sleep(0.005)
+    train(plan, tmp_path / "whole", progress=False)
+    killed = tmp_path / "killed"
+    for step, pause in ((1, 0.002), (4, 0.02), (8, 0.05), (11, 0.0)):
+        child = in_child(train, plan, killed, progress=False)
+        while not any(r["step"] >= step for r in read_metrics(killed)):
+            assert child.is_alive()
+            time.sleep(0.001)
         time.sleep(pause)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        assert 0 < len(read_metrics(tmp_path / "killed", "train")) < 40
-    launch(tmp_path / "killed", plan)
-    assert same_weights(tmp_path / "whole", tmp_path / "killed")
-    assert curve(tmp_path / "whole") == curve(tmp_path / "killed")
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    assert not any(r["step"] == 16 for r in read_metrics(killed))
+    train(plan, killed, progress=False)
+    assert same_weights(tmp_path / "whole", killed)
+    assert curve(tmp_path / "whole") == curve(killed)
 
 
 # What follows runs whole small trainings in this process.
@@ -208,7 +204,7 @@ def test_a_loss_without_a_value_never_reaches_the_optimiser(tmp_path: Path) -> N
     def poisoned(model: Any, batch: Any, count: int) -> Any:
         loss, output = forward(model, batch, count)
         if bad in batch["ids"]:
-            with torch.no_grad():
+            if trainer.model.training:
                 trainer.model.wav2vec2_conformer.encoder.layers[0].conv_module.batch_norm.running_mean.fill_(
                     math.nan
                 )

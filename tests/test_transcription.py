@@ -242,6 +242,14 @@ def test_each_recording_is_normalised_once_and_not_per_chunk() -> None:
     assert helpers.difference(raw, logits) > 1e-2
 
 
+def test_a_feature_extractor_that_does_not_normalise_is_obeyed() -> None:
+    model, audio = conformer(feat_extract_norm="layer"), noise(20_000) * np.float32(0.01) + np.float32(0.02)
+    raw = transcribe(audio, model, processor(do_normalize=False), sampling_rate=RATE)
+    (logits,) = frame_logits([audio], model, normalise=False)
+    assert said(raw) == said(read_transcript(logits, processor(), config=model.config, seconds=20_000 / RATE))
+    assert said(raw) != said(transcribe(audio, model, processor(), sampling_rate=RATE))
+
+
 # ---- batches
 
 
@@ -527,6 +535,19 @@ def test_a_decoder_finds_the_text_and_alignment_its_times(answer: Any) -> None:
     assert found.words[1].confidence < found.words[0].confidence
     model = conformer()
     assert transcribe(noise(30_000), model, proc, sampling_rate=RATE, decoder=decoder).text == "the fox"
+
+
+def test_a_decoder_that_knows_its_path_gives_the_times() -> None:
+    proc = processor()
+    path = proc.tokenizer.convert_tokens_to_ids([*"thhe", "|", "<pad>", *"foox"])
+    logits = torch.randn(len(path), len(proc.tokenizer), generator=torch.Generator().manual_seed(0))
+    decoder = SimpleNamespace(decode=lambda _: SimpleNamespace(path=path, text="never read"))
+    found = read_transcript(logits, proc, seconds=9.0, decoder=decoder)
+    assert found.text == "the fox"
+    times = [t for w in found.words for t in (w.start, w.end)]
+    assert times == pytest.approx([(320 * t + 40) / RATE for t in (0, 4, 6, 10)])
+    said_ = logits.log_softmax(-1)[torch.arange(10), torch.tensor(path)]
+    assert found.words[0].confidence == pytest.approx(said_[:4].mean().exp().item())
 
 
 def test_the_beam_search_of_chapter_42() -> None:

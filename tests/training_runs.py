@@ -1,15 +1,16 @@
-"""Small runs for the tests of training; run as a program, this is one of several processes that train together."""
+"""Small runs for the tests of training, in this process, in one that can be killed, and in two that train together."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import w2vc.quantizer
@@ -95,33 +96,39 @@ def largest_gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[n] - other[n]).abs().max()) for n in one) / largest
 
 
+def in_child(task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Start a task in a copy of this process, which can be killed."""
+    child = multiprocessing.get_context("fork").Process(target=task, args=arguments, kwargs=options)
+    child.start()
+    return child
+
+
 def together(folder: Path) -> None:
-    """Run this file in two processes that train together over gloo."""
+    """Run `child_of_two` in two processes that train together over gloo, with the variables that launchers set."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
+        port = free.getsockname()[1]
+    children = [in_child(child_of_two, folder, rank, port) for rank in range(2)]
     try:
-        outputs = [child.communicate(timeout=300)[0] for child in children]
+        for child in children:
+            child.join(timeout=300)
     finally:
         for child in children:
             child.kill()
-    assert all(child.returncode == 0 for child in children), "\n".join(outputs)
+    assert [child.exitcode for child in children] == [0, 0]
 
 
-def child_of_two(folder: Path) -> None:
+def child_of_two(folder: Path, rank: int, port: int) -> None:
     """One of two processes: the gradient of a batch cut in four, and runs with LayerDrop and a base model frozen at first."""
-    torch.set_num_threads(1)
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {key: str(value) for key, value in place.items()}
+    AcceleratorState._reset_state(reset_partial_state=True)  # what this process was before it was copied
     found: dict[str, Any] = {}
     noisy = w2vc.quantizer.gumbel_relaxed
     w2vc.quantizer.gumbel_relaxed = fixed_noise
@@ -143,8 +150,4 @@ def child_of_two(folder: Path) -> None:
             whole.state_dict(),
             piece.model.state_dict(),
         )
-    torch.save(found, folder / f"found-{os.environ['RANK']}.pt")
-
-
-if __name__ == "__main__":
-    child_of_two(Path(sys.argv[1]))
+    torch.save(found, folder / f"found-{rank}.pt")

@@ -12,7 +12,7 @@ from .classification import (
 from .config import Wav2Vec2ConformerConfig
 from .ctc import CausalLMOutput, Wav2Vec2ConformerForCTC
 from .decoding import CTCDecoder
-from .fairseq import load_fairseq
+from .fairseq import convert_fairseq, load_fairseq, read_fairseq
 from .masking import compute_mask_indices
 from .model import Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
 from .negatives import sample_negative_indices
@@ -48,10 +48,12 @@ __all__ = [
     "Wav2Vec2Processor",
     "XVectorOutput",
     "compute_mask_indices",
+    "convert_fairseq",
     "load_audio",
     "load_dataset",
     "load_fairseq",
     "load_speech",
+    "read_fairseq",
     "sample_negative_indices",
     "transcribe",
 ]

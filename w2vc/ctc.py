@@ -278,7 +278,7 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         logits = self.lm_head(self.dropout(base.last_hidden_state))
         loss_of = self._loss
         if torch.compiler.is_compiling():  # torch's ctc_loss reads lengths: never one graph
-            loss_of = torch.compiler.disable(loss_of)
+            loss_of = torch.compiler.disable(loss_of)  # type: ignore[no-untyped-call]
         loss = None if labels is None else loss_of(logits, labels, attention_mask)
         output = CausalLMOutput(loss, logits, base.hidden_states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict

@@ -73,7 +73,6 @@ def _frame_counts(lengths: Any, n_rows: int, n_frames: int) -> list[int]:
     return counts
 
 
-# %% ../nbs/42_decoding.ipynb #6735189c
 def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
     """Take the most probable symbol of each frame, and collapse (Graves et al., 2006, section 3.2, best path decoding).
 
@@ -231,7 +230,7 @@ def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGra
     )
 
 
-# %% ../nbs/42_decoding.ipynb #dcaf7e15
+# %% ../nbs/42_decoding.ipynb #2b700d11
 def _arpa_text(model: NGramModel) -> str:
     """Write a model down as an ARPA file."""
     by_order: dict[int, list[tuple[str, ...]]] = {n: [] for n in range(1, model.order + 1)}
@@ -246,7 +245,6 @@ def _arpa_text(model: NGramModel) -> str:
     return "\n".join([*lines, "", "\\end\\", ""])
 
 
-# %% ../nbs/42_decoding.ipynb #e589c942
 def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Read a text file, gzipped or not: for each line its place, for messages, and its text."""
     number = 0
@@ -290,7 +288,6 @@ def _arpa_entry(line: str, order: int, where: str) -> tuple[tuple[str, ...], flo
     return words, scores[0], sum(scores[1:])
 
 
-# %% ../nbs/42_decoding.ipynb #91d4c5ef
 def _read_arpa(path: Path) -> tuple[_Table, _Table]:
     """Read an ARPA file: a header of counts, a section for each order, and an end mark."""
     logp: _Table = {}
@@ -366,6 +363,8 @@ class HotWords:
 
     def ahead(self, words: tuple[str, ...], part: str) -> float:
         """The largest share of a hot-word that has begun and may still become whole."""
+        if not self.memory:  # single words only: nothing to look back for
+            return self.begun.get(part, 0.0)
         return max(self.begun.get(tail, 0.0) for tail in self._tails(words, part))
 
     def _tails(self, words: tuple[str, ...], last: str) -> list[str]:
@@ -399,7 +398,6 @@ class _Said(NamedTuple):
         return self.lm + self.hot + self.ahead
 
 
-# %% ../nbs/42_decoding.ipynb #b123a28e
 class _Words:
     """What a scorer of texts knows: symbols, model, weights; see `TextScorer`."""
 
@@ -535,7 +533,7 @@ class TextScorer(_Words):
         return place < len(self.sorted_known) and self.sorted_known[place].startswith(part)
 
 
-# %% ../nbs/42_decoding.ipynb #f3006ea2
+# %% ../nbs/42_decoding.ipynb #35c2e532
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
 
@@ -567,7 +565,6 @@ class _Prefix:
             node = node.parent
 
 
-# %% ../nbs/42_decoding.ipynb #cdccd102
 def _best_places(ranks: _Floats, width: int, floor: float, labels: Callable[[int], tuple[int, ...]]) -> _Ints:
     """Find the best `width` of some ranks, best first; of equal ones, the smaller labels.
 
@@ -586,7 +583,6 @@ def _best_places(ranks: _Floats, width: int, floor: float, labels: Callable[[int
     return order[:width]
 
 
-# %% ../nbs/42_decoding.ipynb #21059d8c
 class _Beam:
     """The prefixes that are alive, best first, as arrays over their places. Column 0: ending in the blank, 1: in a label.
 
@@ -604,7 +600,7 @@ class _Beam:
         self.sums = np.array([[0.0, -np.inf]])  # before the first frame nothing is said, as after a blank
         self.bests = self.sums.copy()
         self.added = np.full((1, n_symbols), np.nan if scorer.active else 0.0)
-        self.history: list[tuple[_Ints, _Ints]] = []
+        self.history: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
         self.prefixes: list[_Prefix] = []
         self.place([_Prefix(None, -1, scorer.start())])
 
@@ -643,7 +639,7 @@ class _Beam:
         return np.where(wanted, added, -np.inf)
 
 
-# %% ../nbs/42_decoding.ipynb #e0b3ebc2
+# %% ../nbs/42_decoding.ipynb #f3006ea2
 def _extend_best(beam: _Beam, rows: _Ints, symbols: _Ints, frame: _Floats) -> tuple[_Floats, _Ints]:
     """The best single paths of prefixes in `rows` with one symbol more, and where each comes from."""
     column = np.where(beam.last[rows] == symbols, 0, beam.bests[rows].argmax(1))
@@ -681,7 +677,6 @@ def _grow(beam: _Beam, frame: _Floats, symbols: _Ints) -> tuple[_Floats, _Floats
     return sums, bests, back, longer
 
 
-# %% ../nbs/42_decoding.ipynb #9f6f500c
 def _advance(beam: _Beam, frame: _Floats, symbols: _Ints, width: int, floor: float) -> None:
     """Hear one frame, and keep the `width` best prefixes that are not worse than the best one by more than `floor`."""
     n, columns = len(beam.prefixes), max(len(symbols), 1)
@@ -712,7 +707,7 @@ def _advance(beam: _Beam, frame: _Floats, symbols: _Ints, width: int, floor: flo
     if beam.scorer.active:
         beam.added[new] = np.nan
     beam.place(prefixes)
-    beam.history.append((beam.last, back))
+    beam.history.append((beam.last.astype(np.int32), back.astype(np.int32)))  # half of the memory of an hour
 
 
 def _best_path(beam: _Beam, place: int) -> tuple[int, ...]:
@@ -724,7 +719,7 @@ def _best_path(beam: _Beam, place: int) -> tuple[int, ...]:
     return tuple(reversed(path))
 
 
-# %% ../nbs/42_decoding.ipynb #6965ac7e
+# %% ../nbs/42_decoding.ipynb #cdccd102
 @dataclass(frozen=True, repr=False)
 class Hypothesis:
     """A text that the frames may have said, with its scores (natural logarithms) and its frames.
@@ -763,7 +758,6 @@ class Hypothesis:
         )
 
 
-# %% ../nbs/42_decoding.ipynb #fd019df1
 def _finish(beam: _Beam, n_best: int, distinct: bool) -> list[Hypothesis]:
     """Score the ends of the texts, sort, and walk the best paths back."""
     scorer, found = beam.scorer, []
@@ -788,7 +782,7 @@ def _finish(beam: _Beam, n_best: int, distinct: bool) -> list[Hypothesis]:
     return list(hypotheses.values())
 
 
-# %% ../nbs/42_decoding.ipynb #e29eb091
+# %% ../nbs/42_decoding.ipynb #21059d8c
 def _log_probs(logits: Any, blank: int, normalise: bool) -> _Floats:
     """Make log probabilities of scores: `[T, V]`, float64, on the host."""
     scores = _check_scores(logits, (2,), blank).to("cpu", torch.float64)
@@ -812,7 +806,6 @@ def _considered(frame: _Floats, token_min_logp: float | None, top_k: int | None)
     return kept
 
 
-# %% ../nbs/42_decoding.ipynb #dbf3b374
 def beam_search(
     logits: Any,
     *,
@@ -946,7 +939,6 @@ def _find_language_model(
     return NGramModel.from_arpa(arpa[0]), knobs
 
 
-# %% ../nbs/42_decoding.ipynb #25ab6b5d
 class _DecoderParts:
     """The vocabulary, model and knobs of a decoder; see `CTCDecoder`."""
 

@@ -454,8 +454,8 @@ def read_torch_file(
             content = read_pickle(archive.read(f"{root}data.pkl"))
             if not isinstance(content, dict) or not isinstance(content.get(part), dict):
                 raise ValueError(f"it holds no dict with the key {part!r}")
-            if not all(isinstance(name, str) for name in content[part]):
-                raise ValueError(f"the names in {part!r} are no text")
+            if not all(isinstance(name, str) and name.isprintable() for name in content[part]):
+                raise ValueError(f"the names in {part!r} are no plain text")
             return content, read_stored(archive, root, content[part])
     except ValueError as error:
         raise ValueError(f"{path} is refused: {error}") from None
@@ -487,7 +487,7 @@ def plain_data(value: Any, most: int = 100_000) -> Any:
 
     Args:
         value: Anything that `read_pickle` gives.
-        most: A limit. A pickle can name a thing twice, so a short one can spell a tree with more leaves than atoms.
+        most: A limit. A pickle can name a thing twice, so a short one can stand for a tree that no memory holds.
 
     Raises:
         ValueError: More than `most` values, or more than 50 levels.

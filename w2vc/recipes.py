@@ -139,7 +139,7 @@ def gumbel_temperature(step: int, steps: int, plan: PretrainingPlan) -> float:
     return max(start * decay**step, end)
 
 
-# %% ../nbs/50_recipes.ipynb #cdb2b023
+# %% ../nbs/50_recipes.ipynb #862660ae
 @dataclass
 class SourcePlan:
     """One source of speech: what `load_speech` is asked for.
@@ -163,6 +163,7 @@ class SourcePlan:
     languages: list[str] | None = None
 
 
+# %% ../nbs/50_recipes.ipynb #bff48e22
 @dataclass
 class DataPlan:
     """What is heard, and in what portions.
@@ -199,7 +200,7 @@ class DataPlan:
     preload: bool = False
 
 
-# %% ../nbs/50_recipes.ipynb #0b834b8b
+# %% ../nbs/50_recipes.ipynb #7081af85
 @dataclass
 class ModelPlan:
     """Which model.
@@ -242,6 +243,7 @@ class OptimizerPlan:
     clip: float | None = None
 
 
+# %% ../nbs/50_recipes.ipynb #9af48874
 @dataclass
 class RunPlan:
     """How long, how often, and with which luck.
@@ -475,7 +477,7 @@ class Recipe:
         return typing.cast(Wav2Vec2ConformerConfig, sizes[plan.size](**lists))
 
 
-# %% ../nbs/50_recipes.ipynb #54244bc0
+# %% ../nbs/50_recipes.ipynb #4983acea
 def training_flops(config: Wav2Vec2ConformerConfig, seconds: float, rate: int = 16000) -> float:
     """Floating point operations of one forward and backward over an utterance, from the sizes of its matrix products.
 
@@ -512,6 +514,7 @@ def matmul_speed(size: int = 512, seconds: float = 0.2, device: str | torch.devi
     return rounds * 2 * size**3 / (time.perf_counter() - start)
 
 
+# %% ../nbs/50_recipes.ipynb #5f826b76
 @dataclass(frozen=True)
 class Cost:
     """What a run will take.

@@ -954,7 +954,9 @@ class LoggedRun(SavedRun):
 def blame(objective: Objective, batch: BatchFeature) -> list[str]:
     """Name the rows of a batch whose loss, alone, is not finite; all of them if none is (they only fail together)."""
     names: list[str] = []
-    facts = {key: batch[key] for key in ("lengths", "n_frames", "label_lengths") if key in batch}
+    facts = {
+        key: batch[key] for key in ("ids", "texts", "lengths", "n_frames", "label_lengths") if key in batch
+    }
     for i, name in enumerate(batch["ids"]):
         row = BatchFeature({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()})
         row.update({key: value[i : i + 1] for key, value in facts.items()})

@@ -218,9 +218,7 @@ def frame_logits(
     with _listening(model):
         for batch in bucket_batches(sizes, max([most, 1, *sizes]), max_rows=max_rows):
             rows, mask = _rows([jobs[j] for j in batch], audios)
-            logits = (
-                model(rows.to(model.device), mask.to(model.device), return_dict=True).logits.float().cpu()
-            )
+            logits = model(rows.to(model.device), mask.to(model.device), return_dict=True).logits.cpu()
             for row, j in enumerate(batch):
                 i, chunk = jobs[j].recording, jobs[j].chunk
                 results[i][chunk.first : chunk.last] = logits[row, chunk.skip :][: chunk.last - chunk.first]

@@ -747,8 +747,8 @@ _BOXES: dict[str, tuple[float, float, float, float, str, str]] = {
     "decoding": (222, 438, 78, 44, "decoding", "head"),
     "text": (318, 438, 50, 44, "text", "head"),
     "alignment": (386, 438, 78, 44, "alignment", "head"),
-    "classification": (478, 438, 106, 44, "sequence and\nframe heads", "head"),
-    "speaker": (598, 438, 82, 44, "speaker\nx-vector", "head"),
+    "classification": (476, 438, 114, 44, "sequence and\nframe heads", "head"),
+    "speaker": (604, 438, 76, 44, "speaker\nx-vector", "head"),
     "config": (8, 510, 214, 30, "config: every size", "base"),
     "pretrained": (230, 510, 240, 30, "pretrained: weights in and out", "base"),
     "transcription": (478, 510, 214, 30, "transcription: any length", "base"),
@@ -885,7 +885,7 @@ def _draw_arrows(ax: Axes, config: Any) -> None:
     _arrow(ax, (323, 250), (323, 234))
     _arrow(ax, (638, 95), (666, 95), (666, 308), (640, 308), (640, 322))  # context, down to the loss
     ax.plot((666, 666, 173), (308, 425, 425), color=INK, linewidth=1.2, zorder=2)  # context, on to the heads
-    for x in (173, 531, 639):
+    for x in (173, 533, 642):
         _arrow(ax, (x, 425), (x, 438))
     for start, stop in ((204, 222), (300, 318)):
         _arrow(ax, (start, 460), (stop, 460))
