@@ -147,9 +147,7 @@ def best_walk(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
 
 # %% ../nbs/43_alignment.ipynb #e0016c7e
 WILDCARD = -1  # a label that stands for anything at all
-_SHY = math.log(
-    0.9
-)  # the wildcard is a little less probable than the best symbol, so that it takes no more than it must
+_SHY = math.log(0.9)  # its price against the best symbol, so that it takes no more than it must
 
 
 def _checked(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> tuple[Tensor, Tensor]:
@@ -200,9 +198,7 @@ def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 
     """
     emissions, row = _checked(log_probs, labels, blank)
     anything = emissions.max(1, keepdim=True).values + _SHY if emissions.shape[1] else emissions
-    emissions = torch.cat(
-        [emissions, anything], 1
-    )  # the last column is the wildcard's, so that the index -1 finds it
+    emissions = torch.cat([emissions, anything], 1)  # the wildcard's column is the last: -1 finds it
     states = weave_blanks(row, blank)[0]
     bars = torch.where(states == pad(states, (2, 0), value=blank)[:-2], -math.inf, 0.0).to(emissions)
     path = states[best_walk(emissions, states, bars)]

@@ -20,22 +20,31 @@ __all__ = [
     "Sums",
     "ALARMS",
     "BAND_FIGURES",
-    "code_sums",
     "perplexity",
+    "code_sums",
     "choice_sums",
     "describe_codes",
+    "smooth_curve",
+    "diversity_share",
     "block_of",
     "gradient_norms",
-    "diversity_share",
     "Alarm",
     "find_alarms",
-    "smooth_curve",
     "healthy_bands",
     "compare_with_bands",
     "draw_health",
 ]
 
-# %% ../nbs/51_health.ipynb #eb239c5a
+
+# %% ../nbs/51_health.ipynb #acf9ab53
+def perplexity(weights: Tensor) -> Tensor:
+    """How many codes are in use: the exponential of the entropy, `[..., V]` counts to `[...]`; 0 without counts."""
+    total = weights.sum(-1, keepdim=True)
+    shares = weights / total.clamp_min(1e-12)
+    return torch.exp(-torch.xlogy(shares, shares).sum(-1)) * (total[..., 0] > 0)
+
+
+# %% ../nbs/51_health.ipynb #9aa81c1e
 Sums = dict[
     str, Tensor
 ]  # what a batch adds to a measure: sums only, so that batches and processes simply add up
@@ -57,13 +66,6 @@ def code_sums(scores: Tensor, mask: Tensor) -> Sums:
     places = picked.argmax(-1) + torch.arange(G, device=picked.device) * V  # [A, G]
     hard = torch.bincount(places.flatten(), minlength=G * V).view(G, V)
     return {"soft": picked.softmax(-1).sum(0), "hard": hard.float(), "frames": torch.tensor(float(A))}
-
-
-def perplexity(weights: Tensor) -> Tensor:
-    """How many codes are in use: the exponential of the entropy, `[..., V]` counts to `[...]`; 0 without counts."""
-    total = weights.sum(-1, keepdim=True)
-    shares = weights / total.clamp_min(1e-12)
-    return torch.exp(-torch.xlogy(shares, shares).sum(-1)) * (total[..., 0] > 0)
 
 
 # %% ../nbs/51_health.ipynb #a96c17a0
@@ -124,31 +126,14 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-# %% ../nbs/51_health.ipynb #18a8a7f9
-def block_of(name: str) -> str:
-    """The block that a parameter belongs to: "features", "layer 3", "quantizer", "head", …."""
-    name = name.removeprefix("wav2vec2_conformer.")
-    first, _, rest = name.partition(".")
-    if first == "encoder":
-        return f"layer {rest.split('.')[1]}" if rest.startswith("layers.") else "encoder norm"
-    return {
-        "feature_extractor": "features",
-        "feature_projection": "projection",
-        "masked_spec_embed": "mask",
-    }.get(first, first)
-
-
-@torch.no_grad()
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """Length of the gradient of each block, with one read from the device."""
-    blocks: dict[str, list[Tensor]] = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            blocks.setdefault(block_of(name), []).append(p.grad)
-    if not blocks:
-        return {}
-    norms = [torch.stack(torch._foreach_norm(grads)).float().norm() for grads in blocks.values()]
-    return dict(zip(blocks, torch.stack(norms).tolist(), strict=True))
+# %% ../nbs/51_health.ipynb #2018d6d9
+def smooth_curve(
+    records: Sequence[Mapping[str, Any]], key: str, steps: Sequence[int], width: int
+) -> list[float]:
+    """A figure's mean over the records within `width` steps of each of the given steps; NaN where there is none."""
+    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+    near = [[value for at, value in pairs if abs(at - step) <= width] for step in steps]
+    return [sum(values) / len(values) if values else math.nan for values in near]
 
 
 # %% ../nbs/51_health.ipynb #335658c5
@@ -168,7 +153,35 @@ def diversity_share(contrastive: Tensor, diversity: Tensor, scores_weight: Tenso
     return other / (one + other) if one + other > 0 else 0.0
 
 
-# %% ../nbs/51_health.ipynb #d272f7f0
+# %% ../nbs/51_health.ipynb #81a6db90
+def block_of(name: str) -> str:
+    """The block that a parameter belongs to: "features", "layer 3", "quantizer", "head", …."""
+    name = name.removeprefix("wav2vec2_conformer.")
+    first, _, rest = name.partition(".")
+    if first == "encoder":
+        return f"layer {rest.split('.')[1]}" if rest.startswith("layers.") else "encoder norm"
+    return {
+        "feature_extractor": "features",
+        "feature_projection": "projection",
+        "masked_spec_embed": "mask",
+    }.get(first, first)
+
+
+# %% ../nbs/51_health.ipynb #be7eb6e2
+@torch.no_grad()
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Length of the gradient of each block, with one read from the device."""
+    blocks: dict[str, list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            blocks.setdefault(block_of(name), []).append(p.grad)
+    if not blocks:
+        return {}
+    norms = [torch.stack(torch._foreach_norm(grads)).float().norm() for grads in blocks.values()]
+    return dict(zip(blocks, torch.stack(norms).tolist(), strict=True))
+
+
+# %% ../nbs/51_health.ipynb #33ef4e75
 @dataclass(frozen=True)
 class Alarm:
     """Something is wrong with a run.
@@ -192,6 +205,7 @@ class Alarm:
         return f"{self.name} at step {self.step}: {self.seen}. Cause: {self.cause}. Remedy: {self.remedy}."
 
 
+# %% ../nbs/51_health.ipynb #a6a187c8
 ALARMS = {  # name -> (usual cause, remedy)
     "collapse": (
         "the quantizer answers with few codes, so that right and wrong answers look alike and guessing pays",
@@ -218,13 +232,14 @@ ALARMS = {  # name -> (usual cause, remedy)
 }
 
 
-# %% ../nbs/51_health.ipynb #81a6db90
+# %% ../nbs/51_health.ipynb #d7bf5337
 def _recent(records: Sequence[Mapping[str, Any]], key: str, n: int = 3) -> list[float]:
     """Means of `n` neighbouring records, one after the other; the last one is the present."""
     values = [r[key] for r in records if isinstance(r.get(key), int | float)]
     return [sum(values[i - n : i]) / n for i in range(n, len(values) + 1)]
 
 
+# %% ../nbs/51_health.ipynb #f947c48d
 def _collapse(train: Sequence[Mapping[str, Any]]) -> str:
     """Few codes, where there were many; or wrong answers that equal the right one."""
     used, twins = _recent(train, "used"), _recent(train, "twins")
@@ -245,6 +260,7 @@ def _divergence(train: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
+# %% ../nbs/51_health.ipynb #54a79dc1
 def _not_learning(train: Sequence[Mapping[str, Any]], progress: float, chance: float) -> str:
     """After a fifth of the run, answers that are hardly better than guesses; or nothing but blanks."""
     if progress < 0.2 or len(train) < 10:
@@ -272,6 +288,7 @@ def _overfitting(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str
     return ""
 
 
+# %% ../nbs/51_health.ipynb #aa7453ed
 def find_alarms(records: Sequence[Mapping[str, Any]], steps: int, chance: float = 0.0) -> list[Alarm]:
     """Look at the figures of a run so far, and say what is wrong now.
 
@@ -298,19 +315,11 @@ def find_alarms(records: Sequence[Mapping[str, Any]], steps: int, chance: float 
     return [Alarm(name, step, what, *ALARMS[name]) for name, what in seen.items() if what]
 
 
-# %% ../nbs/51_health.ipynb #be7eb6e2
+# %% ../nbs/51_health.ipynb #84878faf
 BAND_FIGURES = ("loss", "accuracy", "used", "twins", "gradient", "feature_energy", "temperature")
 
 
-def smooth_curve(
-    records: Sequence[Mapping[str, Any]], key: str, steps: Sequence[int], width: int
-) -> list[float]:
-    """A figure's mean over the records within `width` steps of each of the given steps; NaN where there is none."""
-    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
-    near = [[value for at, value in pairs if abs(at - step) <= width] for step in steps]
-    return [sum(values) / len(values) if values else math.nan for values in near]
-
-
+# %% ../nbs/51_health.ipynb #f644fb89
 def healthy_bands(
     runs: Sequence[Sequence[Mapping[str, Any]]], *, points: int = 40, margin: float = 0.1, name: str = ""
 ) -> dict[str, Any]:
@@ -344,6 +353,7 @@ def healthy_bands(
     return bands
 
 
+# %% ../nbs/51_health.ipynb #96593eb1
 def compare_with_bands(records: Sequence[Mapping[str, Any]], bands: Mapping[str, Any]) -> dict[str, float]:
     """Say how much of a run lies outside the bands: figure -> share of the points reached so far, 0 = healthy."""
     train = [r for r in records if r["kind"] == "train"]
@@ -361,6 +371,7 @@ def compare_with_bands(records: Sequence[Mapping[str, Any]], bands: Mapping[str,
     return outside
 
 
+# %% ../nbs/51_health.ipynb #a2275803
 def draw_health(
     axes: Sequence[Any],
     records: Sequence[Mapping[str, Any]],
