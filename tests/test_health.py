@@ -83,7 +83,7 @@ def test_figures_of_a_dead_codebook() -> None:
     assert figures["accuracy"] == 1.0  # the collapse looks perfect …
     assert figures["twins"] == 1.0
     assert figures["dead_codes"] == 14
-    assert figures["score"] == pytest.approx(2 / 16)  # … but not to the score
+    assert figures["score"] == pytest.approx((2 / 16) ** 2)  # … but not to the score
 
 
 def test_gradient_norms_per_block_add_up() -> None:

@@ -709,3 +709,10 @@ def test_released_layout(tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)  # over it: nothing of the old files is left to disagree
     assert not (tmp_path / "special_tokens_map.json").exists()
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), Wav2Vec2Processor)
+
+
+def test_times_never_start_before_the_sound() -> None:
+    # With an adapter a frame is apart from the next by more than it hears, so its middle would lie before 0.
+    times = offsets_in_seconds([{"char": "a", "start_offset": 0, "end_offset": 1}], hop=2560, width=400)
+    assert times[0]["start"] == 0.0
+    assert times[0]["end"] > 0

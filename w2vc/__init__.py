@@ -11,7 +11,7 @@ from .classification import (
 )
 from .config import Wav2Vec2ConformerConfig
 from .ctc import CausalLMOutput, Wav2Vec2ConformerForCTC
-from .decoding import CTCDecoder
+from .decoding import CTCDecoder, NGramModel, beam_search
 from .fairseq import convert_fairseq, load_fairseq, read_fairseq
 from .masking import compute_mask_indices
 from .model import Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
@@ -30,6 +30,7 @@ __all__ = [
     "BatchFeature",
     "CTCDecoder",
     "CausalLMOutput",
+    "NGramModel",
     "SequenceClassifierOutput",
     "TokenClassifierOutput",
     "Transcript",
@@ -47,6 +48,7 @@ __all__ = [
     "Wav2Vec2FeatureExtractor",
     "Wav2Vec2Processor",
     "XVectorOutput",
+    "beam_search",
     "compute_mask_indices",
     "convert_fairseq",
     "load_audio",

@@ -89,12 +89,19 @@ REGRESSION, ONE_LABEL, MANY_LABELS = "regression", "single_label_classification"
 
 
 def loss_kind(config: Wav2Vec2ConformerConfig) -> str:
-    """Say which question the labels answer: `config.problem_type`; if None, "how much?" for one label, else "which one?"."""
+    """Say which question the labels answer.
+
+    Args:
+        config: Reads `problem_type` and `num_labels`.
+
+    Returns:
+        `config.problem_type`; if that is None, "regression" for one label, else "single_label_classification".
+    """
     return config.problem_type or (REGRESSION if config.num_labels == 1 else ONE_LABEL)
 
 
 def strange_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, str]:
-    """Find values that the loss cannot mean.
+    """Find labels whose value has no meaning for the loss, such as class 7 of 4.
 
     Args:
         labels: From `check_label_form`.
@@ -120,7 +127,7 @@ def strange_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, st
 
 # %% ../nbs/44_classification.ipynb #5190bb6a
 def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
-    """Check type and shape of labels, without a look at their values.
+    """Check type and shape of labels; their values are not looked at.
 
     Args:
         labels: What came.
@@ -128,8 +135,8 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
         kind: What `loss_kind` says.
 
     Returns:
-        Integers as long, without an axis of size 1 for class numbers; for one-hot labels and the other kinds in the
-        shape of the logits, where the axis of a single label may have been left out.
+        Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of the
+        logits, even if the last axis, of size 1, was left out. Integers and bools become long.
 
     Raises:
         ValueError: Says what came and what is allowed.
@@ -163,7 +170,10 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
 
 # %% ../nbs/44_classification.ipynb #83e2dd8a
 def counted_labels(labels: Tensor, n_labels: int, kind: str, mask: Tensor | None = None) -> Tensor:
-    """Say which labels count: not -100, on a real frame; one number is read from the device: whether all are allowed.
+    """Say which labels count: those that are not -100 and stand on a real frame; refuse a strange value among them.
+
+    To refuse, one number is read from the device: whether any value is strange. While a graph is compiled there are
+    no values, and nothing is refused.
 
     Args:
         labels: From `check_label_form`. Among the floats of a regression -100 is a number like any other.
@@ -243,7 +253,14 @@ class SequenceClassifierOutput(ModelOutput):
 
 @dataclass(eq=False)
 class TokenClassifierOutput(ModelOutput):
-    """What the classifier of frames returns; as above, with logits `[B, T, num_labels]`."""
+    """What the classifier of frames returns.
+
+    Attributes:
+        loss: Scalar in fp32; None without labels.
+        logits: `[B, T, num_labels]`, scores before softmax or sigmoid; T is counted after the adapter, if there is one.
+        hidden_states: L + 1 tensors `[B, T, D]`, if asked for.
+        attentions: L maps `[B, H, T, T]`, if asked for.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -320,7 +337,8 @@ class FrameReader(PreTrainedModel):
 class Wav2Vec2ConformerForSequenceClassification(FrameReader):
     """One answer for each utterance: project the frames, average the real ones, classify the mean.
 
-    The loss follows `config.problem_type`; None means a squared distance for one label, else cross entropy.
+    Mean pooling and linear layers, as in SUPERB (Yang et al., 2021). The loss follows `config.problem_type`; None means
+    a squared distance for one label, else cross entropy.
 
     Args:
         config: `num_labels` or `id2label`, `classifier_proj_size`, `use_weighted_layer_sum`; an adapter may be there.
@@ -394,7 +412,8 @@ class Wav2Vec2ConformerForAudioFrameClassification(FrameReader):
         Args:
             input_values: `[B, S]` waveforms.
             attention_mask: `[B, S]`, 1 = real sample, padding on the right.
-            labels: Class numbers `[B, T]`, or `[B, T, num_labels]`; T as in the logits, -100 = ignore.
+            labels: Class numbers `[B, T]`, or one-hot, yes-or-no or regression labels `[B, T, num_labels]`; T as in
+                the logits, -100 = ignore.
             output_attentions: Return the attention maps; None reads the config, as the next two do.
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.

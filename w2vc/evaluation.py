@@ -26,7 +26,10 @@ from torch.nn.functional import cross_entropy, normalize
 
 from .audio import BatchFeature, Samples, Wav2Vec2FeatureExtractor, load_audio
 from .batches import Clip, Collator, PretrainingCollator, data_loader, turn_order
-from .classification import MANY_LABELS, ONE_LABEL, Wav2Vec2ConformerForAudioFrameClassification, loss_kind
+from .classification import MANY_LABELS, ONE_LABEL, loss_kind
+
+# isort: split
+from .classification import Wav2Vec2ConformerForAudioFrameClassification
 
 # isort: split
 from .classification import Wav2Vec2ConformerForSequenceClassification

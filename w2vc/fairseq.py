@@ -302,6 +302,7 @@ def record_things(stack: PickleStack, name: str, arg: Any) -> bool:
     return True
 
 
+# %% ../nbs/47_fairseq.ipynb #092a1fc6
 def read_pickle(program: bytes) -> Any:
     """Carry out a pickle on a machine that cannot import and cannot call.
 

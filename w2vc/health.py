@@ -107,7 +107,7 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     Returns:
         `accuracy` (chance is `1 / (1 + N)`); `twins`, share of negatives identical to the positive; `soft_perplexity` and
         `hard_perplexity`, summed over the groups; `hard_perplexity_groups`; `dead_codes`, never the best one; `used`, the
-        hard perplexity over the number of codes; `score`, accuracy times `used`, which a collapse cannot raise.
+        hard perplexity over the number of codes; `score`, accuracy times the square of `used`: a collapse lowers it.
     """
     soft, hard = perplexity(sums["soft"]), perplexity(sums["hard"])
     accuracy, used = (
@@ -116,7 +116,7 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     )
     return {
         "accuracy": accuracy,
-        "score": accuracy * used,
+        "score": accuracy * used**2,
         "twins": float(sums["twins"] / sums["answers"].clamp_min(1)),
         "soft_perplexity": float(soft.sum()),
         "hard_perplexity": float(hard.sum()),
@@ -261,11 +261,11 @@ def _divergence(train: Sequence[Mapping[str, Any]]) -> str:
 
 
 # %% ../nbs/51_health.ipynb #54a79dc1
-def _not_learning(train: Sequence[Mapping[str, Any]], progress: float, chance: float) -> str:
-    """After a fifth of the run, answers that are hardly better than guesses; or nothing but blanks."""
-    if progress < 0.2 or len(train) < 10:
+def _not_learning(train: Sequence[Mapping[str, Any]], steps: int, chance: float) -> str:
+    """Late in the run, answers that are hardly better than guesses; or nothing but blanks."""
+    if train[-1]["step"] < min(0.4 * steps, 10_000) or len(train) < 8:
         return ""
-    if (right := _recent(train, "accuracy", 5)) and right[-1] < 2 * chance:
+    if (right := _recent(train, "accuracy", 5)) and right[-1] < 1.5 * chance:
         return f"{right[-1]:.1%} right, where guessing gives {chance:.1%}"
     if (blanks := _recent(train, "blanks", 5)) and blanks[-1] > 0.995:
         return f"{blanks[-1]:.1%} of the frames say nothing but the blank"
@@ -308,7 +308,7 @@ def find_alarms(records: Sequence[Mapping[str, Any]], steps: int, chance: float 
     seen = {
         "collapse": _collapse(train),
         "divergence": _divergence(train),
-        "not learning": _not_learning(train, step / steps, chance),
+        "not learning": _not_learning(train, steps, chance),
         "features grow": _features_grow(train),
         "overfitting": _overfitting(train, valid),
     }

@@ -61,7 +61,7 @@ def statistics_pooling(hidden: Tensor, n_frames: Tensor | None = None) -> Tensor
         n_frames: Real frames per row, `[B]`; None: all. A row without any becomes zeros.
 
     Returns:
-        `[B, 2D]`: means, then deviations; computed in fp32 or finer, in the type of `hidden`.
+        `[B, 2D]`: means, then deviations; computed in fp32 or finer, returned in the dtype of `hidden`.
     """
     B, T, _ = hidden.shape
     n_frames = torch.full((B,), T, device=hidden.device) if n_frames is None else n_frames
@@ -108,7 +108,15 @@ def tap_spans(config: Wav2Vec2ConformerConfig) -> list[int]:
 
 
 def tdnn_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Tensor:
-    """Count the frames that leave the whole TDNN for `lengths` that enter, dilation included; 0 if they are too few."""
+    """Count the frames that leave the whole TDNN, dilation included.
+
+    Args:
+        lengths: Frames that enter, integers of any shape.
+        config: Reads `tdnn_kernel` and `tdnn_dilation`.
+
+    Returns:
+        A tensor of the same shape; 0 where too few frames enter.
+    """
     spans = tap_spans(config)
     return conv_output_lengths(lengths, spans, [1] * len(spans))
 
@@ -160,7 +168,13 @@ class AMSoftmaxLoss(nn.Module):
 def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
     """Refuse labels that name no speaker: wrong shape, not integers, or out of range.
 
-    One number is read from the device: whether all labels are allowed; while a graph is compiled there are no values.
+    One number is read from the device: whether all labels are allowed. While a graph is compiled there are no values,
+    and only shape and dtype are looked at.
+
+    Args:
+        labels: What came.
+        n_rows: Utterances in the batch, B.
+        n_speakers: Speakers that the loss knows, `config.num_labels`.
 
     Raises:
         ValueError: Names what came and what is allowed.

@@ -920,7 +920,7 @@ def offsets_in_seconds(
         hop: samples from one frame to the next.
         width: samples that a frame hears.
         sampling_rate: samples per second.
-        seconds: the length of the audio; no time is beyond it.
+        seconds: the length of the audio; no time is beyond it, nor before 0.
 
     Returns:
         For each a dict with "start" and "end" in seconds in place of the offsets.
@@ -931,7 +931,7 @@ def offsets_in_seconds(
     for offset in offsets:
         row = {key: value for key, value in offset.items() if key not in {"start_offset", "end_offset"}}
         for key in ("start", "end"):
-            row[key] = min((hop * int(offset[f"{key}_offset"]) + lead) / sampling_rate, last)
+            row[key] = max(0.0, min((hop * int(offset[f"{key}_offset"]) + lead) / sampling_rate, last))
         timed.append(row)
     return timed
 
