@@ -28,6 +28,7 @@ from w2vc.batches import (
     SpeechDataset,
     bucket_batches,
     data_loader,
+    find_problems,
     frame_targets,
     keyed_crops,
     keyed_masks,
@@ -748,6 +749,14 @@ def test_spec_augment_masks_are_keyed_and_optional() -> None:
     off = tiny_config(mask_time_prob=0.4, apply_spec_augment=False)
     for quiet in (CTCCollator(config, processor()), CTCCollator(off, processor(), spec_augment=True)):
         assert "mask_time_indices" not in quiet(clips(*speech))
+
+
+def test_find_problems_names_what_a_collator_would_refuse() -> None:
+    speech = Speech([tone("good", 9000, text="a"), tone("click", 100, text="a"), tone("mute", 9000)])
+    assert list(find_problems(speech, Collator(tiny_config(), EXTRACTOR))) == ["click"]
+    found = find_problems(speech, CTCCollator(tiny_config(), processor()))
+    assert found["mute"] == "it has no text"
+    assert found.keys() == {"click", "mute"}
 
 
 @pytest.mark.parametrize(

@@ -41,20 +41,20 @@ __all__ = [
     "Clip",
     "SpeechDataset",
     "keyed_noise",
-    "model_inputs",
     "Collator",
+    "model_inputs",
+    "find_problems",
     "PretrainingCollator",
     "CTCCollator",
     "label_names",
     "turn_order",
     "frame_targets",
     "LabelCollator",
-    "find_problems",
     "data_loader",
 ]
 
 
-# %% ../nbs/48_batches.ipynb #eb20198f
+# %% ../nbs/48_batches.ipynb #0eaaf5a5
 def _signed(bits: int) -> int:
     """Read 64 bits as a signed number, as torch's int64 does."""
     return (bits + 2**63) % 2**64 - 2**63
@@ -83,13 +83,12 @@ def mix_bits(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-# %% ../nbs/48_batches.ipynb #8ee9f098
 def sample_id(name: str) -> int:
     """Turn a name into a number of 64 bits that is the same on every machine (`hash` differs from run to run)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-# %% ../nbs/48_batches.ipynb #74fb0d40
+# %% ../nbs/48_batches.ipynb #8ee9f098
 def _keys(seed: int, epoch: int, ids: Tensor, stream: str) -> Tensor:
     """One number per utterance, `[B]`, that names its stream of random numbers."""
     keys = torch.zeros_like(ids)
@@ -114,7 +113,7 @@ def keyed_uniform(
     order in which the numbers must be asked for. The hash is SplitMix64's.
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
         epoch: how often the data has been gone through.
         ids: `[B]` int64, which utterances (`sample_id` of their names).
         n: numbers for each.
@@ -136,7 +135,7 @@ def keyed_uniform(
     return _uniform(_keys(seed, epoch, ids, stream)[:, None], torch.arange(n, device=ids.device), dtype)
 
 
-# %% ../nbs/48_batches.ipynb #6ff869cb
+# %% ../nbs/48_batches.ipynb #ec81cca3
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
     """Share of the padded batches that is padding, 0 to 1.
 
@@ -161,7 +160,6 @@ def _checked_lengths(lengths: Sequence[int] | Tensor, max_samples: int, max_rows
     return sizes
 
 
-# %% ../nbs/48_batches.ipynb #f6b2aaf8
 def _sorted_by_length(sizes: list[int], seed: int | None, epoch: int, blur: float) -> list[int]:
     """Order utterances from long to short; with a seed, by lengths blurred by up to a share of themselves."""
     keys = torch.tensor(sizes, dtype=torch.float64)
@@ -318,6 +316,9 @@ class BucketSampler(_Dealer):
         processes: how many share the batches; each gets equally many.
         rank: which of them this is. None yields all batches, in groups of one per process: that is what Accelerate's
             own `BatchSamplerShard(…, even_batches=False)` deals out.
+
+    Raises:
+        ValueError: an utterance that does not fit, bounds below 1, or a rank that does not exist.
     """
 
     @cached_property
@@ -351,14 +352,14 @@ class BucketSampler(_Dealer):
         self.set_epoch(int(state["epoch"]), int(state["position"]))
 
 
-# %% ../nbs/48_batches.ipynb #f5d85373
+# %% ../nbs/48_batches.ipynb #2e580dcd
 def keyed_crops(seed: int, epoch: int, ids: Tensor, lengths: Tensor, keep: Tensor | int) -> Tensor:
     """Choose where each utterance's crop begins: every place where it fits is equally likely.
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
         epoch: another epoch, another crop.
-        ids: `[B]` int64.
+        ids: `[B]` int64, which utterances.
         lengths: samples of each utterance, `[B]`.
         keep: samples to keep, one number or `[B]`; an utterance that is no longer keeps all, from 0.
 
@@ -387,9 +388,9 @@ def keyed_masks(
     other rows, on their order, or on the padding. An utterance shorter than a span hides nothing.
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
         epoch: another epoch, another mask.
-        ids: `[B]` int64.
+        ids: `[B]` int64, which utterances.
         lengths: real frames of each row, `[B]`.
         n_frames: $T$, frames of the padded batch.
         mask_prob: share of the frames to hide if no spans overlapped.
@@ -425,16 +426,16 @@ def keyed_masks(
     return spans_from_noise(noise, counts, lengths, mask_length, most)
 
 
-# %% ../nbs/48_batches.ipynb #8bb4d36b
+# %% ../nbs/48_batches.ipynb #ab2cf523
 def keyed_negatives(seed: int, epoch: int, ids: Tensor, mask: Tensor, num_negatives: int) -> Tensor:
     """Draw wrong answers for every hidden frame, from the other hidden frames of its utterance.
 
     As `sample_negative_indices`, with a random number for each (seed, epoch, utterance, frame, negative).
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
         epoch: another epoch, other negatives.
-        ids: `[B]` int64.
+        ids: `[B]` int64, which utterances.
         mask: `[B, T]` bool, True = hidden.
         num_negatives: $N$.
 
@@ -479,6 +480,9 @@ class SpeechDataset(Dataset[Clip]):
     Args:
         speech: the utterances.
         preload: decode all now and keep them in memory (4 bytes a sample): for small sets.
+
+    Attributes:
+        left_out: utterances that `data_loader` did not take over, with their lengths.
     """
 
     def __init__(self, speech: Speech, *, preload: bool = False) -> None:
@@ -510,14 +514,14 @@ class SpeechDataset(Dataset[Clip]):
         return Clip(utterance, audio, epoch, problem)
 
 
-# %% ../nbs/48_batches.ipynb #2213c917
+# %% ../nbs/48_batches.ipynb #6e545d78
 def keyed_noise(seed: int, epoch: int, id: int, audio: Samples, snr_db: tuple[float, float]) -> Samples:
     """Add white noise, at a level drawn for this utterance and epoch.
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
         epoch: another epoch, other noise.
-        id: of the utterance.
+        id: of the utterance (`sample_id` of its name).
         audio: `[S]`.
         snr_db: the range of the signal-to-noise ratio in decibels; 20 = the noise has a hundredth of the power.
 
@@ -529,15 +533,6 @@ def keyed_noise(seed: int, epoch: int, id: int, audio: Samples, snr_db: tuple[fl
     ratio = snr_db[0] + (snr_db[1] - snr_db[0]) * float(u[0])
     power = float(np.mean(np.square(audio, dtype=np.float64)))
     return np.asarray(audio + math.sqrt(power / 10 ** (ratio / 10)) * normal.numpy(), np.float32)
-
-
-# %% ../nbs/48_batches.ipynb #817469f8
-_FACTS = ("ids", "epoch", "lengths", "n_frames", "n_masked", "n_labels", "label_lengths", "texts", "dropped")
-
-
-def model_inputs(batch: BatchFeature) -> dict[str, Tensor]:
-    """Take from a batch what a model's forward is given; the rest are facts for the host."""
-    return {key: value for key, value in batch.items() if key not in _FACTS}
 
 
 # %% ../nbs/48_batches.ipynb #9c3d2608
@@ -618,8 +613,12 @@ class Collator(_Checks):
             nothing is padded (as fairseq does).
         noise_db: add white noise with a signal-to-noise ratio from this range (decibels); None = none.
         bad: "raise" stops at an unusable utterance and names it; "drop" leaves it out and counts it in `dropped`.
-        seed: of the run.
+        seed: the seed of the run.
         spec_augment: with labels, draw time masks as the config's `mask_time_*` say; False for evaluation.
+
+    Raises:
+        ValueError: an option that is not known, a crop shorter than one frame, an extractor that pads on the left; when
+            called, utterances that cannot be used (which ones, and why).
     """
 
     def __call__(self, clips: Sequence[Clip]) -> BatchFeature:
@@ -681,12 +680,28 @@ class Collator(_Checks):
             batch: what is there already.
             clips: the clips of its rows.
             starts: first sample of each row's crop.
-            ids: `[B]` int64.
+            ids: `[B]` int64, which utterances.
             n_frames: frames of each row, `[B]`.
         """
 
 
-# %% ../nbs/48_batches.ipynb #b89edd68
+# %% ../nbs/48_batches.ipynb #1f27beec
+_FACTS = ("ids", "epoch", "lengths", "n_frames", "n_masked", "n_labels", "label_lengths", "texts", "dropped")
+
+
+def model_inputs(batch: BatchFeature) -> dict[str, Tensor]:
+    """Take from a batch what a model's forward is given; the rest are facts for the host."""
+    return {key: value for key, value in batch.items() if key not in _FACTS}
+
+
+def find_problems(speech: Speech, collator: Collator) -> dict[str, str]:
+    """Decode a whole set once and list what a collator would refuse: name of the utterance -> why."""
+    dataset = SpeechDataset(speech)
+    found = {utterance.id: collator.problem(dataset[i]) for i, utterance in enumerate(speech)}
+    return {name: why for name, why in found.items() if why}
+
+
+# %% ../nbs/48_batches.ipynb #0b6669db
 class PretrainingCollator(Collator):
     """Batches for pre-training: crops, the frames to hide, and negatives.
 
@@ -699,7 +714,7 @@ class PretrainingCollator(Collator):
         mask_length: $M$, frames per span.
         min_masks: at least this many spans, where they fit.
         num_negatives: $N$; None takes the config's.
-        **options: of every `Collator`.
+        **options: what every `Collator` takes.
     """
 
     def __init__(
@@ -730,22 +745,13 @@ class PretrainingCollator(Collator):
 
 
 # %% ../nbs/48_batches.ipynb #734f2a7d
-def _pad_labels(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Make a rectangle of rows of numbers, int64; the rest is -100, which no loss counts."""
-    labels = torch.full((len(rows), max(map(len, rows))), -100)
-    for row, numbers in zip(labels, rows, strict=True):
-        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-    return labels
-
-
-# %% ../nbs/48_batches.ipynb #a3014991
 class CTCCollator(Collator):
     """Batches for learning to write: audio and the numbers of the letters.
 
     Args:
         config: the model's.
         processor: its feature extractor and its tokenizer.
-        **options: of every `Collator`, but no crop: the text belongs to the whole utterance.
+        **options: what every `Collator` takes, but no crop: the text belongs to the whole utterance.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig, processor: Wav2Vec2Processor, **options: Any) -> None:
@@ -773,7 +779,9 @@ class CTCCollator(Collator):
     ) -> None:
         """Add `labels` (a row for each text, int64, padded with -100), their number `n_labels`, `label_lengths` and `texts`."""
         rows = [self.processor.tokenizer.encode(clip.utterance.text) for clip in clips]
-        batch["labels"] = _pad_labels(rows)
+        batch["labels"] = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in rows], batch_first=True, padding_value=-100
+        )
         batch["label_lengths"] = [len(row) for row in rows]
         batch["n_labels"] = sum(map(len, rows))
         batch["texts"] = [clip.utterance.text for clip in clips]
@@ -857,7 +865,10 @@ class LabelCollator(Collator):
         target: where the label stands: an attribute of the utterance ("speaker", "text", "phones", "turns", …) or a
             function of it. For frames it gives timed segments.
         per: "utterance" or "frame".
-        **options: of every `Collator`.
+        **options: what every `Collator` takes.
+
+    Raises:
+        ValueError: as `Collator`; or `per` is neither.
     """
 
     def __init__(
@@ -935,14 +946,6 @@ class LabelCollator(Collator):
         labels = torch.tensor([self.label(clip.utterance) for clip in clips])
         batch["labels"] = labels.float() if self.config.problem_type == "regression" else labels
         batch["n_labels"] = len(clips)
-
-
-# %% ../nbs/48_batches.ipynb #5835db87
-def find_problems(speech: Speech, collator: Collator) -> dict[str, str]:
-    """Decode a whole set once and list what a collator would refuse: name of the utterance -> why."""
-    dataset = SpeechDataset(speech)
-    found = {utterance.id: collator.problem(dataset[i]) for i, utterance in enumerate(speech)}
-    return {name: why for name, why in found.items() if why}
 
 
 # %% ../nbs/48_batches.ipynb #a2bcbace

@@ -38,6 +38,7 @@ from .classification import (
 )
 from .config import Wav2Vec2ConformerConfig, find_file, write_atomically, write_together
 from .ctc import Wav2Vec2ConformerForCTC
+from .evaluation import EditCounts, count_edits
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms, gradient_norms
 from .pretrained import ModelBase, PreTrainedModel, read_checkpoint, weight_files
 from .pretraining import Wav2Vec2ConformerForPreTraining
@@ -64,7 +65,6 @@ __all__ = [
     "gather_speech",
     "Objective",
     "PretrainingObjective",
-    "edits",
     "CTCObjective",
     "LabelObjective",
     "FrameObjective",
@@ -337,16 +337,6 @@ class PretrainingObjective(Objective):
 
 
 # %% ../nbs/53_training.ipynb #b9027a56
-def edits(said: list[str] | str, meant: list[str] | str) -> int:
-    """Count the insertions, deletions and substitutions that turn one sequence into the other (Levenshtein, 1966)."""
-    row = list(range(len(meant) + 1))
-    for i, a in enumerate(said, 1):
-        last, row[0] = row[0], i
-        for j, b in enumerate(meant, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (a != b))
-    return row[-1]
-
-
 class CTCObjective(Objective):
     """Learn to write; the loss is a sum over utterances (fairseq's `sentence_avg`), or over labels."""
 
@@ -400,11 +390,11 @@ class CTCObjective(Objective):
             torch.arange(best.shape[1], device=best.device)
             < torch.tensor(batch["n_frames"], device=best.device)[:, None]
         )
-        pairs = list(zip(said, batch["texts"], strict=True))
+        letters, words = (
+            sum(count_edits(batch["texts"], said, unit), EditCounts()) for unit in ("char", "word")
+        )
         counts = {
-            "letter_edits": sum(edits(a, b) for a, b in pairs), "letters": sum(len(b) for _, b in pairs),
-            "word_edits": sum(edits(a.split(), b.split()) for a, b in pairs),
-            "words": sum(len(b.split()) for _, b in pairs),
+            "letter_edits": letters.errors, "letters": letters.length, "word_edits": words.errors, "words": words.length,
             "blanks": int(((best == self.model.config.pad_token_id) & real).sum()), "ctc_frames": frames,
         }  # fmt: skip
         return {key: torch.tensor(float(value)) for key, value in counts.items()}
