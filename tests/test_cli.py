@@ -21,8 +21,10 @@ from w2vc import (
     Wav2Vec2Processor,
     load_speech,
 )
-from w2vc.cli import app, describe, find_recordings, main, model_class
+from w2vc.cli import app, describe_checkpoint, find_recordings, main, model_class
 from w2vc.config import Wav2Vec2ConformerConfig
+from w2vc.evaluation import evaluate
+from w2vc.recipes import Recipe
 from w2vc.text import build_vocabulary
 from w2vc.transcription import transcribe
 
@@ -66,7 +68,7 @@ def one_line(err: str) -> str:
 
 def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     names = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
-    assert {"transcribe", "convert", "info", "pretrain", "finetune", "recipes"} <= set(names)
+    assert {"transcribe", "evaluate", "convert", "info", "pretrain", "finetune", "recipes"} <= set(names)
     for name in names:
         code, out, err = run(capsys, name, "--help")
         assert (code, err) == (0, "")
@@ -81,6 +83,8 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
         (["info"], "Missing argument"),
         (["info", ".", "--key"], "No such option: --key"),
         (["transcribe", "a.wav"], "Missing option '--model'"),
+        (["evaluate", "m"], "Missing argument"),
+        (["evaluate", "m", "builtin", "--limit", "0"], "greater than or equal to 1"),
         (["transcribe", "a.wav", "-m", "x", "--format", "doc"], "'doc' is not one of"),
         (["transcribe", "a.wav", "-m", "x", "--beam-width", "0"], "greater than or equal to 1"),
     ],
@@ -101,7 +105,7 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mistakes_of_ours_are_not_hidden(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    monkeypatch.setattr("w2vc.cli.describe", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("w2vc.cli.describe_checkpoint", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["info", str(model)])
 
@@ -118,7 +122,7 @@ def test_interruption_is_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("w2vc.cli.describe", interrupted)
+    monkeypatch.setattr("w2vc.cli.describe_checkpoint", interrupted)
     assert run(capsys, "info", model) == (130, "", "")
 
 
@@ -161,7 +165,7 @@ def test_class_is_found_without_its_name(cls: type, tmp_path: Path) -> None:
     del config["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert model_class(str(tmp_path)) is cls
-    assert describe(str(tmp_path))["architecture"] == cls.__name__
+    assert describe_checkpoint(str(tmp_path))["architecture"] == cls.__name__
 
 
 def test_convert_keeps_weights_and_processor(
@@ -292,6 +296,67 @@ def test_standard_input_and_the_program_itself(model: Path, talks: Path) -> None
         "-",
         transcribe(np.asarray(audio), str(model), sampling_rate=16_000).text,
     )
+
+
+# ------------------------------------------------------------------------------------------ evaluate
+
+
+def test_evaluate_prints_the_librarys_report(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("jiwer")
+    report = evaluate(str(model), "builtin", limit=5, draws=30)
+    words = ("evaluate", model, "builtin", "--limit", "5", "--draws", "30")
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert out == f"{report}\n"
+    assert "WER" in out.splitlines()[2]
+    code, out, _ = run(capsys, *words, "--json")
+    assert json.loads(out) == report.to_dict()
+    code, out, _ = run(capsys, *words, "--show", "2")
+    assert out.startswith(f"{report}\n")
+    errors = sorted((row["char_errors"] for row in report.details["transcripts"]), reverse=True)
+    shown = [line.split(":")[0] for line in out.splitlines() if "words wrong" in line]
+    by_id = {row["id"]: row["char_errors"] for row in report.details["transcripts"]}
+    assert [by_id[name] for name in shown] == errors[:2]
+
+
+def test_evaluate_takes_folders_and_a_beam(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("jiwer")
+    u = load_speech("builtin", "dev")[0]
+    sf.write(tmp_path / "a.wav", u.audio, 16_000)
+    (tmp_path / "a.txt").write_text(u.text.upper() + ".")
+    reports = []
+    for more in ([], ["--beam-width", "20"], ["--as-written"]):
+        code, out, err = run(capsys, "evaluate", model, tmp_path, "--json", *more)
+        assert (code, err) == (0, "")
+        reports.append(json.loads(out))
+    plain, beam, written = reports
+    assert plain["about"]["utterances"] == 1
+    assert plain["details"]["transcripts"][0]["reference"] == u.text.upper() + "."
+    assert beam["details"]["transcripts"][0]["hypothesis"] != plain["details"]["transcripts"][0]["hypothesis"]
+    assert written["measures"]["CER"]["value"] > plain["measures"]["CER"]["value"]
+    code, _, err = run(capsys, "evaluate", model, tmp_path, "--split", "test")
+    assert (code, "no subfolder of that name" in one_line(err)) == (1, True)
+    code, _, err = run(capsys, "evaluate", model, "biultin")
+    assert (code, "known sets" in one_line(err)) == (1, True)
+
+
+def test_evaluate_pretraining_with_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    torch.manual_seed(0)
+    Wav2Vec2ConformerForPreTraining(Wav2Vec2ConformerConfig.tiny(num_negatives=5)).save_pretrained(tmp_path)
+    words = ("evaluate", tmp_path, "builtin", "--limit", "10", "--draws", "20", "--by", "speaker", "--json")
+    code, out, err = run(capsys, *words, "--recipe", "demo_pretrain", "--probe-split", "dev")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    options = {"recipe": Recipe.load("demo_pretrain"), "probe_speech": load_speech("builtin", "dev")}
+    report = evaluate(tmp_path, "builtin", limit=10, draws=20, by="speaker", **options)
+    assert facts == report.to_dict()
+    assert facts["measures"]["phone probe"]["value"] > 0
+    assert facts["about"]["interval"] == "bootstrap over speakers, 20 draws"
 
 
 # ------------------------------------------------------------------------------------------ training

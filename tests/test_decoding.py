@@ -288,6 +288,9 @@ def test_scores_from_any_device(device: str) -> None:
         ({"symbols": ["_", "a"]}, "symbols: got 2, and the logits have 3"),
         ({"hotwords": ["a"]}, "symbols= is needed: hotwords"),
         ({"alhpa": 1.0, "symbols": ["_", "|", "a"]}, "alhpa"),
+        ({"scorer": TextScorer([]), "alpha": 1.0}, "so alpha would have no effect"),
+        ({"scorer": TextScorer([]), "beam_widht": 5}, "so beam_widht would have no effect"),
+        ({"scorer": TextScorer([]), "symbols": ["_", "|", "a"]}, "so symbols would have no effect"),
     ],
 )
 def test_beam_search_refuses(knobs: dict[str, Any], message: str) -> None:

@@ -42,7 +42,7 @@ class LabelSpan(NamedTuple):
     """The frames on which a path says one label.
 
     Attributes:
-        label: the symbol.
+        label: the symbol's number, or `WILDCARD`.
         start: the first frame.
         end: the frame after the last one.
         score: geometric mean of the symbol's probability on these frames, from 0 to 1.
@@ -75,7 +75,7 @@ class Alignment:
 
     @property
     def spans(self) -> list[LabelSpan]:
-        """The runs of equal symbols without the blanks: one span per label, in order."""
+        """The runs of equal symbols, in order and without the blanks: one span for each label that the path spells."""
         symbols, counts = torch.unique_consecutive(self.path, return_counts=True)
         ends = counts.cumsum(0)
         sums = pad(self.scores.cumsum(0), (1, 0))
@@ -112,10 +112,10 @@ def best_walk(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
     Args:
         emissions: log probabilities `[T, V]`.
         states: the symbol of each state, blanks woven in; the walk starts on one of the first two.
-        bars: 0 for each state to which a walk may come from two states before, minus infinity for the others.
+        bars: for each state 0 if a walk may come to it from two states before, else minus infinity.
 
     Returns:
-        The state of each frame, `[T]`.
+        The number of the state that the walk stands on at each frame, `[T]` long.
 
     Raises:
         ValueError: every walk has probability 0.
@@ -147,7 +147,7 @@ def best_walk(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
 
 # %% ../nbs/43_alignment.ipynb #e0016c7e
 WILDCARD = -1  # a label that stands for anything at all
-_SHY = math.log(0.9)  # its price against the best symbol, so that it takes no more than it must
+_SHY = math.log(0.9)  # a little less than the best symbol, so that it takes no more than it must
 
 
 def _checked(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> tuple[Tensor, Tensor]:
@@ -192,9 +192,12 @@ def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 
         labels: symbols of the text, without blanks; `WILDCARD` fits whatever is heard.
         blank: the blank's number.
 
+    Returns:
+        The path, `[T]`, with its log probability on each frame; its `spans` are those of the labels, in order.
+
     Raises:
-        ValueError: wrong shapes, logits in place of log probabilities, labels outside the vocabulary, or more labels
-            than fit into the frames (and how many frames they need).
+        ValueError: wrong shapes, logits in place of log probabilities, labels outside the vocabulary, more labels than
+            fit into the frames (it says how many frames they need), or no path with a probability above 0.
     """
     emissions, row = _checked(log_probs, labels, blank)
     anything = emissions.max(1, keepdim=True).values + _SHY if emissions.shape[1] else emissions
@@ -209,8 +212,11 @@ def best_path(log_probs: Tensor, blank: int = 0) -> Alignment:
     """Take the most probable symbol of each frame, whatever it spells: an alignment of the text that is read so.
 
     Args:
-        log_probs: `[T, V]`.
+        log_probs: `[T, V]` of one utterance, on any device.
         blank: the blank's number.
+
+    Returns:
+        The path, `[T]`, with its log probability on each frame.
     """
     scores, path = log_probs.detach().to("cpu", torch.float64).max(1)
     return Alignment(path, scores, blank)
@@ -225,9 +231,9 @@ class TimedText:
         label: the word or the letter.
         start: seconds.
         end: seconds.
-        confidence: geometric mean of the probabilities of its letters on their frames, from 0 to 1; the blanks between
-            do not count. 0 for what a wildcard stands for, as nothing is known of it.
-        chars: the letters of a word.
+        confidence: geometric mean of the probabilities of its letters on their frames, from 0 to 1. The blanks between
+            do not count, nor do wildcards; 0 if there is nothing but wildcards, as nothing is known then.
+        chars: the letters of a word; empty for a letter.
     """
 
     label: str
@@ -238,12 +244,15 @@ class TimedText:
 
 
 def frame_timing(config: Wav2Vec2ConformerConfig | None = None) -> tuple[int, int]:
-    """Say where a model's frames lie in time: samples from one to the next, and samples that one hears.
-
-    With an adapter, whose zeros at both ends shift its frames, the second number is the stretch that has the same middle.
+    """Say where a model's frames lie in time.
 
     Args:
-        config: the sizes; None: the published models, (320, 400).
+        config: the sizes; None: those of the published models.
+
+    Returns:
+        Hop and width: the samples from one frame to the next, and those that one frame hears; (320, 400) in the
+        published models. An adapter pads with zeros at both ends, which shifts its frames; the width is then that of
+        the stretch from sample 0 on whose middle is the middle of frame 0.
     """
     if config is None:
         return 320, 400
@@ -267,9 +276,12 @@ def time_words(
     """Turn frames into seconds, never outside the audio, for words and their letters.
 
     Args:
-        words: each with its letters, of which there is at least one.
-        config: where the frames lie; None: as in the published models.
-        seconds: the length of the audio.
+        words: each with its letters and their frames; at least one letter each.
+        config: the model's, which says where its frames lie; None: as in the published models.
+        seconds: the length of the audio; None: unknown, and only times before 0 are cut off.
+
+    Returns:
+        One entry per word, with its letters in `chars`.
     """
     hop, width = frame_timing(config)
     timed = []
@@ -278,7 +290,7 @@ def time_words(
         rows = [{"start_offset": s.start, "end_offset": s.end} for s in spans]
         times = offsets_in_seconds(rows, hop=hop, width=width, seconds=seconds)
         chars = tuple(
-            TimedText(label, max(time["start"], 0.0), max(time["end"], 0.0), _confidence([span]))
+            TimedText(label, time["start"], time["end"], _confidence([span]))
             for (label, span), time in zip(letters, times, strict=True)
         )
         timed.append(TimedText(word, chars[0].start, chars[-1].end, _confidence(spans), chars))
@@ -307,8 +319,11 @@ def spell(
     Args:
         word: without spaces.
         tokenizer: knows the symbols.
-        size: the model's outputs; special tokens, and symbols beyond, it never says.
+        size: V, the outputs of the model: it cannot say symbols from V on. Special tokens are not used either.
         wildcard: let each stretch that cannot be spelled become one `WILDCARD`.
+
+    Returns:
+        A pair for each label; a wildcard's "letter" is the stretch that it stands for.
 
     Raises:
         ValueError: the word cannot be spelled, and there is no wildcard.
@@ -331,7 +346,7 @@ def spell(
                 "wildcard=True to let it stand for anything"
             )
         if label == WILDCARD and pairs and pairs[-1][1] == WILDCARD:
-            text, _ = pairs[-1][0] + text, pairs.pop()
+            text = pairs.pop()[0] + text
         pairs.append((text, label))
     return pairs
 
@@ -353,20 +368,20 @@ def align_words(
         text: what was said: words with spaces between.
         processor: a processor or a tokenizer.
         config: the model's, which says where its frames lie; None: as in the published models.
-        seconds: the length of the audio, which no time is beyond.
+        seconds: the length of the audio; no time lies beyond it.
         wildcard: let characters that the vocabulary lacks stand for anything, instead of refusing them.
 
     Returns:
         One entry per word, in order and not overlapping, with its letters in `chars`.
 
     Raises:
-        ValueError: a word cannot be spelled, or the text is too long for the audio.
+        ValueError: a word cannot be spelled, the text is too long for the audio, or the logits are not `[T, V]` or hold NaN.
     """
     tokenizer, V = _tokenizer(processor), logits.shape[-1]
     words = [(word, spell(word, tokenizer, V, wildcard=wildcard)) for word in text.split()]
     gap = tokenizer.word_delimiter_token_id
     between = [gap] if gap is not None and gap < V and gap != tokenizer.pad_token_id else []
-    labels = [label for _, pairs in words for label in [*between, *(label for _, label in pairs)]][
+    labels = [label for _, pairs in words for label in (*between, *(symbol for _, symbol in pairs))][
         len(between) :
     ]
     log_probs = log_softmax(logits, -1, dtype=torch.float32)
@@ -393,7 +408,10 @@ def read_words(
         alignment: a path, such as `best_path(log_probs)`.
         processor: a processor or a tokenizer.
         config: the model's, which says where its frames lie; None: as in the published models.
-        seconds: the length of the audio, which no time is beyond.
+        seconds: the length of the audio; no time lies beyond it.
+
+    Returns:
+        One entry per word, in order and not overlapping, with its letters in `chars`.
     """
     tokenizer = _tokenizer(processor)
     words: list[tuple[str, Spelled]] = []

@@ -74,7 +74,7 @@ def _frame_counts(lengths: Any, n_rows: int, n_frames: int) -> list[int]:
 
 
 def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
-    """Take the most probable symbol of each frame, and collapse (Graves et al., 2006, section 3.2, best path decoding).
+    """Take the most probable symbol of each frame, and collapse (best path decoding; Graves et al., 2006, section 3.2).
 
     Args:
         logits: `[T, V]` or `[B, T, V]`; log probabilities do as well.
@@ -85,7 +85,7 @@ def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
         The labels, a list of ints; for a batch, a list of such lists.
 
     Raises:
-        ValueError: Another shape, NaN, or lengths that do not fit.
+        ValueError: Another shape, no floats, NaN or plus infinity, a blank that is no symbol, or lengths that do not fit.
     """
     scores = _check_scores(logits, (2, 3), blank)
     paths = (scores if scores.dim() == 3 else scores[None]).argmax(-1).tolist()
@@ -95,7 +95,7 @@ def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
 
 
 # %% ../nbs/42_decoding.ipynb #a36fa348
-_UNK, _BOS, _EOS = "<unk>", "<s>", "</s>"  # any other word, begin and end of a sentence
+_UNK, _BOS, _EOS = "<unk>", "<s>", "</s>"  # any other word, beginning and end of a sentence
 _LN10 = math.log(10.0)
 _Table = dict[tuple[str, ...], float]
 
@@ -106,8 +106,11 @@ class NGramModel:
     It holds one Python dict entry per n-gram, about 300 bytes: right for up to some millions of them.
 
     Args:
-        logp: n-gram -> natural log probability of its last word after the others. It must hold every single word.
+        logp: n-gram -> natural log probability of its last word after the others; every known word needs a 1-gram.
         backoff: n-gram -> natural log of the toll for forgetting its first word; one that is missing is 0.
+
+    Raises:
+        ValueError: `logp` is empty.
     """
 
     def __init__(
@@ -127,7 +130,7 @@ class NGramModel:
 
     @cached_property
     def sorted_words(self) -> list[str]:
-        """All words in order, so that those with one beginning stand together."""
+        """All words in order, so that those with the same beginning stand together."""
         return sorted(self.words)
 
     def start(self) -> tuple[str, ...]:
@@ -155,7 +158,7 @@ class NGramModel:
         return after, score + self.logp[*context, word]
 
     def score(self, words: str | Sequence[str], *, boundary: bool = True) -> float:
-        """Natural log probability of a sentence; with `boundary` its begin and its end count too."""
+        """Natural log probability of a sentence; with `boundary` its beginning and its end count too."""
         context, total = self.start() if boundary else (), 0.0
         for word in [*(words.split() if isinstance(words, str) else words), *([_EOS] if boundary else [])]:
             context, score = self.step(context, word)
@@ -199,11 +202,11 @@ def _count_ngrams(texts: Iterable[str | Sequence[str]], order: int) -> Counter[t
 def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGramModel:
     """Make a language model of texts, by the method of Witten and Bell (1991, method C; Eq. 42.2).
 
-    After no memory at all every known word and `<unk>` are equally likely. All probabilities after any memory sum to 1.
+    Below the single words stands an even share for every known word, `<unk>` and `</s>`. After any memory all sum to 1.
 
     Args:
         texts: Sentences: strings of words, or lists of symbols.
-        order: The longest n-gram.
+        order: Words in the longest n-gram.
 
     Raises:
         ValueError: No texts, a mark such as `<s>` in one, a symbol that is empty or has a space, or an impossible order.
@@ -336,7 +339,7 @@ class HotWords:
 
     Args:
         words: Words or phrases (words with spaces between), or a dict that gives each its own bonus.
-        weight: The bonus of all others, a natural logarithm: 10 makes a word e^10 times as good as it sounds.
+        weight: The bonus of words without their own, a natural logarithm: 10 makes a word e^10 times as good as it sounds.
 
     Raises:
         ValueError: A bonus that is not a number above 0, or an empty word.
@@ -378,7 +381,7 @@ class _Said(NamedTuple):
 
     Attributes:
         context: The memory of the language model.
-        words: The last whole words, as many as the longest hot-word has, less one.
+        words: The last whole words: one fewer than the longest hot-word has.
         part: The word that has begun.
         lm: From the language model, for what is whole.
         hot: From hot-words, for what is whole.
@@ -473,14 +476,14 @@ class TextScorer(_Words):
         symbols: All symbols, by their numbers.
         word_delimiter: The symbol between words; None: there is none.
         language_model: An n-gram model of words, or of symbols.
-        alpha: Weight of its log probability.
-        beta: Bonus for each of its words.
-        unk_score_offset: Added to the log10 probability of a word that the model does not know.
-        score_boundary: Whether the begin and the end of the sentence count.
+        alpha: Weight of its natural log probability.
+        beta: Bonus for each of its words, a natural logarithm.
+        unk_score_offset: Added to the log10 probability of a word that the model does not know; `alpha` weighs it too.
+        score_boundary: Whether the beginning and the end of the sentence count.
         unit: What the model's words are: "word", or "symbol" for a model of letters.
         known_words: Words beyond these count as unknown; None: those of the model.
         hotwords: Words with a bonus, see `HotWords`; spelled as the text is.
-        hotword_weight: Their bonus.
+        hotword_weight: Their bonus, a natural logarithm.
 
     Raises:
         ValueError: A model or hot-words that the symbols cannot spell, or an impossible knob.
@@ -834,14 +837,15 @@ def beam_search(
         beam_prune_logp: Prefixes worse than the best one by more than this are dropped; None: none are.
         normalise: Take the log softmax first, which does no harm to log probabilities. False takes them as they are.
         symbols: The symbols by their numbers; needed for text.
-        scorer: Scores the text; instead of it, its knobs may be given, such as `language_model=`, `hotwords=`, `alpha=`.
-        **text: Knobs of `TextScorer`.
+        scorer: Scores the text, and brings its own symbols.
+        **text: In place of a scorer, knobs of `TextScorer`, such as `language_model=`, `hotwords=`, `alpha=`.
 
     Returns:
         Hypotheses, the best first; of equal ones, the one with the smaller labels.
 
     Raises:
-        ValueError: Scores of another shape, NaN, or probabilities; an impossible knob; a text to score, and no symbols.
+        ValueError: Scores of another shape, NaN, or probabilities; an impossible knob; text to score without symbols; or
+            both a scorer and what would make one.
     """
     for name, value in (
         ("beam_width", beam_width),
@@ -859,6 +863,9 @@ def beam_search(
                 f"symbols= is needed: {', '.join(text)} score text, and numbers alone spell none"
             )
         scorer = TextScorer(symbols or [], **text)
+    elif symbols is not None or text:
+        both = ", ".join([*(["symbols"] if symbols is not None else []), *text])
+        raise ValueError(f"scorer= was given, so {both} would have no effect: give them to the TextScorer")
     log_probs = _log_probs(logits, blank, normalise)
     if scorer.symbols and len(scorer.symbols) < log_probs.shape[1]:
         raise ValueError(f"symbols: got {len(scorer.symbols)}, and the logits have {log_probs.shape[1]}")

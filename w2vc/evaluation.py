@@ -58,27 +58,27 @@ __all__ = [
     "count_edits",
     "word_error_rate",
     "character_error_rate",
+    "log_mel_frames",
+    "score_pairs",
     "error_curve",
     "OperatingPoint",
     "equal_error_rate",
     "min_dcf",
-    "score_pairs",
     "DiarizationErrors",
     "activity_turns",
     "diarization_error_rate",
     "cross_table",
     "accuracy",
+    "fit_softmax",
     "mutual_information",
     "CodeMeasures",
     "measure_codes",
     "cluster_frames",
     "code_phone_report",
-    "log_mel_frames",
     "utterance_batches",
     "phone_rows",
     "PhoneFrames",
     "phone_frames",
-    "fit_softmax",
     "PhoneProbe",
     "phone_probe",
     "contrastive_sums",
@@ -110,7 +110,6 @@ def _library(name: str) -> Any:
         raise ImportError(f'this measure needs {name.partition(".")[0]}: pip install "w2vc[eval]"') from error
 
 
-# %% ../nbs/52_evaluation.ipynb #d86dc702
 @dataclass(frozen=True)
 class EditCounts:
     """What turns a reference into what a model wrote, counted; `float(counts)` is the error rate.
@@ -149,7 +148,7 @@ class EditCounts:
         return EditCounts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-# %% ../nbs/52_evaluation.ipynb #23b54eb5
+# %% ../nbs/52_evaluation.ipynb #d86dc702
 def plain_text(text: str) -> str:
     """Reduce a text to what can be heard: lower case, one kind of apostrophe, no punctuation; hyphens part words.
 
@@ -160,7 +159,6 @@ def plain_text(text: str) -> str:
     return " ".join(word for word in (word.strip("'") for word in kept.split()) if word)
 
 
-# %% ../nbs/52_evaluation.ipynb #f094b90e
 def count_edits(
     references: Sequence[str],
     hypotheses: Sequence[str],
@@ -238,6 +236,51 @@ def character_error_rate(
     return _total_edits(references, hypotheses, "char", normalise)
 
 
+# %% ../nbs/52_evaluation.ipynb #5ab269c4
+def log_mel_frames(
+    audio: Samples, *, bands: int = 40, width: int = 400, hop: int = 320, rate: int = SAMPLING_RATE
+) -> NDArray[np.float32]:
+    """Log energies in bands as the ear has them, for windows that lie where the model's frames lie.
+
+    Args:
+        audio: `[S]`.
+        bands: Triangles, evenly spaced on the mel scale (O'Shaughnessy, 1987) up to half the rate.
+        width: Samples in a window.
+        hop: Samples from one window to the next.
+        rate: Samples per second.
+
+    Returns:
+        `[T, bands]`.
+    """
+    size = 2 ** math.ceil(math.log2(width))
+    mel = np.linspace(0, 2595 * math.log10(1 + rate / 2 / 700), bands + 2)
+    edges = 700 * (10 ** (mel / 2595) - 1)  # Hz
+    bins = np.linspace(0, rate / 2, size // 2 + 1)
+    low, peak, high = (edges[i : i + bands, None] for i in range(3))
+    triangles = np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clip(
+        0
+    )  # [bands, bins]
+    windows = np.lib.stride_tricks.sliding_window_view(audio, width)[::hop] * np.hanning(width)
+    power = np.abs(np.fft.rfft(windows, size)) ** 2
+    return np.asarray(np.log(power @ triangles.T + 1e-6), np.float32)
+
+
+# %% ../nbs/52_evaluation.ipynb #569c9664
+def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[Floats, NDArray[np.bool_]]:
+    """Compare every utterance with every other one by the cosine of their vectors.
+
+    Args:
+        embeddings: `[B, D]`.
+        speakers: Who speaks.
+
+    Returns:
+        Two square tables over the utterances: the scores, and whether it is one voice.
+    """
+    unit = normalize(embeddings.detach().cpu().double(), dim=1)
+    names = np.asarray(speakers)
+    return (unit @ unit.T).numpy(), names[:, None] == names
+
+
 # %% ../nbs/52_evaluation.ipynb #1e49c93b
 Floats = NDArray[np.float64]
 
@@ -272,7 +315,7 @@ def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Floats, Flo
     return np.append(thresholds, np.inf), np.append(0.0, miss), 1 - np.append(0.0, silent)
 
 
-# %% ../nbs/52_evaluation.ipynb #a5aa61ee
+# %% ../nbs/52_evaluation.ipynb #9cc61f41
 class OperatingPoint(NamedTuple):
     """A figure and the threshold where it is reached; "same" is said from the threshold upwards."""
 
@@ -328,22 +371,6 @@ def min_dcf(
     return OperatingPoint(float(costs[k]), float(thresholds[k]))
 
 
-# %% ../nbs/52_evaluation.ipynb #569c9664
-def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[Floats, NDArray[np.bool_]]:
-    """Compare every utterance with every other one by the cosine of their vectors.
-
-    Args:
-        embeddings: `[B, D]`.
-        speakers: Who speaks.
-
-    Returns:
-        Two square tables over the utterances: the scores, and whether it is one voice.
-    """
-    unit = normalize(embeddings.detach().cpu().double(), dim=1)
-    names = np.asarray(speakers)
-    return (unit @ unit.T).numpy(), names[:, None] == names
-
-
 # %% ../nbs/52_evaluation.ipynb #071a2c99
 @dataclass(frozen=True)
 class DiarizationErrors:
@@ -377,7 +404,6 @@ class DiarizationErrors:
         return DiarizationErrors(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
-# %% ../nbs/52_evaluation.ipynb #9d158ee6
 def activity_turns(
     activity: ArrayLike | Tensor,
     labels: Sequence[str] | None = None,
@@ -485,7 +511,41 @@ def accuracy(table: NDArray[np.int64]) -> float:
     return float(np.trace(table) / table.sum()) if table.sum() else math.nan
 
 
-# %% ../nbs/52_evaluation.ipynb #d60dee38
+# %% ../nbs/52_evaluation.ipynb #ca6d5df3
+def fit_softmax(
+    features: Tensor, classes: Tensor, n_classes: int, *, penalty: float = 1.0, steps: int = 100
+) -> Tensor:
+    """Fit a linear classifier: softmax regression by L-BFGS from zero, so always with the same result.
+
+    Args:
+        features: `[frames, D]`, of mean 0 and deviation 1.
+        classes: `[frames]` long.
+        n_classes: How many there are.
+        penalty: Half of it times the squared weights is added to the summed loss.
+        steps: Most rounds.
+
+    Returns:
+        Weights `[n_classes, D + 1]`, the last column the bias.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = torch.cat([features, features.new_ones(len(features), 1)], 1)
+        weights = inputs.new_zeros(n_classes, inputs.shape[1]).requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [weights], max_iter=steps, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            pull = penalty / 2 / len(inputs) * weights[:, :-1].square().sum()
+            loss = cross_entropy(inputs @ weights.T, classes) + pull
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weights.detach()
+
+
+# %% ../nbs/52_evaluation.ipynb #c9de607a
 def _bits(counts: NDArray[Any]) -> float:
     """Entropy of counts in bits."""
     shares = counts[counts > 0] / counts.sum()
@@ -515,7 +575,6 @@ class CodeMeasures(NamedTuple):
     code_purity: float
 
 
-# %% ../nbs/52_evaluation.ipynb #2ca2c602
 def measure_codes(codes: ArrayLike, phones: ArrayLike, *, seed: int = 0, shuffles: int = 3) -> CodeMeasures:
     """Measure one code per frame against the phones; the names are those of HuBERT (Hsu et al., 2021, section 4).
 
@@ -541,6 +600,7 @@ def measure_codes(codes: ArrayLike, phones: ArrayLike, *, seed: int = 0, shuffle
     )
 
 
+# %% ../nbs/52_evaluation.ipynb #4d9195c1
 def cluster_frames(
     features: NDArray[Any], n_clusters: int, *, seed: int = 0, steps: int = 20
 ) -> NDArray[np.int64]:
@@ -605,35 +665,6 @@ def code_phone_report(
     return report
 
 
-# %% ../nbs/52_evaluation.ipynb #5ab269c4
-def log_mel_frames(
-    audio: Samples, *, bands: int = 40, width: int = 400, hop: int = 320, rate: int = SAMPLING_RATE
-) -> NDArray[np.float32]:
-    """Log energies in bands as the ear has them, for windows that lie where the model's frames lie.
-
-    Args:
-        audio: `[S]`.
-        bands: Triangles, evenly spaced on the mel scale (O'Shaughnessy, 1987) up to half the rate.
-        width: Samples in a window.
-        hop: Samples from one window to the next.
-        rate: Samples per second.
-
-    Returns:
-        `[T, bands]`.
-    """
-    size = 2 ** math.ceil(math.log2(width))
-    mel = np.linspace(0, 2595 * math.log10(1 + rate / 2 / 700), bands + 2)
-    edges = 700 * (10 ** (mel / 2595) - 1)  # Hz
-    bins = np.linspace(0, rate / 2, size // 2 + 1)
-    low, peak, high = (edges[i : i + bands, None] for i in range(3))
-    triangles = np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clip(
-        0
-    )  # [bands, bins]
-    windows = np.lib.stride_tricks.sliding_window_view(audio, width)[::hop] * np.hanning(width)
-    power = np.abs(np.fft.rfft(windows, size)) ** 2
-    return np.asarray(np.log(power @ triangles.T + 1e-6), np.float32)
-
-
 # %% ../nbs/52_evaluation.ipynb #296498fb
 class _Utterances(Collator):
     """Batches that carry their utterances along."""
@@ -681,7 +712,6 @@ def utterance_batches(
         yield batch.to(model.device)
 
 
-# %% ../nbs/52_evaluation.ipynb #34e2f677
 def phone_rows(utterance: Utterance, n_frames: int, config: Wav2Vec2ConformerConfig) -> list[str]:
     """The phone in the middle of each frame of a model; "" where none is known."""
     width, hop = receptive_field(config.conv_kernel, config.conv_stride)
@@ -704,6 +734,7 @@ class PhoneFrames(NamedTuple):
     ids: NDArray[np.str_]
 
 
+# %% ../nbs/52_evaluation.ipynb #2d555330
 def phone_frames(
     model: Wav2Vec2ConformerForPreTraining,
     speech: Speech,
@@ -739,41 +770,7 @@ def phone_frames(
     return PhoneFrames(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-# %% ../nbs/52_evaluation.ipynb #ca6d5df3
-def fit_softmax(
-    features: Tensor, classes: Tensor, n_classes: int, *, penalty: float = 1.0, steps: int = 100
-) -> Tensor:
-    """Fit a linear classifier: softmax regression by L-BFGS from zero, so always with the same result.
-
-    Args:
-        features: `[frames, D]`, of mean 0 and deviation 1.
-        classes: `[frames]` long.
-        n_classes: How many there are.
-        penalty: Half of it times the squared weights is added to the summed loss.
-        steps: Most rounds.
-
-    Returns:
-        Weights `[n_classes, D + 1]`, the last column the bias.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        inputs = torch.cat([features, features.new_ones(len(features), 1)], 1)
-        weights = inputs.new_zeros(n_classes, inputs.shape[1]).requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [weights], max_iter=steps, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
-        )
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            pull = penalty / 2 / len(inputs) * weights[:, :-1].square().sum()
-            loss = cross_entropy(inputs @ weights.T, classes) + pull
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
-
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return weights.detach()
-
-
-# %% ../nbs/52_evaluation.ipynb #6bb0b8d0
+# %% ../nbs/52_evaluation.ipynb #0a30434e
 @dataclass(frozen=True)
 class PhoneProbe:
     """How many frames a linear classifier on each layer gives the right phone.
@@ -803,6 +800,7 @@ class PhoneProbe:
         return self.layers[int(self.right.sum(1).argmax())]
 
 
+# %% ../nbs/52_evaluation.ipynb #ed4e5dc2
 class _States(NamedTuple):
     """States of the frames whose phone is known: one table per layer."""
 
@@ -844,7 +842,7 @@ def _layer_states(
     return _States([torch.from_numpy(torch.cat(kept).numpy().copy()) for kept in layers], *columns)
 
 
-# %% ../nbs/52_evaluation.ipynb #4ad35ba0
+# %% ../nbs/52_evaluation.ipynb #33b51023
 def _fold_right(train: _States, test: _States, i: int, device: torch.device) -> NDArray[np.bool_]:
     """Fit a layer on some frames and say which of the others get their phone."""
     names, numbers = np.unique(train.phones, return_inverse=True)
@@ -924,7 +922,7 @@ def phone_probe(
     )
 
 
-# %% ../nbs/52_evaluation.ipynb #22b88bcb
+# %% ../nbs/52_evaluation.ipynb #247ee13e
 def contrastive_sums(
     model: Wav2Vec2ConformerForPreTraining,
     speech: Speech,
@@ -993,7 +991,7 @@ def contrastive_report(
     return describe_codes({key: torch.stack([row[key] for row in rows]).sum(0) for key in rows[0]})
 
 
-# %% ../nbs/52_evaluation.ipynb #c9de607a
+# %% ../nbs/52_evaluation.ipynb #eba761ce
 class Interval(NamedTuple):
     """A figure, and the range in which it would lie if other utterances had been drawn."""
 
@@ -1069,7 +1067,7 @@ def bootstrap(
     return Interval(value, float(low), float(high))
 
 
-# %% ../nbs/52_evaluation.ipynb #45fa1ba6
+# %% ../nbs/52_evaluation.ipynb #be9a1ffa
 @dataclass(frozen=True)
 class Measure:
     """A figure of a report.
@@ -1594,6 +1592,27 @@ def model_class(
     return classes[architecture]
 
 
+JUDGES: dict[type[PreTrainedModel], Callable[[Trial], Found]] = {
+    Wav2Vec2ConformerForCTC: judge_ctc,
+    Wav2Vec2ConformerForSequenceClassification: judge_sequences,
+    Wav2Vec2ConformerForAudioFrameClassification: judge_frames,
+    Wav2Vec2ConformerForXVector: judge_speakers,
+    Wav2Vec2ConformerForPreTraining: judge_pretraining,
+    Wav2Vec2ConformerModel: judge_pretraining,
+}
+
+
+def _processor_of(folder: str | os.PathLike[str], cls: type[PreTrainedModel], revision: str | None) -> Any:
+    """The processor or feature extractor that lies beside a checkpoint."""
+    kind: Any = Wav2Vec2Processor if cls is Wav2Vec2ConformerForCTC else Wav2Vec2FeatureExtractor
+    if (
+        kind is Wav2Vec2FeatureExtractor
+        and find_file(folder, "preprocessor_config.json", revision=revision) is None
+    ):
+        return None
+    return kind.from_pretrained(folder, revision=revision)
+
+
 # %% ../nbs/52_evaluation.ipynb #bd313157
 @dataclass(frozen=True)
 class _Cell:
@@ -1644,7 +1663,6 @@ def hub_speech(name: str, split: str = "test", limit: int | None = None) -> Spee
     return Speech(found, f"{repository}{':' * bool(config)}{config}", part or split)
 
 
-# %% ../nbs/52_evaluation.ipynb #3e244c5e
 def open_speech(name: str | os.PathLike[str], split: str | None = None, limit: int | None = None) -> Speech:
     """Open a set to be measured on.
 
@@ -1680,28 +1698,7 @@ def open_speech(name: str | os.PathLike[str], split: str | None = None, limit: i
     return speech
 
 
-# %% ../nbs/52_evaluation.ipynb #9732b6c9
-JUDGES: dict[type[PreTrainedModel], Callable[[Trial], Found]] = {
-    Wav2Vec2ConformerForCTC: judge_ctc,
-    Wav2Vec2ConformerForSequenceClassification: judge_sequences,
-    Wav2Vec2ConformerForAudioFrameClassification: judge_frames,
-    Wav2Vec2ConformerForXVector: judge_speakers,
-    Wav2Vec2ConformerForPreTraining: judge_pretraining,
-    Wav2Vec2ConformerModel: judge_pretraining,
-}
-
-
-def _processor_of(folder: str | os.PathLike[str], cls: type[PreTrainedModel], revision: str | None) -> Any:
-    """The processor or feature extractor that lies beside a checkpoint."""
-    kind: Any = Wav2Vec2Processor if cls is Wav2Vec2ConformerForCTC else Wav2Vec2FeatureExtractor
-    if (
-        kind is Wav2Vec2FeatureExtractor
-        and find_file(folder, "preprocessor_config.json", revision=revision) is None
-    ):
-        return None
-    return kind.from_pretrained(folder, revision=revision)
-
-
+# %% ../nbs/52_evaluation.ipynb #1f893a47
 def evaluate(
     model: PreTrainedModel | str | os.PathLike[str],
     speech: Speech | str | os.PathLike[str],

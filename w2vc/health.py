@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import read_json
 from .pretraining import candidate_logits
+from .recipes import recipe_folder
 
 # %% auto #0
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Alarm",
     "find_alarms",
     "healthy_bands",
+    "stored_bands",
     "compare_with_bands",
     "draw_health",
 ]
@@ -354,6 +357,12 @@ def healthy_bands(
 
 
 # %% ../nbs/51_health.ipynb #96593eb1
+def stored_bands(recipe: str) -> dict[str, Any] | None:
+    """Read the bands that lie beside a recipe of the package (`NAME.health.json`); None if it has none."""
+    path = recipe_folder() / f"{recipe}.health.json"
+    return read_json(path) if path.is_file() else None
+
+
 def compare_with_bands(records: Sequence[Mapping[str, Any]], bands: Mapping[str, Any]) -> dict[str, float]:
     """Say how much of a run lies outside the bands: figure -> share of the points reached so far, 0 = healthy."""
     train = [r for r in records if r["kind"] == "train"]

@@ -22,39 +22,24 @@ import torch
 from torch import Tensor, nn
 
 from .audio import BatchFeature, Wav2Vec2FeatureExtractor
-from .batches import (
-    Collator,
-    CTCCollator,
-    LabelCollator,
-    PretrainingCollator,
-    data_loader,
-    label_names,
-    model_inputs,
-    turn_order,
-)
-from .classification import (
-    Wav2Vec2ConformerForAudioFrameClassification,
-    Wav2Vec2ConformerForSequenceClassification,
-)
+from .batches import Collator, CTCCollator, LabelCollator, PretrainingCollator, data_loader
+from .classification import Wav2Vec2ConformerForAudioFrameClassification
 from .config import Wav2Vec2ConformerConfig, find_file, write_atomically, write_together
 from .ctc import Wav2Vec2ConformerForCTC
 from .evaluation import EditCounts, count_edits
-from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms, gradient_norms
+from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
 from .pretrained import ModelBase, PreTrainedModel, read_checkpoint, weight_files
 from .pretraining import Wav2Vec2ConformerForPreTraining
-from .recipes import (
-    Recipe,
-    SourcePlan,
-    describe_cost,
-    estimate_cost,
-    gumbel_temperature,
-    learning_rate,
-    matmul_speed,
-)
+from .recipes import Recipe, SourcePlan, describe_cost, estimate_cost, gumbel_temperature
 from .speaker import Wav2Vec2ConformerForXVector
 from .speech import Speech, Utterance, load_speech
-from .synthesis import synthetic_speech  # noqa: F401  # importing it makes "synthetic" known to load_speech
 from .text import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
+
+# isort: split
+from .batches import label_names, model_inputs, turn_order
+from .classification import Wav2Vec2ConformerForSequenceClassification
+from .health import gradient_norms
+from .recipes import learning_rate, matmul_speed
 
 # %% auto #0
 __all__ = [
@@ -72,6 +57,9 @@ __all__ = [
     "label_target",
     "decays",
     "make_optimizer",
+    "blame",
+    "Stream",
+    "make_accelerator",
     "MetricsLog",
     "read_metrics",
     "averaged_weights",
@@ -79,12 +67,9 @@ __all__ = [
     "flat",
     "changed_keys",
     "Outcome",
-    "make_accelerator",
-    "Stream",
     "RunState",
     "SavedRun",
     "LoggedRun",
-    "blame",
     "GuardedRun",
     "SteppingRun",
     "JudgedRun",
@@ -220,7 +205,7 @@ class Objective:
         return int(batch["n_labels"])
 
     def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
-        """Run a batch: its summed loss (scalar), and the model's output."""
+        """Run a batch: its summed loss `[]`, and the model's output."""
         inputs = model_inputs(batch)
         if len(set(batch["lengths"])) == 1:  # nothing is padded: the faster path
             inputs.pop("attention_mask", None)
@@ -283,7 +268,7 @@ class PretrainingObjective(Objective):
         return int(batch["n_masked"])
 
     def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
-        """The contrastive and the diversity loss, and the penalty on loud latent frames if the recipe has one."""
+        """The contrastive and the diversity loss, and the penalty on loud latent frames if the recipe has one: `[]`."""
         inputs = model_inputs(batch)
         if len(set(batch["lengths"])) == 1:
             inputs.pop("attention_mask", None)
@@ -378,7 +363,7 @@ class CTCObjective(Objective):
         return len(batch["ids"]) if self.recipe.run.per == "utterance" else int(batch["n_labels"])
 
     def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
-        """The summed CTC loss."""
+        """The summed CTC loss `[]`, and the model's output."""
         return super().forward(model, batch, 1)
 
     @torch.no_grad()
@@ -473,6 +458,7 @@ class LabelObjective(Objective):
         return {"accuracy": float(sums["right"] / sums["labels"].clamp_min(1))}
 
 
+# %% ../nbs/53_training.ipynb #b5b74046
 class FrameObjective(LabelObjective):
     """Learn to name frames."""
 
@@ -522,7 +508,87 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], plan.lr, **options)
 
 
-# %% ../nbs/53_training.ipynb #9c129fcb
+# %% ../nbs/53_training.ipynb #88a1f4f3
+@torch.no_grad()
+def blame(objective: Objective, batch: BatchFeature) -> list[str]:
+    """Name the rows of a batch whose loss, alone, is not finite; all of them if none is (they only fail together)."""
+    names: list[str] = []
+    facts = {
+        key: batch[key] for key in ("ids", "texts", "lengths", "n_frames", "label_lengths") if key in batch
+    }
+    for i, name in enumerate(batch["ids"]):
+        row = BatchFeature({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()})
+        row.update({key: value[i : i + 1] for key, value in facts.items()})
+        if "sampled_negative_indices" in row:
+            row["sampled_negative_indices"] = (
+                row["sampled_negative_indices"] - i * batch["mask_time_indices"].shape[1]
+            )
+        objective.model.eval()
+        try:
+            finite = bool(objective.forward(objective.model, row, 1)[0].isfinite())
+        except ValueError:  # the model refuses what is not a number
+            finite = False
+        objective.model.train()
+        if not finite:
+            names.append(name)
+    return names or list(batch["ids"])
+
+
+# %% ../nbs/53_training.ipynb #977c28af
+class Stream:
+    """The batches of a loader, epoch after epoch, and where we are among them.
+
+    Args:
+        loader: Of `data_loader`.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.sampler = loader, loader.batch_sampler
+        self.epoch = self.position = 0  # batches of this epoch that have been used
+        self._batches: Iterator[BatchFeature] | None = None
+
+    def __next__(self) -> BatchFeature:
+        if self._batches is None:
+            self._go(self.epoch, self.position)
+        batch = next(cast(Iterator[BatchFeature], self._batches), None)
+        if batch is None:  # the end of the epoch
+            self._go(self.epoch + 1, 0)
+            batch = next(cast(Iterator[BatchFeature], self._batches))
+        self.position += 1
+        return batch
+
+    def _go(self, epoch: int, position: int) -> None:
+        """Begin an epoch, at its start or further on."""
+        self.epoch, self.position = epoch, position
+        self.sampler.set_epoch(epoch, position)
+        self._batches = iter(self.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where we are."""
+        self.sampler.set_epoch(self.epoch, self.position)
+        return dict(self.sampler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go there."""
+        self.sampler.load_state_dict(state)
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self._batches = None
+
+
+# %% ../nbs/53_training.ipynb #853a9eec
+def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
+    """Accelerate's handle on devices, processes and precision; `accelerate launch` decides how many processes there are."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise ImportError('training needs accelerate: pip install "w2vc[train]"') from error
+    if AcceleratorState._shared_state:  # another run of this process may have had another precision
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision, cpu=cpu)
+
+
+# %% ../nbs/53_training.ipynb #33bd188d
 class MetricsLog:
     """Lines of figures in a file, one JSON object each, and perhaps in TensorBoard.
 
@@ -567,6 +633,7 @@ class MetricsLog:
         return record
 
 
+# %% ../nbs/53_training.ipynb #20cb8ead
 def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
     """Read the records of a run's `metrics.jsonl` (or of the run's folder); a line cut short by a kill is passed over.
 
@@ -653,6 +720,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in FREE_KEYS)
 
 
+# %% ../nbs/53_training.ipynb #12fe0945
 @dataclass
 class Outcome:
     """How a run, or a piece of one, ended.
@@ -672,59 +740,6 @@ class Outcome:
     reason: str
     best: tuple[float, int] | None
     model: PreTrainedModel
-
-
-# %% ../nbs/53_training.ipynb #12fe0945
-def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
-    """Accelerate's handle on devices, processes and precision; `accelerate launch` decides how many processes there are."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise ImportError('training needs accelerate: pip install "w2vc[train]"') from error
-    if AcceleratorState._shared_state:  # another run of this process may have had another precision
-        AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=cpu)
-
-
-class Stream:
-    """The batches of a loader, epoch after epoch, and where we are among them.
-
-    Args:
-        loader: Of `data_loader`.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.sampler = loader, loader.batch_sampler
-        self.epoch = self.position = 0  # batches of this epoch that have been used
-        self._batches: Iterator[BatchFeature] | None = None
-
-    def __next__(self) -> BatchFeature:
-        if self._batches is None:
-            self._go(self.epoch, self.position)
-        batch = next(cast(Iterator[BatchFeature], self._batches), None)
-        if batch is None:  # the end of the epoch
-            self._go(self.epoch + 1, 0)
-            batch = next(cast(Iterator[BatchFeature], self._batches))
-        self.position += 1
-        return batch
-
-    def _go(self, epoch: int, position: int) -> None:
-        """Begin an epoch, at its start or further on."""
-        self.epoch, self.position = epoch, position
-        self.sampler.set_epoch(epoch, position)
-        self._batches = iter(self.loader)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where we are."""
-        self.sampler.set_epoch(self.epoch, self.position)
-        return dict(self.sampler.state_dict())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go there."""
-        self.sampler.load_state_dict(state)
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self._batches = None
 
 
 # %% ../nbs/53_training.ipynb #f1173697
@@ -940,31 +955,6 @@ class LoggedRun(SavedRun):
 
 
 # %% ../nbs/53_training.ipynb #fb5caffe
-@torch.no_grad()
-def blame(objective: Objective, batch: BatchFeature) -> list[str]:
-    """Name the rows of a batch whose loss, alone, is not finite; all of them if none is (they only fail together)."""
-    names: list[str] = []
-    facts = {
-        key: batch[key] for key in ("ids", "texts", "lengths", "n_frames", "label_lengths") if key in batch
-    }
-    for i, name in enumerate(batch["ids"]):
-        row = BatchFeature({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()})
-        row.update({key: value[i : i + 1] for key, value in facts.items()})
-        if "sampled_negative_indices" in row:
-            row["sampled_negative_indices"] = (
-                row["sampled_negative_indices"] - i * batch["mask_time_indices"].shape[1]
-            )
-        objective.model.eval()
-        try:
-            finite = bool(objective.forward(objective.model, row, 1)[0].isfinite())
-        except ValueError:  # the model refuses what is not a number
-            finite = False
-        objective.model.train()
-        if not finite:
-            names.append(name)
-    return names or list(batch["ids"])
-
-
 class GuardedRun(LoggedRun):
     """A run that no loss without a value can spoil."""
 
@@ -1232,6 +1222,7 @@ def make_trainer(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bo
     return trainer
 
 
+# %% ../nbs/53_training.ipynb #306ddd04
 def train(
     recipe: Recipe | str | Path,
     folder: str | os.PathLike[str],

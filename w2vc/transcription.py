@@ -79,6 +79,9 @@ def plan_chunks(  # noqa: PLR0917
         hop: samples from one frame to the next.
         width: samples that a frame hears.
 
+    Returns:
+        The chunks in order; what is taken from them covers the frames 0 to T - 1 once each. No chunk if T is 0.
+
     Raises:
         ValueError: the context leaves nothing of a chunk.
     """
@@ -102,7 +105,7 @@ def running_statistics(pieces: Iterable[Samples]) -> tuple[float, float]:
     """Mean and scale of a recording that is seen piece by piece (Chan, Golub and LeVeque, 1983).
 
     Args:
-        pieces: its samples, in any number of pieces.
+        pieces: its samples, in any number of pieces, none of them empty.
 
     Returns:
         The mean, and the square root of variance + 1e-7, as `normalise` divides by.
@@ -190,13 +193,13 @@ def frame_logits(
         sampling_rate: samples per second.
         chunk_seconds: length of a chunk, context included; None takes each recording in one piece.
         context_seconds: context on each side of a cut; None: a sixth of the chunk.
-        batch_seconds: padded audio in one forward pass; at least one chunk is taken.
+        batch_seconds: padded audio in one forward pass; a longer chunk goes alone.
 
     Returns:
         For each recording `[T, V]` float32 on the host; T is 0 where it is too short for a frame.
 
     Raises:
-        ValueError: impossible lengths.
+        ValueError: a length that is negative or not finite, or a context that leaves nothing of a chunk.
     """
     hop, width = frame_timing(model.config)
     chunk_frames, context = None, 0
@@ -265,8 +268,11 @@ class Transcript:
 
         Args:
             max_chars: characters of a line; a longer word has a line of its own.
-            max_seconds: from the first word's start to the last one's end.
-            max_gap: a longer pause starts a new line.
+            max_seconds: the longest time from the first word's start to the last one's end.
+            max_gap: seconds; a longer pause starts a new line.
+
+        Returns:
+            One entry per line: its text as `label`, its words in `chars`, and the confidence of its least sure word.
 
         Raises:
             ValueError: there is text, and it has no times.
@@ -296,7 +302,7 @@ class Transcript:
         ]
 
     def to_srt(self, **limits: Any) -> str:
-        """Write subtitles in the SubRip format; `limits` as in `lines`."""
+        """Write subtitles in the SubRip format (`.srt`); `limits` and errors as in `lines`."""
         blocks = [
             f"{i}\n{_clock(line.start, ',')} --> {_clock(line.end, ',')}\n{line.label}\n"
             for i, line in enumerate(self.lines(**limits), 1)
@@ -304,7 +310,7 @@ class Transcript:
         return "\n".join(blocks)
 
     def to_vtt(self, **limits: Any) -> str:
-        """Write subtitles in the WebVTT format; `limits` as in `lines`."""
+        """Write subtitles in the WebVTT format (`.vtt`); `limits` and errors as in `lines`."""
         blocks = ["WEBVTT\n"]
         for line in self.lines(**limits):
             text = line.label.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -335,9 +341,15 @@ def read_transcript(
         logits: `[T, V]` of one recording.
         processor: knows the symbols.
         config: the model's, which says where its frames lie and which symbol is the blank.
-        seconds: length of the recording, which no time is beyond.
+        seconds: length of the recording; no time lies beyond it.
         timestamps: "word", "char" (words as well), or None.
         decoder: see `Decoder`; None takes the best symbol of each frame.
+
+    Returns:
+        The transcript, with the times that were asked for.
+
+    Raises:
+        ValueError: the decoder's text is too long for the audio.
     """
     facts: dict[str, Any] = {"config": config, "seconds": seconds}
     blank = processor.tokenizer.pad_token_id or 0
@@ -459,7 +471,7 @@ def transcribe(
         sampling_rate: samples per second of arrays; everything else knows its own.
         chunk_seconds: length of a chunk, context included; None takes each recording in one pass.
         context_seconds: context on each side of a cut; None: a sixth of the chunk.
-        batch_seconds: padded audio in one forward pass, which bounds the memory.
+        batch_seconds: padded audio in one forward pass, which bounds the memory; a longer chunk goes alone.
         timestamps: "word", "char" (words as well), or None.
         decoder: finds the text, as `CTCDecoder` does. None: the best symbol of each frame.
 
@@ -467,7 +479,8 @@ def transcribe(
         A `Transcript`; of several recordings a list, in their order. One too short for a single frame has the text "".
 
     Raises:
-        ValueError: no model or processor, or sound that cannot be used (empty, NaN, no rate, …).
+        ValueError: no model or processor, sound that cannot be used (empty, NaN, no rate, …), unknown `timestamps`, or
+            lengths that `frame_logits` refuses.
         FileNotFoundError: no such file or checkpoint.
     """
     if timestamps not in {None, "word", "char"}:
