@@ -167,7 +167,8 @@ def test_operations_are_those_that_torch_counts() -> None:
 
 
 def test_cost_and_its_words() -> None:
-    recipe = Recipe.load("demo_pretrain", ["run.steps=1000", "run.accumulate=3"])
+    sizes = ["data.batch_seconds=32", "data.batch_rows=16", "data.crop_seconds=2"]
+    recipe = Recipe.load("demo_pretrain", ["run.steps=1000", "run.accumulate=3", *sizes])
     config = recipe.model_config()
     cost = estimate_cost(recipe, config, 2_000_000, data_seconds=9600.0, processes=2, speed=1e10)
     assert cost.batch_seconds == 16 * 2 * 3 * 2

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import w2vc.conformer
+import w2vc.health
 import w2vc.quantizer
 import w2vc.training
 from training_runs import (
@@ -27,6 +31,7 @@ from training_runs import (
 )
 from w2vc.conformer import ConformerEncoder
 from w2vc.ctc import Wav2Vec2ConformerForCTC
+from w2vc.health import healthy_bands, stored_bands
 from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.recipes import SourcePlan
 from w2vc.speech import Speech, Utterance
@@ -35,6 +40,7 @@ from w2vc.training import (
     OBJECTIVE_CLASSES,
     gather_speech,
     keep_usable,
+    make_accelerator,
     make_optimizer,
     make_trainer,
     read_metrics,
@@ -412,6 +418,26 @@ def test_layerdrop_with_several_processes_computes_and_selects(monkeypatch: pyte
     for name, p in encoder.layers.named_parameters():
         assert p.grad is not None, name
         assert not p.grad.any(), name
+
+
+def test_a_finished_run_is_compared_with_healthy_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_recipe("ctc", "name=known", "run.steps=4")
+    train(plan, tmp_path / "healthy", progress=False)
+    bands = healthy_bands([read_metrics(tmp_path / "healthy")], points=2, name="known")
+    bands["figures"]["gradient"] = {"low": [-2.0, -2.0], "high": [-1.0, -1.0]}
+    (tmp_path / "known.health.json").write_text(json.dumps(bands))
+    monkeypatch.setattr(w2vc.health, "recipe_folder", lambda: tmp_path)
+    train(plan, tmp_path / "run")
+    assert "share outside the bands of healthy runs: loss 0%, gradient 100%" in capsys.readouterr().out
+    assert stored_bands("unknown") is None
+
+
+def test_models_in_pieces_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: SimpleNamespace(distributed_type="FSDP"))
+    with pytest.raises(ValueError, match="distributed_type='FSDP' is refused"):
+        make_accelerator()
 
 
 def test_the_command_line_prints_the_cost_and_the_end(

@@ -1729,10 +1729,15 @@ def evaluate(
             "phones", "turns", …); for pre-training `recipe` (its masks and crops) and `probe_speech` (what the probe learns on).
 
     Raises:
-        ValueError: A class without measures, or speech that lacks what they need.
+        ValueError: A class without measures, speech that lacks what they need, or two utterances of one name.
     """
     if not isinstance(speech, Speech):
         speech = open_speech(speech, split, limit)
+    twice = [name for name, count in Counter(u.id for u in speech).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"speech: {len(twice)} name(s) belong to several utterances, such as {twice[:3]}: give each its own id"
+        )
     if isinstance(model, str | os.PathLike):
         cls = model_class(model, revision=revision)
         processor = _processor_of(model, cls, revision) if processor is None else processor

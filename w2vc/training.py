@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .audio import BatchFeature, Wav2Vec2FeatureExtractor
 from .batches import Collator, CTCCollator, LabelCollator, PretrainingCollator, data_loader
 from .classification import Wav2Vec2ConformerForAudioFrameClassification
-from .config import Wav2Vec2ConformerConfig, find_file, write_atomically, write_together
+from .config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically, write_together
 from .ctc import Wav2Vec2ConformerForCTC
 from .evaluation import EditCounts, count_edits
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
@@ -38,7 +38,7 @@ from .text import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
 # isort: split
 from .batches import label_names, model_inputs, turn_order
 from .classification import Wav2Vec2ConformerForSequenceClassification
-from .health import gradient_norms
+from .health import compare_with_bands, gradient_norms, stored_bands
 from .recipes import learning_rate, matmul_speed
 
 # %% auto #0
@@ -585,7 +585,13 @@ def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
         raise ImportError('training needs accelerate: pip install "w2vc[train]"') from error
     if AcceleratorState._shared_state:  # another run of this process may have had another precision
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=cpu)
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in {"FSDP", "DEEPSPEED", "MEGATRON_LM"}:
+        raise refuse(
+            "distributed_type", kind, "data-parallel: checkpoints of a model in pieces are not written yet"
+        )
+    return accelerator
 
 
 # %% ../nbs/53_training.ipynb #33bd188d
@@ -1174,6 +1180,13 @@ class Trainer(JudgedRun):
                 self.save()
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
+        if (bands := stored_bands(self.recipe.name)) is not None:
+            outside = compare_with_bands(self.log.records, bands)
+            self.say(
+                "share outside the bands of healthy runs: "
+                + ", ".join(f"{k} {v:.0%}" for k, v in outside.items())
+            )
         reason = f"{self.waiting} evaluations without a better one" if self.tired() else "the end of the time"
         reason = "the last step" if self.step >= plan.steps else reason
         finished = self.step >= plan.steps or self.tired()
