@@ -402,6 +402,14 @@ def test_probe_reads_what_is_there(some: Speech, monkeypatch: pytest.MonkeyPatch
     assert guessed < probe.majority + 0.05
 
 
+def test_padding_that_would_be_heard_is_avoided(some: Speech) -> None:
+    sizes = {}
+    for invariant in (True, False):
+        model = pretraining_model(padding_invariant=invariant)
+        sizes[invariant] = [len(batch["ids"]) for batch in E.utterance_batches(model, some)]
+    assert sizes == {True: [16], False: [1] * 16}
+
+
 def test_phone_frames(some: Speech) -> None:
     model = pretraining_model()
     frames = E.phone_frames(model, some, batch_seconds=5)
@@ -661,6 +669,15 @@ def test_speaker_report() -> None:
     )
     wide = E.evaluate(model, speech, draws=30, by="speaker")
     assert wide["EER"].value == report["EER"].value
+    assert (wide["EER"].low, wide["EER"].high) != (report["EER"].low, report["EER"].high)
+    vectors = torch.stack([model.vectors[u.n_samples] for u in speech])
+    scores, same = (
+        table[np.triu_indices(len(speech), 1)]
+        for table in E.score_pairs(vectors, [u.speaker for u in speech])
+    )
+    assert report["EER"].value == pytest.approx(E.equal_error_rate(scores, same).value)
+    for p in (0.01, 0.05):
+        assert report[f"minDCF {p}"].value == pytest.approx(E.min_dcf(scores, same, p).value)
     assert "over speakers" in wide.table()
     with pytest.raises(ValueError, match="both kinds are needed"):
         E.evaluate(model, speech.filter(speaker="f11"))
@@ -691,6 +708,13 @@ def test_real_heads_do_not_depend_on_the_batch(some: Speech, tmp_path: Path) -> 
         "phone probe",
     } <= set(loaded)
     assert set(loaded.details) == {"contrastive", "codes", "probe"}
+    for name in ("contrastive accuracy", "codes in use", "I(code; phone) / H(phone)", "phone probe"):
+        assert loaded[name].low < loaded[name].value < loaded[name].high, name
+    contrast = E.contrastive_report(pretraining_model(), some)
+    for name, key in (("contrastive accuracy", "accuracy"), ("codes in use", "used"), ("twins", "twins")):
+        assert loaded[name].value == pytest.approx(contrast[key], rel=1e-5)
+    assert math.isnan(loaded["phone purity"].low)
+    assert loaded.to_dict()["measures"]["phone purity"]["low"] is None
 
 
 @pytest.mark.gpu

@@ -1153,7 +1153,7 @@ class Report(Mapping[str, Measure]):
         plain = _plain_types(
             {"about": self.about, "measures": measures, "details": self.details, "notes": self.notes}
         )
-        json.dumps(plain)  # would raise here, and not where it is written
+        json.dumps(plain, allow_nan=False)  # would raise here, and not where it is written
         return dict(plain)
 
 
