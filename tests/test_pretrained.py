@@ -878,3 +878,10 @@ def test_small_duties() -> None:
     config.num_attention_heads = 5
     with pytest.raises(ValueError, match=r"^num_attention_heads="):
         Wav2Vec2ConformerModel(config)
+
+
+def test_saved_files_can_be_read_by_whom_new_files_can(tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig.tiny()).save_pretrained(tmp_path / "model")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert set(modes.values()) == {(tmp_path / "new").stat().st_mode}, modes

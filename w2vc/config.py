@@ -599,7 +599,12 @@ def write_together(
     try:
         for name, path in written.items():
             content = files[name]
+            path.touch()
+            usual = (
+                path.stat().st_mode
+            )  # what this system lets others do with a new file; some writers are stricter
             path.write_bytes(content) if isinstance(content, bytes) else content(path)
+            path.chmod(usual)
             flush_to_disk(path)
         todo = {name: path.name for name, path in written.items()} | dict.fromkeys(sorted(old))
         write_atomically(folder / JOURNAL, json.dumps(todo).encode())
