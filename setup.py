@@ -15,7 +15,11 @@ extras = {
     key.removesuffix("_requirements"): shlex.split(cfg[key]) for key in cfg if key.endswith("_requirements")
 }
 extras["all"] = sorted(
-    {need for name in ("audio", "viz", "hub", "data", "synth", "human", "train", "eval", "cli") for need in extras[name]}
+    {
+        need
+        for name in ("audio", "viz", "hub", "data", "synth", "human", "train", "eval", "cli")
+        for need in extras[name]
+    }
 )
 extras["dev"] = sorted({need for needs in list(extras.values()) for need in needs})
 
