@@ -802,7 +802,7 @@ def test_a_conversion_that_fails_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(w2vc.fairseq, "weight_files", lambda *_: {"model.safetensors": full})
+    monkeypatch.setattr(w2vc.pretrained, "weight_files", lambda *_: {"model.safetensors": full})
     with pytest.raises(OSError, match="no space"):
         quietly(convert_fairseq, path, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import w2vc.cli
 import w2vc.conformer
 import w2vc.health
 import w2vc.quantizer
@@ -441,19 +441,12 @@ def test_models_in_pieces_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_line_prints_the_cost_and_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "plan.yaml").write_text(make_recipe("ctc").to_yaml())
-    command = [
-        "training",
-        str(tmp_path / "plan.yaml"),
-        str(tmp_path / "run"),
-        "run.steps=2",
-        "run.evaluate_every=2",
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    w2vc.training._main()
-    out = capsys.readouterr().out
+    overrides = ["run.steps=2", "run.evaluate_every=2"]
+    w2vc.cli.main(["finetune", str(tmp_path / "plan.yaml"), str(tmp_path / "run"), *overrides])
+    out, err = capsys.readouterr()
     assert "effective batch: " in out
     assert "step 2: loss" in out
-    assert "stopped at step 2: the last step" in out
+    assert "step 2, the last step" in err

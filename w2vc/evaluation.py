@@ -39,13 +39,13 @@ from .ctc import Wav2Vec2ConformerForCTC
 from .features import receptive_field, valid_lengths
 from .health import Sums, choice_sums, code_sums, describe_codes
 from .model import Wav2Vec2ConformerModel
-from .pretrained import PreTrainedModel, read_checkpoint
+from .pretrained import PreTrainedModel, listening, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .recipes import Recipe
 from .speaker import Wav2Vec2ConformerForXVector, fewest_samples
 from .speech import SAMPLING_RATE, Segment, Speech, Utterance, frame_labels, load_dataset, load_speech
 from .text import Wav2Vec2Processor
-from .transcription import Decoder, _listening, transcribe
+from .transcription import Decoder, transcribe
 
 # %% auto #0
 __all__ = [
@@ -750,7 +750,7 @@ def phone_frames(
     parts: list[tuple[Any, ...]] = []
     width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
     base = model.wav2vec2_conformer
-    with _listening(model):
+    with listening(model):
         for batch in utterance_batches(model, speech, extractor, batch_seconds=batch_seconds):
             sound = batch["input_values"]
             features = base.feature_extractor(sound, valid_lengths(batch["attention_mask"]))
@@ -821,7 +821,7 @@ def _layer_states(
     layers: list[list[Tensor]] = []
     labels: list[tuple[Any, ...]] = []
     base: Any = model.base_model
-    with _listening(model):
+    with listening(model):
         for batch in utterance_batches(model, speech, extractor, batch_seconds=batch_seconds):
             output = base(
                 batch["input_values"], batch["attention_mask"], output_hidden_states=True, return_dict=True
@@ -953,7 +953,7 @@ def contrastive_sums(
         "seed": recipe.run.seed,
     }
     found: dict[str, Sums] = {}
-    with _listening(model):
+    with listening(model):
         for batch in data_loader(speech, collator, **bounds):
             batch.to(model.device)
             padding = None if len(set(batch["lengths"])) == 1 else batch["attention_mask"]
@@ -1316,7 +1316,7 @@ def judge_sequences(trial: Trial) -> Found:
         )
     asked: list[Utterance] = []
     said: list[int] = []
-    with _listening(trial.model):
+    with listening(trial.model):
         for batch in trial.batches(Speech(known)):
             asked += batch["utterances"]
             said += (
@@ -1355,7 +1355,7 @@ def judge_frames(trial: Trial) -> Found:
     asked: list[Utterance] = []
     right: list[tuple[int, int]] = []
     errors: list[DiarizationErrors] = []
-    with _listening(trial.model):
+    with listening(trial.model):
         for batch in trial.batches(trial.speech.filter(lambda u: bool(getattr(u, target)))):
             logits = (
                 trial.model(batch["input_values"], batch["attention_mask"], return_dict=True)
@@ -1413,7 +1413,7 @@ def judge_speakers(trial: Trial) -> Found:
         )
     asked: list[Utterance] = []
     vectors: list[Tensor] = []
-    with _listening(trial.model):
+    with listening(trial.model):
         for batch in trial.batches(Speech(known)):
             asked += batch["utterances"]
             vectors.append(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import math
 import os
 import pickletools
@@ -25,7 +24,7 @@ from torch import Tensor
 from .audio import Wav2Vec2FeatureExtractor
 from .config import Wav2Vec2ConformerConfig, write_together
 from .ctc import Wav2Vec2ConformerForCTC
-from .pretrained import BASE, PreTrainedModel, fill, modern_name, read_dtype, weight_files
+from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .text import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
 
@@ -1029,8 +1028,7 @@ def ctc_tokenizer(symbols: Sequence[str], vocab_size: int) -> Wav2Vec2CTCTokeniz
 
 # %% ../nbs/47_fairseq.ipynb #7905e4c4
 OLD_FILES = (  # of an earlier checkpoint in the same folder, which may have had more files
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "vocab.json", "added_tokens.json",
-    "tokenizer_config.json", "special_tokens_map.json", "processor_config.json",
+    *OLD_WEIGHTS, "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json",
 )  # fmt: skip
 
 
@@ -1073,17 +1071,7 @@ def convert_fairseq(
             )
         parts = Wav2Vec2Processor(parts, ctc_tokenizer(symbols, checkpoint.config.vocab_size or 0))
     model = load_fairseq(checkpoint, dtype=dtype, strict=strict, **config_overrides)
-    config = copy.deepcopy(model.config)
-    config.extra_keys |= {
-        "architectures": [type(model).__name__],
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    config.validate()
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    files: dict[str, Any] = {
-        "config.json": config.to_json_string().encode(),
-        **weight_files(tensors, max_shard_bytes),
-    }
+    files = model.files(max_shard_bytes=max_shard_bytes)
     with tempfile.TemporaryDirectory() as folder:
         parts.save_pretrained(folder)
         files |= {file.name: file.read_bytes() for file in Path(folder).iterdir()}

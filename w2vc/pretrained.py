@@ -13,7 +13,8 @@ import os
 import re
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -34,6 +35,7 @@ __all__ = [
     "WINDOW",
     "BASE",
     "OPTIONAL",
+    "OLD_WEIGHTS",
     "uniform_by_inputs",
     "first_values",
     "listing",
@@ -54,6 +56,7 @@ __all__ = [
     "split_into_shards",
     "weight_files",
     "read_dtype",
+    "listening",
     "PreTrainedModel",
 ]
 
@@ -563,10 +566,45 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 # %% ../nbs/28_pretrained.ipynb #4cd458e6
+@contextmanager
+def listening(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode without gradients, and afterwards each of its parts back as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# %% ../nbs/28_pretrained.ipynb #502629cf
+OLD_WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)  # go when new ones come
+
+
 class PreTrainedModel(ModelBase):
     """A model that goes to files and comes back; see `ModelBase` for what a subclass must do."""
 
     load_report: LoadReport | None = None  # what `from_pretrained` found
+
+    def files(self, *, max_shard_bytes: int = 5_000_000_000) -> dict[str, bytes | Callable[[Path], Any]]:
+        """The files of a checkpoint, config.json and weights, for `write_together`.
+
+        Args:
+            max_shard_bytes: Larger weights are split into several files with an index.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        config, dtype = copy.deepcopy(self.config), str(self.dtype).removeprefix("torch.")
+        config.extra_keys |= {"architectures": [type(self).__name__], "dtype": dtype}
+        if "torch_dtype" in config.extra_keys:  # the older name of the same key
+            config.extra_keys["torch_dtype"] = dtype
+        config.validate()
+        return {"config.json": config.to_json_string().encode(), **weight_files(tensors, max_shard_bytes)}
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
@@ -577,15 +615,7 @@ class PreTrainedModel(ModelBase):
             folder: Made if needed; its other files stay.
             max_shard_bytes: Larger weights are split into several files with an index.
         """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        config, dtype = copy.deepcopy(self.config), str(self.dtype).removeprefix("torch.")
-        config.extra_keys |= {"architectures": [type(self).__name__], "dtype": dtype}
-        if "torch_dtype" in config.extra_keys:  # the older name of the same key
-            config.extra_keys["torch_dtype"] = dtype
-        config.validate()
-        files = {"config.json": config.to_json_string().encode(), **weight_files(tensors, max_shard_bytes)}
-        old = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-        write_together(folder, files, remove=old)
+        write_together(folder, self.files(max_shard_bytes=max_shard_bytes), remove=OLD_WEIGHTS)
 
     @classmethod
     def from_pretrained(

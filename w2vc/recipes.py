@@ -578,7 +578,11 @@ def describe_cost(recipe: Recipe, cost: Cost, processes: int = 1) -> str:
         f"{run.steps:,} updates hear {cost.hours_heard:,.1f} h of audio"
         + ("" if math.isnan(cost.epochs) else f": {cost.epochs:,.1f} times the training set"),
         f"{cost.operations:.1e} floating point operations"
-        + ("" if math.isnan(cost.hours) else f": about {cost.hours:,.1f} h at the speed of this machine"),
+        + (
+            ""
+            if math.isnan(cost.hours)
+            else f": about {cost.hours:,.1f} h at {cost.operations / cost.hours / 3600:.0e} a second"
+        ),
     ]
     advice = 1.6 * 3600  # SpeechBrain's advice for pre-training from scratch on human speech
     if recipe.objective == "pretraining" and cost.parameters > 5e7 and cost.batch_seconds < advice:

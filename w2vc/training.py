@@ -5,7 +5,6 @@
 # %% ../nbs/53_training.ipynb #4b40207d
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -28,7 +27,7 @@ from .config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically
 from .ctc import Wav2Vec2ConformerForCTC
 from .evaluation import EditCounts, count_edits
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
-from .pretrained import ModelBase, PreTrainedModel, read_checkpoint, weight_files
+from .pretrained import OLD_WEIGHTS, PreTrainedModel, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .recipes import Recipe, SourcePlan, describe_cost, estimate_cost, gumbel_temperature
 from .speaker import Wav2Vec2ConformerForXVector
@@ -46,7 +45,6 @@ __all__ = [
     "OBJECTIVE_CLASSES",
     "FREE_KEYS",
     "HIGHER",
-    "OLD_WEIGHTS",
     "gather_speech",
     "Objective",
     "PretrainingObjective",
@@ -63,7 +61,6 @@ __all__ = [
     "MetricsLog",
     "read_metrics",
     "averaged_weights",
-    "checkpoint_files",
     "flat",
     "changed_keys",
     "Outcome",
@@ -680,23 +677,6 @@ def averaged_weights(model: nn.Module, average: dict[str, Tensor] | None) -> Ite
                 parameters[name].copy_(value)
 
 
-def checkpoint_files(model: ModelBase, state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The files of a standard model folder and, with them, the state of the run, for `write_together`."""
-    config = copy.deepcopy(model.config)
-    config.extra_keys |= {
-        "architectures": [type(model).__name__],
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    files: dict[str, Any] = {
-        "config.json": config.to_json_string().encode(),
-        **weight_files(tensors, 5_000_000_000),
-    }
-    if state is not None:
-        files["training_state.pt"] = lambda path: torch.save(state, path)
-    return files
-
-
 # %% ../nbs/53_training.ipynb #c6e3fc09
 FREE_KEYS = (
     frozenset(  # keys of a recipe that do not change what is learned: they may differ when a run is resumed
@@ -858,7 +838,8 @@ class SavedRun(RunState):
                 "best": None if self.best is None else list(self.best), "scaler": None if scaler is None else scaler.state_dict(),
                 "since": self._since, "recipe": self.recipe.to_dict(),
             }  # fmt: skip
-            write_together(self.folder / "last", checkpoint_files(self.model, state), remove=OLD_WEIGHTS)
+            files = self.model.files() | {"training_state.pt": lambda path: torch.save(state, path)}
+            write_together(self.folder / "last", files, remove=OLD_WEIGHTS)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
@@ -1069,7 +1050,6 @@ class SteppingRun(GuardedRun):
 
 # %% ../nbs/53_training.ipynb #196354ba
 HIGHER = frozenset({"accuracy", "score"})  # figures of which more is better; of all others less is
-OLD_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
 class JudgedRun(SteppingRun):
@@ -1122,7 +1102,7 @@ class JudgedRun(SteppingRun):
             self.best = (value, self.step)
             if self.is_main:
                 with averaged_weights(self.model, self.average):
-                    write_together(self.folder / "best", checkpoint_files(self.model), remove=OLD_WEIGHTS)
+                    write_together(self.folder / "best", self.model.files(), remove=OLD_WEIGHTS)
         shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float))
         self.say(f"step {self.step}: {shown}{' (best)' if better else ''}")
 
@@ -1262,19 +1242,3 @@ def train(
     if not resume and (Path(folder) / "metrics.jsonl").exists():
         raise ValueError(f"folder={str(folder)!r} holds a run: resume it, or choose another folder")
     return make_trainer(recipe, folder, progress=progress).run(max_minutes)
-
-
-def _main() -> None:
-    """Run `python -m w2vc.training RECIPE FOLDER [--max-minutes M] [section.key=value …]`."""
-    parser = argparse.ArgumentParser(prog="python -m w2vc.training", description="Train what a recipe says.")
-    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with the package")
-    parser.add_argument("folder", help="where checkpoints and figures go; the same folder again resumes")
-    parser.add_argument("overrides", nargs="*", help="changes such as run.steps=200")
-    parser.add_argument("--max-minutes", type=float, help="stop after so long, with a checkpoint")
-    chosen = parser.parse_args()
-    outcome = train(chosen.recipe, chosen.folder, overrides=chosen.overrides, max_minutes=chosen.max_minutes)
-    print(f"stopped at step {outcome.step}: {outcome.reason}; best {outcome.best}; {outcome.folder}")
-
-
-if __name__ == "__main__" and "__file__" in globals():  # not while the notebook runs
-    _main()

@@ -8,20 +8,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .alignment import Alignment, TimedText, align_words, best_path, frame_timing, read_words
 from .audio import Samples, load_audio
 from .batches import bucket_batches
 from .config import Wav2Vec2ConformerConfig
 from .ctc import Wav2Vec2ConformerForCTC
+from .pretrained import listening
 from .speech import Utterance
 from .text import Wav2Vec2Processor
 
@@ -125,19 +125,6 @@ def _in_pieces(audio: Samples, size: int = 2**20) -> Iterator[Samples]:
 
 
 # %% ../nbs/49_transcription.ipynb #e5d60319
-@contextmanager
-def _listening(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode without gradients, and afterwards each of its parts back as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _samples(seconds: float, name: str, rate: int) -> int:
     """Turn seconds into samples; refuse what is no length."""
     if not 0 <= seconds < math.inf:
@@ -218,7 +205,7 @@ def frame_logits(
     sizes = [job.size for job in jobs]
     max_rows = None if model.config.padding_invariant else 1  # else a row would depend on its neighbours
     results = [torch.zeros(T, model.config.vocab_size or 0) for T in counts]
-    with _listening(model):
+    with listening(model):
         for batch in bucket_batches(sizes, max([most, 1, *sizes]), max_rows=max_rows):
             rows, mask = _rows([jobs[j] for j in batch], audios)
             logits = model(rows.to(model.device), mask.to(model.device), return_dict=True).logits.cpu()
