@@ -82,7 +82,6 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
         (["inof"], "Did you mean 'info'"),
         (["info"], "Missing argument"),
         (["info", ".", "--key"], "No such option: --key"),
-        (["transcribe", "a.wav"], "Missing option '--model'"),
         (["evaluate", "m"], "Missing argument"),
         (["evaluate", "m", "builtin", "--limit", "0"], "greater than or equal to 1"),
         (["transcribe", "a.wav", "-m", "x", "--format", "doc"], "'doc' is not one of"),

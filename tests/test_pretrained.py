@@ -885,3 +885,40 @@ def test_saved_files_can_be_read_by_whom_new_files_can(tmp_path: Path) -> None:
     Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig.tiny()).save_pretrained(tmp_path / "model")
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert set(modes.values()) == {(tmp_path / "new").stat().st_mode}, modes
+
+
+def test_a_head_on_the_encoder_of_another_folder(tmp_path: Path) -> None:
+    config = tiny_config(use_weighted_layer_sum=True)
+    base = Wav2Vec2ConformerForPreTraining(tiny_config())
+    base.save_pretrained(tmp_path / "base")
+    whole = Wav2Vec2ConformerForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"encoder='../base' differs from the model's: wav2vec2_conformer\."):
+        pretrained.save_head(whole, tmp_path / "head", "../base")
+    assert not (tmp_path / "head").exists()
+    whole.base_model.load_state_dict(base.base_model.state_dict())
+    pretrained.save_head(whole, tmp_path / "head", "../base")
+    names = set(load_file(tmp_path / "head" / "model.safetensors"))
+    assert names == {name for name in whole.state_dict() if not name.startswith(BASE)}
+    joined = Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "head")
+    assert all(torch.equal(t, whole.state_dict()[name]) for name, t in joined.state_dict().items())
+    joined.save_pretrained(tmp_path / "ordinary")  # a folder that needs no other
+    shutil.rmtree(tmp_path / "base")
+    assert Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "ordinary").load_report.loaded
+    with pytest.raises(FileNotFoundError, match="base"):
+        Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "head")
+
+
+def test_a_head_is_joined_with_one_whole_encoder(tmp_path: Path) -> None:
+    base = Wav2Vec2ConformerForPreTraining(tiny_config())
+    base.save_pretrained(tmp_path / "base")
+    head = Wav2Vec2ConformerForSequenceClassification(tiny_config())
+    head.save_pretrained(tmp_path / "both")
+    path = tmp_path / "both" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {pretrained.ENCODER: "../base"}))
+    with pytest.raises(ValueError, match="names an encoder's folder and holds an encoder itself"):
+        Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "both")
+    tensors = {name: t for name, t in head.state_dict().items() if not name.startswith(BASE)}
+    save_file(tensors, tmp_path / "both" / "model.safetensors")
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"holds no tensor {BASE}\."):
+        Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "both")

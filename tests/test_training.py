@@ -269,6 +269,15 @@ def test_base_frozen_at_first_and_feature_encoder_frozen_always(tmp_path: Path) 
     assert any("feature_projection" in name for name in moved[3])
 
 
+def test_a_base_model_frozen_for_good_keeps_its_running_statistics(tmp_path: Path) -> None:
+    plan = make_recipe("sequence", "model.frozen=true", "run.steps=4", "run.evaluate_every=2")
+    trainer = trainer_for(plan, gather_speech(plan.data.train), tmp_path, double=False)
+    start = {n: t.detach().clone() for n, t in trainer.model.state_dict().items()}
+    trainer.run()
+    moved = {n for n, t in trainer.model.state_dict().items() if not torch.equal(t, start[n])}
+    assert moved == {"projector.weight", "projector.bias", "classifier.weight", "classifier.bias"}
+
+
 def test_features_gradient_and_penalty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(w2vc.quantizer, "gumbel_relaxed", fixed_noise)
     whole = ("data.batch_rows=4",)

@@ -451,7 +451,6 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             transcribe(*args, **knobs)
 
-    refused("model is missing: pass a folder or a hub id", audio)
     refused("processor is missing", audio, model)
     refused("processor is a Wav2Vec2FeatureExtractor", audio, model, proc.feature_extractor)
     refused("sampling_rate is missing", audio, model, proc)

@@ -12,6 +12,7 @@ from .classification import (
 from .config import Wav2Vec2ConformerConfig
 from .ctc import CausalLMOutput, Wav2Vec2ConformerForCTC
 from .decoding import CTCDecoder, NGramModel, beam_search
+from .demo import load_demo
 from .fairseq import convert_fairseq, load_fairseq, read_fairseq
 from .masking import compute_mask_indices
 from .model import Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
@@ -53,6 +54,7 @@ __all__ = [
     "convert_fairseq",
     "load_audio",
     "load_dataset",
+    "load_demo",
     "load_fairseq",
     "load_speech",
     "read_fairseq",

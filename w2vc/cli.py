@@ -27,7 +27,7 @@ from .ctc import Wav2Vec2ConformerForCTC
 from .decoding import CTCDecoder
 from .evaluation import Report, evaluate, model_class, open_speech
 from .fairseq import convert_fairseq, read_fairseq
-from .pretrained import PreTrainedModel, match_names, read_checkpoint
+from .pretrained import PreTrainedModel, demo_folder, match_names, read_checkpoint
 from .recipes import OBJECTIVES, Recipe, recipe_folder
 from .text import Wav2Vec2Processor
 from .training import train
@@ -82,7 +82,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder of a checkpoint, or an id on the hub.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder of a checkpoint, or an id on the hub; by default the small demo checkpoint.")]  # fmt: skip
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Write over what is there.")]
 
@@ -423,6 +423,7 @@ def make_decoder(
 @app.command(
     "transcribe",
     epilog=examples(
+        "w2vc transcribe talk.flac",
         "w2vc transcribe talk.flac --model ./my-model",
         "w2vc transcribe recordings/ -m ./my-model --format srt --output subtitles/",
         "w2vc transcribe talk.wav -m ./my-model --lm words.arpa --hotword wav2vec",
@@ -433,7 +434,7 @@ def transcribe_command(  # noqa: PLR0917
     inputs: Annotated[
         list[str], typer.Argument(help="Recordings, folders of recordings, or - for standard input.")
     ],
-    model: Model,
+    model: Model = None,
     format: Annotated[Format, typer.Option("--format", "-t", help="Format of the result.")] = Format.text,
     output: Annotated[
         Path | None,
@@ -467,6 +468,12 @@ def transcribe_command(  # noqa: PLR0917
         raise ValueError(f"{len(recordings)} recordings in format {format.value} need --output FOLDER")
     endings = {Format.text: "txt"}
     targets = {} if output is None else _targets(recordings, output, endings.get(format, format.value), force)
+    if model is None:
+        _say(
+            "no --model: the demo checkpoint, which learned from five hours of synthetic voices, and some prompts",
+            0,
+        )
+        model, dtype = str(demo_folder("ctc")), dtype or "float32"
     network = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=dtype, device=device, revision=revision)
     processor = Wav2Vec2Processor.from_pretrained(model, revision=revision)
     decoder = make_decoder(

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -35,6 +36,7 @@ __all__ = [
     "WINDOW",
     "BASE",
     "OPTIONAL",
+    "ENCODER",
     "OLD_WEIGHTS",
     "uniform_by_inputs",
     "first_values",
@@ -57,6 +59,9 @@ __all__ = [
     "weight_files",
     "read_dtype",
     "listening",
+    "join_head",
+    "save_head",
+    "demo_folder",
     "PreTrainedModel",
 ]
 
@@ -579,6 +584,74 @@ def listening(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+# %% ../nbs/28_pretrained.ipynb #c7df6234
+ENCODER = "encoder_folder"  # key of config.json in a folder of head tensors: where the base model is, seen from there
+
+
+def join_head(
+    head: dict[str, Tensor], encoder: Mapping[str, Tensor], source: str | os.PathLike[str] = "the folder"
+) -> dict[str, Tensor]:
+    """Put the tensors of a head and the base model of another checkpoint together, each from one place only.
+
+    Raises:
+        ValueError: The head's file has tensors of a base model, too, or the other one has none.
+    """
+    prefix = f"{BASE}."
+    if double := [name for name in head if name.startswith(prefix)]:
+        raise ValueError(
+            f"{os.fspath(source)!r} names an encoder's folder and holds an encoder itself: {listing(double)}"
+        )
+    base = {name: tensor for name, tensor in encoder.items() if name.startswith(prefix)}
+    if not base:
+        raise ValueError(
+            f"{os.fspath(source)!r}: the folder that its {ENCODER} names holds no tensor {prefix}*"
+        )
+    return {**base, **head}
+
+
+def save_head(model: ModelBase, folder: str | os.PathLike[str], encoder: str) -> None:
+    """Write a head without its encoder; `from_pretrained` puts them together again.
+
+    Args:
+        model: Its encoder must be the one in `encoder`, unchanged: only the rest is written.
+        folder: Made if needed.
+        encoder: Folder of a checkpoint with the same base model, seen from `folder`, such as "../pretrained".
+
+    Raises:
+        FileNotFoundError: No checkpoint in `encoder`.
+        ValueError: The encoder there is another one.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    theirs = read_checkpoint(os.path.normpath(Path(folder) / encoder))
+    changed = [
+        name for name, tensor in tensors.items()
+        if name.startswith(f"{BASE}.") and (name not in theirs or not torch.equal(theirs[name].to(tensor.dtype), tensor))
+    ]  # fmt: skip
+    if changed:
+        raise ValueError(f"encoder={encoder!r} differs from the model's: {listing(changed)}")
+    head = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{BASE}.")}
+    config = copy.deepcopy(model.config)
+    dtype = str(model.dtype).removeprefix("torch.")
+    config.extra_keys |= {"architectures": [type(model).__name__], "dtype": dtype, ENCODER: encoder}
+    files = {"config.json": config.to_json_string().encode(), **weight_files(head, 5_000_000_000)}
+    write_together(folder, files, remove=OLD_WEIGHTS)
+
+
+def demo_folder(head: str | None = None) -> Path:
+    """The folder of the demo checkpoint that comes with the package (chapter 54 trains it).
+
+    Args:
+        head: "ctc", "keyword", "speaker" or "frame"; None: the pre-trained model.
+
+    Raises:
+        ValueError: No such head.
+    """
+    heads = ("ctc", "keyword", "speaker", "frame")
+    if head is not None and head not in heads:
+        raise refuse("head", head, f"one of {', '.join(heads)}, or None for the pre-trained model")
+    return Path(str(resources.files("w2vc"))) / "assets" / "demo" / (head or "pretrained")
+
+
 # %% ../nbs/28_pretrained.ipynb #502629cf
 OLD_WEIGHTS = (
     "model.safetensors",
@@ -643,7 +716,8 @@ class PreTrainedModel(ModelBase):
 
         Raises:
             FileNotFoundError: No such folder or checkpoint, or no weights in it.
-            ValueError: A file is damaged or holds code; or, if `strict`, tensors are missing, unexpected, mis-shaped.
+            ValueError: A file is damaged or holds code; a folder that names its encoder holds one, too; or, if `strict`,
+                tensors are missing, unexpected, mis-shaped.
         """
         dtype = read_dtype(dtype)
         revision = pin_revision(name_or_path, "config.json", revision=revision)
@@ -651,6 +725,11 @@ class PreTrainedModel(ModelBase):
         with torch.device("meta"):  # shapes without memory: nothing is initialised twice
             model = cls(config)
         tensors = read_checkpoint(name_or_path, revision=revision, dtype=dtype, device=device)
+        if (encoder := config.extra_keys.pop(ENCODER, None)) is not None:
+            encoder_tensors = read_checkpoint(
+                os.path.normpath(Path(name_or_path) / encoder), dtype=dtype, device=device
+            )
+            tensors = join_head(tensors, encoder_tensors, name_or_path)
         source = repr(os.fspath(name_or_path))
         model.load_report = fill(model, tensors, device=device, strict=strict, source=source)
         return model.to(device=device, dtype=dtype).eval()

@@ -212,6 +212,7 @@ class ModelPlan:
         processor: Folder with the vocabulary (CTC); None: the one beside `start`, else letters of the training texts.
         features_gradient: Factor on the gradient of the convolutional feature encoder; 0 freezes it.
         frozen_steps: For so many steps only the head learns.
+        frozen: Only the head ever learns; the base model stays in eval mode, so that its running statistics stay, too.
         checkpointing: Compute the blocks again in backward instead of keeping what they computed.
     """
 
@@ -221,6 +222,7 @@ class ModelPlan:
     processor: str | None = None
     features_gradient: float = 1.0
     frozen_steps: int = 0
+    frozen: bool = False
     checkpointing: bool = False
 
 

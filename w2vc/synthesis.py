@@ -26,7 +26,7 @@ from .audio import resample
 from .speech import DIGITS, KEYWORDS, SAMPLING_RATE, SILENCE, Segment, Utterance
 
 # isort: split
-from .speech import SOURCES, Speech, load_packed, save_speech, speech_assets, speech_cache
+from .speech import SOURCES, Speech, load_packed, save_speech, speech_assets, speech_cache, two_speaker_mixes
 
 # %% auto #0
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "DEV_VARIANTS",
     "TRAIN_VARIANTS",
     "MAKERS",
+    "SOURCES",
     "Voice",
     "synthesize",
     "make_digits",
@@ -51,6 +52,7 @@ __all__ = [
     "make_words",
     "large_script",
     "synthetic_speech",
+    "synthetic_mixes",
 ]
 
 
@@ -587,7 +589,26 @@ def synthetic_speech(split: str = "train", hours: float = 5.0) -> Speech:
     return load_packed(folder, name, split)
 
 
-SOURCES["synthetic"] = synthetic_speech  # load_speech knows it now
+def synthetic_mixes(split: str = "train", hours: float = 5.0) -> Speech:
+    """Mix `synthetic_speech` to conversations of two: 1,200 in "train", 60 in "dev", 60 in "test"; none has speakers of two splits.
+
+    Args:
+        split: "train", "dev", "test" or "all".
+        hours: Size of the corpus that they are mixed from.
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    counts = {"train": 1200, "dev": 60, "test": 60}
+    if split not in (*counts, "all"):
+        raise ValueError(f"split={split!r}: synthetic-mixes has the splits {list(counts)} and 'all'")
+    parts = [
+        two_speaker_mixes(synthetic_speech(s, hours), n) for s, n in counts.items() if split in (s, "all")
+    ]
+    return Speech((u for part in parts for u in part), "synthetic-mixes", split, parts[0].about)
+
+
+SOURCES |= {"synthetic": synthetic_speech, "synthetic-mixes": synthetic_mixes}  # load_speech knows them now
 
 
 # %% ../nbs/05_synthesis.ipynb #1192a959

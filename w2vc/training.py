@@ -27,7 +27,7 @@ from .config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically
 from .ctc import Wav2Vec2ConformerForCTC
 from .evaluation import EditCounts, count_edits
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
-from .pretrained import OLD_WEIGHTS, PreTrainedModel, read_checkpoint
+from .pretrained import OLD_WEIGHTS, PreTrainedModel, listening, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .recipes import Recipe, SourcePlan, describe_cost, estimate_cost, gumbel_temperature
 from .speaker import Wav2Vec2ConformerForXVector
@@ -163,7 +163,9 @@ class Objective:
             knobs |= {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
         if config.id2label is not None and cls is not PretrainingObjective:
             knobs["id2label"] = config.id2label
-        return cls.head.from_pretrained(recipe.model.start, **knobs)
+        return cls.head.from_pretrained(
+            recipe.model.start, dtype=torch.float32, **knobs
+        )  # fp16 would not learn
 
     def _tap_features(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
         """Keep the latent frames, and scale the gradient that flows back through them."""
@@ -506,7 +508,6 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 # %% ../nbs/53_training.ipynb #88a1f4f3
-@torch.no_grad()
 def blame(objective: Objective, batch: BatchFeature) -> list[str]:
     """Name the rows of a batch whose loss, alone, is not finite; all of them if none is (they only fail together)."""
     names: list[str] = []
@@ -520,12 +521,11 @@ def blame(objective: Objective, batch: BatchFeature) -> list[str]:
             row["sampled_negative_indices"] = (
                 row["sampled_negative_indices"] - i * batch["mask_time_indices"].shape[1]
             )
-        objective.model.eval()
         try:
-            finite = bool(objective.forward(objective.model, row, 1)[0].isfinite())
+            with listening(objective.model):
+                finite = bool(objective.forward(objective.model, row, 1)[0].isfinite())
         except ValueError:  # the model refuses what is not a number
             finite = False
-        objective.model.train()
         if not finite:
             names.append(name)
     return names or list(batch["ids"])
@@ -765,6 +765,8 @@ class RunState:
         self.valid = None if valid is None else self._loader(valid, training=False)
         if recipe.model.features_gradient == 0:
             self.model.freeze_feature_encoder()
+        if recipe.model.frozen:
+            self.model.freeze_base_model()
         if recipe.model.checkpointing:
             self.model.gradient_checkpointing_enable()
         self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.model.to(self.device), recipe))
@@ -813,7 +815,13 @@ class RunState:
         if self.wrapped is not None:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.wrapped = self.accelerator.prepare_model(self.model)
+        self.learn()
+
+    def learn(self) -> None:
+        """Put the model into training mode; a base model that is frozen for good stays in eval mode."""
         self.wrapped.train()
+        if self.recipe.model.frozen:
+            self.model.base_model.eval()
 
 
 # %% ../nbs/53_training.ipynb #c6cd6537
@@ -1075,7 +1083,7 @@ class JudgedRun(SteppingRun):
                 _sum_up(sums, {**self.objective.measure(batch, output), **own}, self.device)
                 if len(lines) < self.recipe.run.samples:
                     lines += self.objective.show(batch, output)
-        self.model.train()
+        self.learn()
         sums = self._over_processes(sums)
         figures = {
             "loss": float(sums["loss_sum"] / sums["loss_count"].clamp_min(1)),

@@ -21,7 +21,7 @@ from .audio import Samples, load_audio
 from .batches import bucket_batches
 from .config import Wav2Vec2ConformerConfig
 from .ctc import Wav2Vec2ConformerForCTC
-from .pretrained import listening
+from .pretrained import demo_folder, listening
 from .speech import Utterance
 from .text import Wav2Vec2Processor
 
@@ -368,13 +368,10 @@ def read_transcript(
 # %% ../nbs/49_transcription.ipynb #d3e040de
 def _open_model(model: Any, processor: Any) -> tuple[Wav2Vec2ConformerForCTC, Wav2Vec2Processor]:
     """Find the model and its processor, from a folder or hub id where a name is given."""
-    if model is None:  # the one place where a checkpoint that comes with the library would be chosen
-        raise ValueError(
-            "model is missing: pass a folder or a hub id of a CTC checkpoint, or a Wav2Vec2ConformerForCTC and its processor"
-        )
-    if isinstance(model, (str, os.PathLike)):
+    if model is None or isinstance(model, (str, os.PathLike)):
+        model, dtype = (demo_folder("ctc"), torch.float32) if model is None else (model, None)
         processor = model if processor is None else processor
-        model = Wav2Vec2ConformerForCTC.from_pretrained(model)
+        model = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=dtype)
     if isinstance(processor, (str, os.PathLike)):
         processor = Wav2Vec2Processor.from_pretrained(processor)
     if not isinstance(processor, Wav2Vec2Processor):
@@ -453,7 +450,8 @@ def transcribe(
     Args:
         audio: a path, the bytes of a file, a binary file object, an array or tensor with `sampling_rate`, an `Utterance`,
             the audio of a data set's row; or a list, an iterator or a `Speech` of those.
-        model: a `Wav2Vec2ConformerForCTC`, on any device and of any type; or a folder or hub id, loaded on each call.
+        model: a `Wav2Vec2ConformerForCTC`, on any device and of any type; or a folder or hub id, loaded on each call;
+            None: the small demo checkpoint that comes with the package (English letters; chapter 54).
         processor: a `Wav2Vec2Processor`, or the folder or hub id of one; None: that of the `model`'s folder.
         sampling_rate: samples per second of arrays; everything else knows its own.
         chunk_seconds: length of a chunk, context included; None takes each recording in one pass.
@@ -466,7 +464,7 @@ def transcribe(
         A `Transcript`; of several recordings a list, in their order. One too short for a single frame has the text "".
 
     Raises:
-        ValueError: no model or processor, sound that cannot be used (empty, NaN, no rate, …), unknown `timestamps`, or
+        ValueError: no processor, sound that cannot be used (empty, NaN, no rate, …), unknown `timestamps`, or
             lengths that `frame_logits` refuses.
         FileNotFoundError: no such file or checkpoint.
     """
