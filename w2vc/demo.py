@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 
 from .audio import Wav2Vec2FeatureExtractor
-from .config import read_json, refuse, write_together
-from .evaluation import evaluate, model_class
+from .config import Wav2Vec2ConformerConfig, read_json, refuse, write_together
+from .evaluation import Measure, evaluate, model_class
 from .pretrained import PreTrainedModel, demo_folder, save_head
 from .recipes import Recipe
 from .speech import load_speech
@@ -32,6 +33,8 @@ __all__ = [
     "demo_figures",
     "pack_run",
     "pack_curves",
+    "model_card",
+    "write_figures",
 ]
 
 
@@ -188,3 +191,113 @@ def pack_curves(run: str | os.PathLike[str], name: str, lines: int = 150) -> Non
         json.dumps({k: v for k, v in r.items() if k not in {"samples", "gradients"}}) + "\n" for r in kept
     )
     write_together(demo_folder().parent / "curves", {f"{name}.jsonl": text.encode()})
+
+
+# %% ../nbs/54_demo.ipynb #29ada381
+_CARD = """---
+license: cc-by-sa-3.0
+language: [en]
+tags: [wav2vec2-conformer, speech, automatic-speech-recognition, speaker-verification, keyword-spotting]
+---
+# The demo checkpoint of w2vc
+
+A Wav2Vec2-Conformer of {millions:.1f} million parameters that learned from sound alone on one CPU core, and four heads on it. It is here to be looked
+into: small enough to load in a moment, trained enough to show what such models learn. It is no product: it knows synthetic
+voices and a handful of people, and writes English letters only.
+
+| folder | class | what it does |
+| --- | --- | --- |
+| `pretrained/` | `Wav2Vec2ConformerForPreTraining` | answers which of {choices} candidates was hidden |
+| `ctc/` | `Wav2Vec2ConformerForCTC` | writes |
+| `keyword/` | `Wav2Vec2ConformerForSequenceClassification` | knows ten command words |
+| `speaker/` | `Wav2Vec2ConformerForXVector` | tells voices apart |
+| `frame/` | `Wav2Vec2ConformerForAudioFrameClassification` | says who of two speaks when |
+
+`w2vc.load_demo(None | "ctc" | "keyword" | "speaker" | "frame")` loads them. `pretrained/` and `ctc/` are standard folders, which transformers loads, too. The
+other three hold the tensors of a head alone; its encoder is the one in `pretrained/`, unchanged, and `load_demo(…).save_pretrained(DIR)` writes a
+standard folder.
+
+## Speech it learned from
+
+| set | share | terms |
+| --- | --- | --- |
+| `synthetic` (espeak-ng, 100 voices) | 5 h | Apache-2.0, made by `w2vc.synthesis` |
+| `builtin` (espeak-ng, 16 voices) | 6 min, three times over | Apache-2.0 |
+| `asterisk-en`, `-es` | prompts read by Allison Smith, financed by Digium; English three times over, Spanish twice | CC BY-SA 3.0 |
+| `asterisk-fr` | prompts read by June Wallack, financed by Digium and others; twice | CC BY-SA 3.0 |
+| `asterisk-it` | prompts read by Carlo Flora; twice | CC BY 3.0 |
+| `asterisk-ru` | prompts provided by Maxim Topal, ivrvoice.ru; twice | CC BY 3.0 |
+
+Only the training splits; the texts were used for `ctc/` (English) alone. No audio of these sets is in the package but `builtin`. The weights are offered under
+CC BY-SA 3.0, the strictest of these terms; `DATA_LICENSES.md` has the attributions.
+
+## How
+
+Recipes `demo_pretrain`, `demo_ctc`, `demo_keyword`, `demo_speaker`, `demo_frame` (`w2vc recipes`), each with its seed; curves in `curves/`.
+
+```
+w2vc pretrain demo_pretrain runs/demo_pretrain && w2vc demo pack runs/demo_pretrain
+w2vc finetune demo_ctc runs/demo_ctc && w2vc demo pack runs/demo_ctc ctc
+w2vc finetune demo_keyword runs/demo_keyword && w2vc demo pack runs/demo_keyword keyword      # speaker and frame likewise
+w2vc demo measure --write                                                                     # the figures below
+```
+
+## Figures
+
+On speech that was in no training set: {about}. None was used to choose anything; recipes were chosen on the dev split of
+`synthetic`. Intervals are 95 % bootstraps over utterances. `w2vc demo measure` repeats the table (`--sets builtin,builtin-mixes`: what needs neither espeak-ng nor a network).
+
+{tables}
+{comparison}
+## Limits
+
+Synthetic voices are easier than people, and these people were recorded in a studio. The keyword and frame heads never saw
+noise from a street, the CTC head has no language model and writes what it hears. Codes are not phones, and attention is no explanation.
+"""
+
+
+def model_card(figures: dict[str, Any]) -> str:
+    """Write the model card: what it is, what it learned from, how, and the figures of `measure_demo`."""
+    rows: list[str] = []
+    for head, sets in figures.items():
+        if head not in TRIALS:
+            continue
+        rows += [
+            f"### `{head}/`",
+            "",
+            "| set | figure | value | 95 % interval | |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for title, report in sets.items():
+            for name, found in report["measures"].items():
+                numbers = [
+                    math.nan if found[key] is None else float(found[key]) for key in ("value", "low", "high")
+                ]
+                measure = Measure(numbers[0], numbers[1], numbers[2], found["note"], found["percent"])
+                value, interval = measure.texts()
+                rows.append(f"| {title} | {name} | {value} | {interval} | {measure.note} |")
+        rows.append("")
+    few = {
+        name: min(r["cer"] for r in demo_curves(name, "valid"))
+        for name in ("labels_15min", "labels_15min_scratch")
+    }
+    comparison = (
+        "### What pre-training is worth\n\nCTC with a quarter of an hour of labels (recipe `demo_few_labels`, 800 steps): character error rate on the dev voices of `synthetic` "
+        f"{100 * few['labels_15min']:.1f} % from the pre-trained weights, {100 * few['labels_15min_scratch']:.1f} % from random ones.\n"
+    )
+    config = Wav2Vec2ConformerConfig.from_pretrained(demo_folder())
+    about = "utterances of voices that no training set has, and English prompts that were kept apart"
+    millions = load_demo().num_parameters() / 1e6
+    return _CARD.format(
+        millions=millions, choices=config.num_negatives + 1, about=about, tables="\n".join(rows), comparison=comparison
+    )  # fmt: skip
+
+
+# %% ../nbs/54_demo.ipynb #38f0d456
+def write_figures(figures: dict[str, Any]) -> None:
+    """Put what `measure_demo` found, and the model card with it, beside the weights."""
+    files = {
+        "figures.json": json.dumps(figures, indent=1).encode(),
+        "README.md": model_card(figures).encode(),
+    }
+    write_together(demo_folder().parent, files)

@@ -1147,7 +1147,7 @@ class Report(Mapping[str, Measure]):
     def to_dict(self) -> dict[str, Any]:
         """Everything in plain types, ready for JSON; what is not finite becomes None."""
         measures = {
-            name: {"value": m.value, "low": m.low, "high": m.high, "note": m.note}
+            name: {"value": m.value, "low": m.low, "high": m.high, "note": m.note, "percent": m.percent}
             for name, m in self.measures.items()
         }
         plain = _plain_types(
