@@ -23,7 +23,7 @@ import w2vc
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-LEAVES = {"viz", "explore", "exercises", "benchmark", "cli"}
+LEAVES = {"viz", "explore", "codevectors", "tracing", "faults", "views", "exercises", "benchmark", "cli"}
 
 
 def module_numbers() -> dict[str, int]:
@@ -133,7 +133,8 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("module", sorted(NUMBERS))
 def test_imports_point_downward(module: str) -> None:
     for other in imports_of(ROOT / "w2vc" / f"{module}.py"):
-        assert NUMBERS[other] < NUMBERS[module], (
+        drawn = other == "viz" and module in LEAVES  # pictures come last in the book, but explorers draw, too
+        assert drawn or NUMBERS[other] < NUMBERS[module], (
             f"{module} (chapter {NUMBERS[module]}) imports {other} ({NUMBERS[other]})"
         )
         assert other not in LEAVES or module in LEAVES, f"{module} imports the leaf {other}"

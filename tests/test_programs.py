@@ -46,7 +46,7 @@ def test_runs(path: Path) -> None:
 def test_start_runs_on_human_speech(tmp_path: Path) -> None:
     """Chapter 00 on recordings of people, fetched where their source can be reached."""
     try:
-        people = load_speech("human")
+        people = load_speech("human", "test")
     except (SpeechUnavailableError, ImportError) as reason:
         pytest.skip(f"no human speech here: {reason}")
     env = {**os.environ, "W2VC_SPEECH": "human", "OMP_NUM_THREADS": "1"}

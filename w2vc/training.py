@@ -162,7 +162,7 @@ class Objective:
         if issubclass(cls.head, Wav2Vec2ConformerForCTC):
             knobs |= {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
         if config.id2label is not None and cls is not PretrainingObjective:
-            knobs["id2label"] = config.id2label
+            knobs |= {"id2label": config.id2label, "problem_type": config.problem_type}
         return cls.head.from_pretrained(
             recipe.model.start, dtype=torch.float32, **knobs
         )  # fp16 would not learn
