@@ -2,11 +2,17 @@
 
 The chapters were executed once, by make; here only their notebook directives become page layout:
 `#| default_exp` and `#| hide` cells are left out, `#| echo: false` hides the code, `#| export` keeps it, labelled.
+Beside them stand the landing page (a live explorer, the map of the model, a card per chapter) and one page per module.
+
+python docs/build.py                         what `make book` runs, after it has executed what is stale
+python docs/build.py --stored --out DIR      a quick look: the outputs as they are stored in nbs/
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import html
 import json
 import os
 import re
@@ -16,9 +22,10 @@ import sys
 from pathlib import Path
 
 import nbformat
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE = ROOT / "_build" / "site"
+NBS = ROOT / "nbs"
 PARTS = {  # caption: the chapters whose number lies in this range
     "Begin": range(0, 10),
     "From sound to targets": range(10, 20),
@@ -30,9 +37,10 @@ PARTS = {  # caption: the chapters whose number lies in this range
     "Learning for real": range(50, 60),
     "Looking inside": range(60, 70),
     "Fast and large": range(70, 80),
-    "Reference": range(90, 100),
+    "Reference": range(80, 100),
 }
 DIRECTIVE = re.compile(r"^#\s*\|\s*(.+?)\s*\n?$")
+EXPLORER_BYTES = 2_000_000
 
 
 def executed_folder() -> Path:
@@ -56,76 +64,232 @@ def stage_cell(cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
     return cell
 
 
-def stage_notebook(source: Path, target: Path) -> None:
-    """Copy one executed notebook into the site's source folder."""
+def defined(cell: nbformat.NotebookNode) -> list[str]:
+    """The functions and classes that an exported cell defines."""
+    if cell.cell_type != "code" or "export" not in cell.metadata.get("tags", []):
+        return []
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = [node.name for node in ast.parse(cell.source).body if isinstance(node, kinds)]
+    return list(dict.fromkeys(names))  # an overloaded function once
+
+
+def stage_notebook(source: Path, target: Path) -> list[str]:
+    """Copy one notebook into the site's source folder; returns the names that its cells can be found by."""
     nb = nbformat.read(source, as_version=4)
-    nb.cells = [cell for cell in map(stage_cell, nb.cells) if cell is not None]
+    cells, names = [], []
+    for cell in filter(None, map(stage_cell, nb.cells)):
+        found = [name for name in defined(cell) if name not in names]
+        if found:  # the API pages link to these
+            anchors = "".join(f'<span class="anchor" id="code-{name}"></span>' for name in found)
+            cells.append(nbformat.v4.new_markdown_cell(anchors))
+            names += found
+        cells.append(cell)
+    nb.cells = cells
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, target)
+    age = max(source.stat().st_mtime, Path(__file__).stat().st_mtime)
+    os.utime(target, (age, age))  # so that Sphinx reads again only what has changed
+    return names
 
 
 def heading(name: str) -> tuple[str, str]:
     """Title and promise of a chapter: its first text cell."""
-    nb = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    nb = nbformat.read(NBS / f"{name}.ipynb", as_version=4)
     text = next(cell.source for cell in nb.cells if cell.cell_type == "markdown")
     title = re.findall(r"^# (.+)$", text, re.M)[0]
     promise = re.findall(r"^> (.+)$", text, re.M)
     return title, promise[0] if promise else ""
 
 
-def contents(caption: str, names: list[str]) -> str:
-    """One part of the book: a hidden toctree for the sidebar, and a table with promises and costs for the page."""
-    tree = [f"```{{toctree}}\n:caption: {caption}\n:hidden:\n"]
-    table = [f"\n## {caption}\n", "| chapter | | runs in |", "| --- | --- | --- |"]
-    for name in names:
-        title, promise = heading(name)
-        number = Path(name).name[:2]
-        tree.append(f"{number} {title} <{name}>")
-        cost = executed_folder() / f"{name}.json"
-        seconds = f"{json.loads(cost.read_text())['seconds']:.0f} s" if cost.is_file() else ""
-        table.append(f"| [{number} {title}]({name}.ipynb) | {promise} | {seconds} |")
-    return "\n".join([*tree, "```", *(table if caption != "Solutions" else [])]) + "\n"
+def modules(names: list[str]) -> dict[str, str]:
+    """The module that each chapter writes: module -> chapter."""
+    exports = {
+        name: re.search(r"#\| default_exp (\w+)", (NBS / f"{name}.ipynb").read_text()) for name in names
+    }
+    found = {match[1]: name for name, match in exports.items() if match}
+    return {slug: name for slug, name in found.items() if (ROOT / "w2vc" / f"{slug}.py").is_file()}
 
 
-def stage() -> None:
-    """Write the site's source folder anew."""
-    shutil.rmtree(SITE, ignore_errors=True)
-    SITE.mkdir(parents=True)
-    names = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-    answers = sorted(f"solutions/{p.stem}" for p in (ROOT / "nbs" / "solutions").glob("[0-9]*.ipynb"))
-    for name in [*names, *answers]:
-        stage_notebook(executed_folder() / f"{name}.ipynb", SITE / f"{name}.ipynb")
-    shutil.copy(ROOT / "docs" / "conf.py", SITE)
-    shutil.copytree(ROOT / "docs" / "_static", SITE / "_static")
-    parts = [
-        contents(caption, [n for n in names if int(n[:2]) in numbers]) for caption, numbers in PARTS.items()
-    ]
-    landing = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    (SITE / "index.md").write_text(
-        "\n".join([landing, *parts, contents("Solutions", answers)]), encoding="utf-8"
+def inline(text: str) -> str:
+    """One line of Markdown as HTML."""
+    return MarkdownIt().renderInline(text)
+
+
+def cost(name: str) -> str:
+    """What running the chapter took when it was last executed."""
+    path = executed_folder() / f"{name}.json"
+    if not path.is_file():
+        return ""
+    measured = json.loads(path.read_text())
+    return f'<p class="cost">runs in {measured["seconds"]:.0f} s, {measured["megabytes"]} MB</p>'
+
+
+def card(name: str) -> str:
+    """One chapter on the landing page: number, title, promise, cost. The whole card is one link."""
+    title, promise = heading(name)
+    number = Path(name).name[:2]
+    return (
+        f'<li class="card"><a href="{name}.html"><span class="number">{number}</span> {inline(title)}</a>'
+        f"<p>{inline(promise)}</p>{cost(name)}</li>"
     )
 
 
-def build(out: Path) -> int:
-    """Run Sphinx; warnings are errors, so a dead link or a bad heading fails the build."""
+def toctree(caption: str, entries: list[str]) -> str:
+    """A part of the book in the sidebar."""
+    return "\n".join([f"```{{toctree}}\n:caption: {caption}\n:hidden:\n", *entries, "```\n"])
+
+
+def part(caption: str, names: list[str]) -> str:
+    """One part of the book: in the sidebar, and as cards on the page."""
+    tree = [f"{Path(name).name[:2]} {heading(name)[0]} <{name}>" for name in names]
+    if caption == "Reference":
+        tree += ["Every class and function <api/index>", "Solutions <solutions/index>"]
+    cards = ['<ul class="cards">', *map(card, names), "</ul>\n"]
+    return "\n".join([toctree(caption, tree), f"## {caption}\n", *cards])
+
+
+def landing_map(names: list[str], static: Path) -> str:
+    """The map of the model as a picture whose boxes are links to their chapters."""
+    from w2vc import viz
+
+    fig, alt = viz.draw_map()
+    (static / "map.png").write_bytes(viz.render(fig, alt).png)
+    chapter = modules(names)
+    spots, seen = [], set()
+    for key, (x, y, w, h, *_) in viz._BOXES.items():
+        slug = key.split("/")[0]
+        if slug not in chapter:
+            continue
+        place = f"left:{x / 7:.2f}%;top:{y / 5.5:.2f}%;width:{w / 7:.2f}%;height:{h / 5.5:.2f}%"
+        title = html.escape(f"{chapter[slug][:2]} {heading(chapter[slug])[0]}", quote=True)
+        twin = ' tabindex="-1" aria-hidden="true"' if slug in seen else f' aria-label="{title}"'
+        spots.append(f'<a href="{chapter[slug]}.html" title="{title}" style="{place}"{twin}></a>')
+        seen.add(slug)
+    picture = f'<img src="_static/map.png" width="700" height="550" alt="{html.escape(alt, quote=True)}">'
+    return (
+        '<div class="map" role="region" aria-label="Map of the model" tabindex="0"><div>'
+        + "\n".join([picture, *spots])
+        + "</div></div>"
+    )
+
+
+def landing_explorer() -> str:
+    """The attention explorer of the demo model on one built-in sentence; nothing where either is missing."""
+    try:
+        from w2vc.demo import load_demo
+        from w2vc.explore import attention_explorer
+    except ImportError:
+        return ""
+    from w2vc.speech import load_speech
+
+    short = min(load_speech("builtin"), key=lambda u: abs(len(u.audio) / u.sampling_rate - 2.0))
+    shown = attention_explorer(load_demo(), short)._repr_html_()
+    if len(shown) > EXPLORER_BYTES:
+        raise ValueError(f"the landing page's explorer has {len(shown)} bytes; allowed are {EXPLORER_BYTES}")
+    return shown
+
+
+def stage_landing(site: Path, names: list[str]) -> None:
+    """Write the landing page: docs/index.md with its places filled."""
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    shown = landing_explorer()
+    if shown:
+        (site / "explorer.html").write_text(shown, encoding="utf-8")
+        text = text.replace("<!-- explorer", "").replace("end of explorer -->", "")
+    text = text.replace("{map}", landing_map(names, site / "_static"))
+    parts = [
+        part(caption, chosen)
+        for caption, numbers in PARTS.items()
+        if (chosen := [n for n in names if int(n[:2]) in numbers])
+    ]
+    (site / "index.md").write_text("\n".join([text, *parts]), encoding="utf-8")
+
+
+def stage_api(site: Path, names: list[str]) -> None:
+    """Write one page per module, which Sphinx fills from the docstrings, and their list."""
+    chapter = modules(names)
+    folder = site / "api"
+    folder.mkdir()
+    rows = [
+        f"- [{slug}]({slug}.rst), chapter [{name[:2]}](../{name}.ipynb). {heading(name)[1]}"
+        for slug, name in chapter.items()
+    ]
+    (folder / "index.md").write_text(
+        "# Every class and function\n\nShapes are written in the letters of [chapter 01](../01_notation.ipynb). "
+        "*[source]* leads to the cell of the chapter where the code is written and explained.\n\n"
+        + "\n".join(rows)
+        + "\n\n```{toctree}\n:hidden:\n\n"
+        + "\n".join(chapter)
+        + "\n```\n",
+        encoding="utf-8",
+    )
+    for slug, name in chapter.items():
+        title = f"w2vc.{slug}"
+        (folder / f"{slug}.rst").write_text(
+            f"{title}\n{'=' * len(title)}\n\nBuilt and explained in chapter :doc:`/{name}`.\n\n"
+            f".. automodule:: w2vc.{slug}\n   :members:\n   :member-order: bysource\n",
+            encoding="utf-8",
+        )
+
+
+def stage_solutions(site: Path, answers: list[str]) -> None:
+    """Write the list of solutions."""
+    tree = [f"{Path(a).name[:2]} {heading(a)[0]} <{Path(a).name}>" for a in answers]
+    (site / "solutions" / "index.md").write_text(
+        "# Solutions\n\nWorked answers to the exercises of each chapter, executed and checked.\n\n"
+        "```{toctree}\n\n" + "\n".join(tree) + "\n```\n",
+        encoding="utf-8",
+    )
+
+
+def stage(site: Path, *, stored: bool = False) -> None:
+    """Write the site's source folder anew, from the executed copies or from what is stored in nbs/."""
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    names = sorted(p.stem for p in NBS.glob("[0-9]*.ipynb"))
+    answers = sorted(f"solutions/{p.stem}" for p in (NBS / "solutions").glob("[0-9]*.ipynb"))
+    folder = NBS if stored else executed_folder()
+    anchors = {name: stage_notebook(folder / f"{name}.ipynb", site / f"{name}.ipynb") for name in names}
+    for name in answers:
+        stage_notebook(folder / f"{name}.ipynb", site / f"{name}.ipynb")
+    found = {slug: [name, anchors[name]] for slug, name in modules(names).items()}
+    (site / "anchors.json").write_text(json.dumps(found))
+    shutil.copy(ROOT / "docs" / "conf.py", site)
+    for part_of_site in ("_static", "_templates"):
+        shutil.copytree(ROOT / "docs" / part_of_site, site / part_of_site)
+    stage_landing(site, names)
+    stage_api(site, names)
+    stage_solutions(site, answers)
+
+
+def build(work: Path, out: Path, *, strict: bool = True) -> int:
+    """Run Sphinx; where `strict`, warnings are errors, so a dead link or a bad heading fails the build."""
+    if out.exists() and any(out.iterdir()) and not (out / ".buildinfo").is_file():
+        raise SystemExit(f"{out} is not empty and holds no site: it is left as it is")
+    pages = work / "html"  # a folder of its own: what is no longer in the book leaves _book too
+    shutil.rmtree(pages, ignore_errors=True)
     command = [
         sys.executable,
         "-m",
         "sphinx",
         "-q",
-        "-W",
-        "--keep-going",
         "-b",
         "html",
-        "-d",
-        str(ROOT / "_build" / "doctrees"),
+        *(["-W", "--keep-going"] if strict else []),
     ]
-    return subprocess.run([*command, str(SITE), str(out)], check=False).returncode
+    command += ["-d", str(work / "doctrees"), str(work / "site"), str(pages)]
+    code = subprocess.run(command, check=False).returncode
+    if code == 0:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(pages, out)
+    return code
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "_book")
+    parser.add_argument("--out", type=Path, default=ROOT / "_book", help="where the site goes")
+    parser.add_argument("--work", type=Path, default=ROOT / "_build", help="where it is staged")
+    parser.add_argument("--stored", action="store_true", help="show the outputs stored in nbs/ as they are")
     options = parser.parse_args()
-    stage()
-    raise SystemExit(build(options.out))
+    stage(options.work / "site", stored=options.stored)
+    raise SystemExit(build(options.work, options.out, strict=not options.stored))

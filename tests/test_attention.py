@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+import w2vc.attention as module
 from helpers import assert_close, difference, grad_difference, peer_config, randomise_, tiny_config
-from w2vc.attention import SelfAttention, attend, hide_padding
-from w2vc.positions import Positions, make_positions
+from w2vc.attention import SelfAttention, attend, block_length, hide_padding
+from w2vc.positions import Positions, Remembered, make_positions
 
 KINDS = ["relative", "rotary", None]
 
@@ -31,8 +36,8 @@ def build(kind: str | None, seed: int = 0, **knobs: Any) -> SelfAttention:
 
 
 def positions_for(layer: SelfAttention, n_frames: int, dtype: torch.dtype = torch.float32) -> Positions:
-    module = make_positions(layer.config)
-    return None if module is None else module(n_frames, "cpu", dtype)
+    make = make_positions(layer.config)
+    return None if make is None else make(n_frames, "cpu", dtype)
 
 
 def mask_of(lengths: list[int], n_frames: int) -> Tensor:
@@ -148,6 +153,359 @@ def test_eager_and_sdpa_agree_in_value_and_gradient(
     assert grad_difference(sdpa, eager) <= 1e-5
 
 
+# ------------------------------------------------------------------------------------- blocks of queries
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let every block have `size` queries (the last one perhaps fewer), however long the utterance."""
+    monkeypatch.setattr(module, "block_length", lambda query: min(size, query.shape[2]))
+
+
+def attention_pair(seed: int = 0, **knobs: Any) -> tuple[SelfAttention, SelfAttention]:
+    eager = build("relative", seed, attn_implementation="eager", **knobs)
+    blocks = copy.deepcopy(eager)
+    blocks.config.attn_implementation = "sdpa"
+    return eager, blocks
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.sampled_from([1, 2, 4]),
+    head_width=st.sampled_from([2, 8]),
+    n_frames=st.integers(1, 23),
+    size=st.integers(1, 23),
+    rows=st.integers(1, 3),
+    masked=st.booleans(),
+    training=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_blocks_equal_the_plain_path_in_value_and_gradient(
+    *,
+    heads: int,
+    head_width: int,
+    n_frames: int,
+    size: int,
+    rows: int,
+    masked: bool,
+    training: bool,
+    seed: int,
+) -> None:
+    eager, blocks = attention_pair(
+        seed,
+        hidden_size=heads * head_width,
+        num_attention_heads=heads,
+        attention_dropout=0.0,
+        num_conv_pos_embedding_groups=1,
+    )
+    eager.train(training), blocks.train(training)
+    mask = mask_of(torch.randint(0, n_frames + 1, (rows,)).tolist(), n_frames) if masked else None
+    ours_in = torch.randn(rows, n_frames, heads * head_width, requires_grad=True)
+    theirs_in = ours_in.detach().clone().requires_grad_()
+    positions = positions_for(eager, n_frames)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_blocks(monkeypatch, size)
+        out, _ = blocks(ours_in, mask, positions)
+        with torch.no_grad():
+            assert_close("attention.blocks.no_grad", blocks(ours_in, mask, positions)[0], out)
+        _, maps = blocks(ours_in, mask, positions, output_attentions=True)
+        want, want_maps = eager(theirs_in, mask, positions, output_attentions=True)
+        weight = torch.randn(out.shape)
+        (out * weight).sum().backward()
+        (want * weight).sum().backward()
+    assert_close("attention.blocks.out", out, want)
+    assert maps is not None
+    assert torch.equal(maps, want_maps)
+    assert grad_difference(blocks, eager) <= 1e-5
+    assert ours_in.grad is not None
+    assert theirs_in.grad is not None
+    assert_close("attention.blocks.input_gradient", ours_in.grad, theirs_in.grad)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_the_second_run_of_a_block_draws_the_same_dropout(
+    monkeypatch: pytest.MonkeyPatch, outer: bool
+) -> None:
+    layer = build("relative", attention_dropout=0.4, attn_implementation="sdpa").train()
+    hidden, mask, positions = torch.randn(2, 19, 32), mask_of([19, 8], 19), positions_for(layer, 19)
+    weight = torch.randn(2, 19, 32)
+    small_blocks(monkeypatch, 5)
+
+    def step(layer: SelfAttention, outer: bool) -> tuple[Tensor, SelfAttention]:
+        layer = copy.deepcopy(layer)
+        torch.manual_seed(7)
+        if outer:  # as gradient checkpointing of whole layers does
+            out = checkpoint(
+                lambda x: layer(x, mask, positions)[0], hidden.clone().requires_grad_(), use_reentrant=False
+            )
+        else:
+            out, _ = layer(hidden, mask, positions)
+        torch.rand(100)  # other noise is drawn before the backward pass
+        (out * weight).sum().backward()
+        return out, layer
+
+    out, once_more = step(layer, outer)
+    monkeypatch.setattr(module, "checkpoint", lambda f, *inputs, p, **_: f(*inputs, p=p))  # keep all
+    want, kept = step(layer, False)
+    assert torch.equal(out, want)
+    assert grad_difference(once_more, kept) <= 1e-6
+    assert difference(out, layer.eval()(hidden, mask, positions)[0]) > 0.01  # there was noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_blocks_in_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    layer = build("relative", attn_implementation="sdpa")
+    hidden, mask = torch.randn(2, 40, 32), mask_of([40, 25], 40)
+    want, _ = layer(hidden, mask, positions_for(layer, 40))
+    small_blocks(monkeypatch, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = layer(hidden, mask, positions_for(layer, 40))
+    assert difference(cast, want) < 12 * torch.finfo(torch.bfloat16).eps
+    layer.to(dtype)
+    out, _ = layer(hidden.to(dtype), mask, positions_for(layer, 40, dtype))
+    assert out.dtype == dtype
+    assert difference(out, want) < 12 * torch.finfo(dtype).eps
+    out.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that any operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+        self.numbers = max(
+            [self.numbers, *(t.untyped_storage().nbytes() // t.element_size() for t in tensors)]
+        )
+        return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_as_large_as_a_map_exists_in_forward_or_backward(
+    monkeypatch: pytest.MonkeyPatch, training: bool, masked: bool
+) -> None:
+    n_frames, heads = 400, 4
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2**16 if training else 2**18)
+    layer = build("relative", attention_dropout=0.1, attn_implementation="sdpa").train(training)
+    hidden, positions = torch.randn(1, n_frames, 32, requires_grad=training), positions_for(layer, n_frames)
+    mask = mask_of([300], n_frames) if masked else None
+    with Largest() as largest, torch.set_grad_enabled(training):
+        out, _ = layer(hidden, mask, positions)
+        if training:
+            out.sum().backward()
+    size = 32  # queries in a block
+    assert largest.numbers <= heads * size * (n_frames + size - 1)
+    assert largest.numbers < heads * n_frames * n_frames / 4
+    layer.config.attn_implementation = "eager"
+    with Largest() as largest, torch.no_grad():
+        layer(hidden, mask, positions)
+    assert largest.numbers >= heads * n_frames * (
+        2 * n_frames - 1
+    )  # the plain path does make it: we would have seen it
+
+
+def test_training_keeps_nothing_as_large_as_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build("relative", attention_dropout=0.1, attn_implementation="sdpa").train()
+    hidden, positions, seen = torch.randn(1, 300, 32), positions_for(layer, 300), {}
+
+    def kept() -> int:
+        seen.clear()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: seen.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t,
+            lambda t: t,
+        ):
+            layer(hidden, None, positions)
+        return sum(seen.values())
+
+    whole = kept()
+    small_blocks(monkeypatch, 50)
+    assert whole > 4 * 4 * 300 * 300
+    assert kept() < 4 * 300 * 32 * 16
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("n_frames", [1, 31, 33, 499, 2999, 29_999])
+def test_block_length_keeps_to_the_budget(n_frames: int, rows: int) -> None:
+    query = torch.empty(1).expand(rows, 16, n_frames, 64)
+    sizes = {}
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            size = sizes[grad] = block_length(query)
+        assert 1 <= size <= n_frames
+        taken = rows * 16 * 4 * size * (size + n_frames - 1)
+        assert taken <= module.BLOCK_BYTES * (4 if grad else 1) or size == module.FEWEST_QUERIES
+    assert sizes[True] >= sizes[False]
+
+
+def test_a_short_utterance_is_one_block_and_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = module.attend_block
+    monkeypatch.setattr(
+        module, "attend_block", lambda *a, **k: (calls.append(a[0].shape[2]), real(*a, **k))[1]
+    )
+    layer = build("relative", attn_implementation="sdpa").train()
+    out, _ = layer(torch.randn(4, 250, 32), None, positions_for(layer, 250))
+    out.sum().backward()
+    assert calls == [250]
+
+
+# ------------------------------------------------------------------------- projected positions, remembered
+
+
+def load_another(layer: SelfAttention) -> None:
+    layer.load_state_dict({k: v + 0.1 for k, v in layer.state_dict().items()})
+
+
+def train_a_step(layer: SelfAttention) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    layer(torch.randn(1, 9, 32), None, positions_for(layer, 9))[0].square().sum().backward()
+    optimizer.step()
+
+
+def replace(layer: SelfAttention) -> None:
+    layer.linear_pos = nn.Linear(32, 32, bias=False)
+
+
+def write_through_data(layer: SelfAttention) -> None:
+    layer.linear_pos.weight.data.mul_(3.0)
+    layer.eval()  # torch does not count such writes: this clears what was remembered
+
+
+CHANGES: dict[str, Callable[[SelfAttention], Any]] = {
+    "load_state_dict": load_another,
+    "optimizer_step_in_eval": train_a_step,
+    "write_in_no_grad": lambda layer: torch.no_grad()(layer.linear_pos.weight.mul_)(2.0),
+    "data_assigned": lambda layer: setattr(layer.linear_pos.weight, "data", torch.randn(32, 32)),
+    "another_parameter": lambda layer: setattr(layer.linear_pos, "weight", nn.Parameter(torch.randn(32, 32))),
+    "another_module": replace,
+    "data_written_then_eval": write_through_data,
+    "bfloat16_and_back": lambda layer: layer.bfloat16().float(),
+    "double": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", CHANGES)
+def test_remembered_projection_follows_the_weights(change: str, mode: Any) -> None:
+    layer = build("relative")
+    make = make_positions(layer.config)
+    hidden = torch.randn(2, 9, 32)
+    with mode():
+        before, _ = layer(hidden, None, make(9, "cpu", torch.float32))
+        assert torch.equal(layer(hidden, None, make(9, "cpu", torch.float32))[0], before)
+    assert layer.remembered.last is not None
+    CHANGES[change](layer)
+    dtype = layer.linear_q.weight.dtype
+    fresh = copy.deepcopy(layer)  # a copy remembers nothing
+    assert fresh.remembered.last is None
+    with mode():
+        positions = make(9, "cpu", dtype)
+        got, _ = layer(hidden.to(dtype), None, positions)
+        assert torch.equal(got, fresh(hidden.to(dtype), None, positions)[0])
+    if change != "bfloat16_and_back":
+        assert difference(got.float(), before) > 1e-3 or change == "double"
+
+
+def test_projection_is_remembered_in_eval_without_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build("relative")
+    hidden, calls, real = torch.randn(1, 9, 32), [], layer.linear_pos.forward
+    monkeypatch.setattr(layer.linear_pos, "forward", lambda x: (calls.append(len(x)), real(x))[1])
+
+    def count(times: int = 2, n_frames: int = 9) -> int:
+        calls.clear()
+        for _ in range(times):
+            layer(hidden[:, :n_frames], None, positions[n_frames])
+        return len(calls)
+
+    positions = {n: positions_for(layer, n) for n in (4, 9)}
+    assert count() == 2  # gradients are wanted
+    with torch.no_grad():
+        assert count(3) == 1
+        assert count(3) == 0
+        assert count(3, n_frames=4) == 1
+        with torch.autocast("cpu", torch.bfloat16):
+            assert count() == 1  # another dtype
+        assert count() == 1
+        assert count(1) == 0
+        positions[9] = positions[9].clone()
+        assert count() == 1  # another table
+        positions[9].mul_(2.0)
+        assert count() == 1  # the table was written to
+        hook = layer.linear_pos.register_forward_hook(lambda *_: None)
+        assert count() == 2  # somebody wants to see each call
+        hook.remove()
+        layer.train()
+        assert count() == 2
+        layer.eval()
+        assert count() == 1  # train() forgot it
+        monkeypatch.setattr(Remembered, "largest", 10)
+        layer.eval()
+        assert count() == 2  # too large to keep
+    assert list(layer.state_dict()) == list(build("relative").state_dict())
+    assert len(pickle.dumps(layer.remembered)) < 200
+
+
+# ------------------------------------------------------------------------------------------------ compiled
+
+
+@pytest.mark.parametrize(
+    ("kind", "training", "size"),
+    [
+        ("relative", True, 6),  # two blocks, computed again in the backward pass
+        ("relative", True, 99),
+        ("relative", False, 99),
+        ("rotary", True, 99),
+        (None, False, 99),
+    ],
+)
+def test_compiles_whole_with_equal_value_and_gradient(
+    monkeypatch: pytest.MonkeyPatch, kind: str | None, training: bool, size: int
+) -> None:
+    """aot_eager traces forward and backward as inductor does. (The debug backend "eager" draws new noise in recomputed blocks.)"""
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2**24 if size == 99 else 2**9)
+    monkeypatch.setattr(module, "FEWEST_QUERIES", size)
+    layer = build(kind, attention_dropout=0.2, attn_implementation="sdpa").train(training)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    hidden, mask, positions = torch.randn(2, 11, 32), mask_of([11, 7], 11), positions_for(layer, 11)
+    weight, results = torch.randn(2, 11, 32), []
+    for run in (compiled, layer):
+        layer.zero_grad()
+        torch.manual_seed(3)
+        out, _ = run(hidden, mask, positions)
+        (out * weight).sum().backward()
+        results.append([out, *(p.grad for p in layer.parameters())])
+    for got, want in zip(*results, strict=True):
+        assert torch.allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_an_exported_layer_takes_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2**9)
+    monkeypatch.setattr(module, "FEWEST_QUERIES", 4)
+
+    class WithPositions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = build("relative")
+            self.positions = make_positions(self.layer.config)
+
+        def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+            return self.layer(hidden, mask, self.positions(hidden.shape[1], hidden.device, hidden.dtype))[0]
+
+    model, time = WithPositions().eval(), torch.export.Dim("time", min=3, max=1000)
+    inputs = (torch.randn(2, 11, 32), mask_of([11, 7], 11))
+    with torch.no_grad():
+        program = torch.export.export(model, inputs, dynamic_shapes=({1: time}, {1: time}))
+        for n_frames in (5, 60):
+            hidden, mask = torch.randn(2, n_frames, 32), mask_of([n_frames, 3], n_frames)
+            assert_close("attention.exported", program.module()(hidden, mask), model(hidden, mask))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_asking_for_maps_changes_nothing_else(kind: str | None) -> None:
     layer = build(kind, attn_implementation="sdpa")
@@ -164,8 +522,6 @@ def test_asking_for_maps_changes_nothing_else(kind: str | None) -> None:
 
 
 def test_the_switch_is_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    import w2vc.attention as module
-
     layer, calls = build(None, attn_implementation="sdpa"), []
     real = module.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -322,16 +678,20 @@ def test_attend_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_looks_at_values(kind: str | None) -> None:
+def test_nothing_looks_at_values(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device a tensor has no values, so any `.all()` or `.item()` in a branch would raise."""
     layer = build(kind).to("meta")
-    module = make_positions(layer.config)
-    positions = None if module is None else module(7, "meta", torch.float32)
+    make = make_positions(layer.config)
+    positions = None if make is None else make(7, "meta", torch.float32)
     for kernel in ("eager", "sdpa"):
         layer.config.attn_implementation = kernel
         mask = torch.ones(2, 7, dtype=torch.bool, device="meta")
-        out, _ = layer(torch.zeros(2, 7, 32, device="meta"), mask, positions)
-        assert out.shape == (2, 7, 32)
+        for size in (99, 3):
+            small_blocks(monkeypatch, size)
+            for mode in (torch.no_grad, torch.enable_grad):
+                with mode():
+                    out, _ = layer(torch.zeros(2, 7, 32, device="meta"), mask, positions)
+                assert out.shape == (2, 7, 32)
 
 
 @pytest.mark.gpu
@@ -342,8 +702,8 @@ def test_gpu_kernels_agree_with_the_cpu(kind: str | None, dtype: torch.dtype) ->
     hidden, mask = torch.randn(2, 50, 32), mask_of([50, 31], 50)
     want, _ = layer(hidden, mask, positions_for(layer, 50))
     layer.to("cuda", dtype)
-    module = make_positions(layer.config)
-    positions = None if module is None else module.cuda()(50, "cuda", dtype)
+    make = make_positions(layer.config)
+    positions = None if make is None else make.cuda()(50, "cuda", dtype)
     for kernel in ("eager", "sdpa"):
         layer.config.attn_implementation = kernel
         out, _ = layer(hidden.to("cuda", dtype), mask.cuda(), positions)

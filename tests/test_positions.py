@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import assert_close, peer_config, tiny_config
 from w2vc.positions import (
     ConvolutionalPositions,
     RelativePositions,
+    Remembered,
     RotaryPositions,
     apply_rotary,
     make_positions,
@@ -65,14 +69,34 @@ def test_relative_rows_are_distances_largest_positive_first() -> None:
             assert abs(got[row, channel] - want) < 1e-6, (row, channel)
 
 
-def test_relative_saves_nothing_and_keeps_nothing() -> None:
+def test_relative_saves_nothing_and_never_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     positions = RelativePositions(tiny_config(position_embeddings_type="relative", max_source_positions=3))
-    before = {k: v for k, v in vars(positions).items() if not k.startswith("_")}
-    assert positions(100, "cpu", torch.float32).shape == (199, 32)
+    long = positions(100, "cpu", torch.float32)
+    assert long.shape == (199, 32)
+    assert positions(100, "cpu", torch.float32) is long  # the last table, again
+    assert positions(100, "cpu", torch.bfloat16).dtype == torch.bfloat16
     assert positions(4, "cpu", torch.float32).shape == (7, 32)
+    assert positions.remembered.last is not None
+    assert positions.remembered.last[2].shape == (7, 32)  # one table, and not the longest
+    assert positions(100, "cpu", torch.float32) is not long
     assert positions.state_dict() == {}
     assert list(positions.buffers()) == []
-    assert before == {k: v for k, v in vars(positions).items() if not k.startswith("_")}
+    assert copy.deepcopy(positions).remembered.last is None
+    monkeypatch.setattr(Remembered, "largest", 199 * 32 * 4 - 1)
+    positions.remembered.clear()
+    assert positions(100, "cpu", torch.float32) is not positions(100, "cpu", torch.float32)
+    assert positions.remembered.last is None  # too large to keep
+
+
+def test_a_table_made_in_inference_mode_serves_training() -> None:
+    positions = RelativePositions(tiny_config(position_embeddings_type="relative"))
+    linear = nn.Linear(32, 4)
+    with torch.inference_mode():
+        first = positions(5, "cpu", torch.float32)
+    again = positions(5, "cpu", torch.float32)
+    assert again is first
+    linear(again).sum().backward()  # an inference tensor could not be saved for the backward pass
+    assert linear.weight.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -88,6 +112,67 @@ def test_relative_ignores_the_default_dtype() -> None:
         assert torch.equal(table(300), want)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+# -------------------------------------------------------------------------------------------- remembered
+
+
+def swap_storage(p: Tensor) -> None:
+    p.data = p.data.clone()
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "write": lambda p: p.detach().add_(1.0),
+    "write_in_no_grad": lambda p: torch.no_grad()(p.mul_)(2.0),
+    "write_to_a_part": lambda p: p.detach()[0].zero_(),
+    "another_storage": swap_storage,
+    "another_storage_at_an_old_address": lambda p: [swap_storage(p) for _ in range(20)],
+    "another_dtype": lambda p: setattr(p, "data", p.data.half()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_remembered_forgets_when_a_tensor_changes(change: str) -> None:
+    p, remembered = nn.Parameter(torch.ones(3, 1000)), Remembered()
+
+    def make() -> Tensor:
+        return p.detach() * 2
+
+    first = remembered(make, (), [p])
+    assert remembered(make, (), [p]) is first
+    CHANGES[change](p)
+    again = remembered(make, (), [p])
+    assert again is not first
+    assert torch.equal(again, make())
+
+
+def test_remembered_knows_its_facts_and_its_tensors() -> None:
+    a, b, remembered = torch.ones(2), torch.ones(2), Remembered()
+    first = remembered(lambda: a + 1, ("x", torch.float32), [a])
+    assert remembered(lambda: a + 1, ("x", torch.float32), [a]) is first
+    for facts, tensors in (
+        (("x", torch.float16), [a]),
+        (("x", torch.float32), [b]),
+        (("x", torch.float32), []),
+        (("x", torch.float32), [a, b]),
+    ):
+        remembered(lambda: a + 1, ("x", torch.float32), [a])
+        assert remembered(lambda: a + 2, facts, tensors)[0] == 3
+    remembered.clear()
+    assert remembered.last is None
+    with torch.inference_mode():
+        uncounted = torch.ones(2)
+        made = [remembered(lambda: a + 1, (), [uncounted]) for _ in range(2)]
+    assert made[0] is not made[1]  # writes to it could not be seen
+    assert pickle.loads(pickle.dumps(remembered)).last is None
+
+
+def test_remembered_keeps_no_gradient_and_no_tensor_of_a_tracer() -> None:
+    p, remembered = nn.Parameter(torch.ones(2)), Remembered()
+    assert not remembered(lambda: p * 2, (), [p]).requires_grad
+    with FakeTensorMode():
+        remembered(lambda: torch.ones(2), ("fake",))
+    assert remembered.last is None
 
 
 # ------------------------------------------------------------------------------------------------- shift
@@ -118,14 +203,27 @@ def test_shift_equals_the_index_gather_in_value_and_gradient(
     assert torch.equal(ours_grad, want_grad)
 
 
+@settings(max_examples=25, deadline=None)
+@given(n_keys=st.integers(1, 15), data=st.data())
+def test_shift_of_a_block_equals_its_rows_of_the_whole(n_keys: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, n_keys - 1))
+    after = data.draw(st.integers(first + 1, n_keys))
+    whole = torch.randn(2, 3, n_keys, 2 * n_keys - 1)
+    block = whole[:, :, first:after, n_keys - after : 2 * n_keys - 1 - first].clone()
+    assert torch.equal(relative_shift(block, n_keys), shift_by_index(whole)[:, :, first:after])
+
+
 def test_shift_copies_nothing() -> None:
-    scores = torch.randn(2, 3, 6, 11)
-    assert relative_shift(scores).untyped_storage().data_ptr() == scores.untyped_storage().data_ptr()
+    for scores, n_keys in ((torch.randn(2, 3, 6, 11), 6), (torch.randn(2, 3, 2, 7), 6)):
+        got = relative_shift(scores, n_keys)
+        assert got.untyped_storage().data_ptr() == scores.untyped_storage().data_ptr()
 
 
 def test_shift_refuses_the_wrong_number_of_distances() -> None:
-    with pytest.raises(ValueError, match=r"scores has 8 distances for 4 frames.*7"):
+    with pytest.raises(ValueError, match=r"scores has 8 distances for 4 queries and 4 keys.*7"):
         relative_shift(torch.zeros(1, 1, 4, 8))
+    with pytest.raises(ValueError, match=r"scores has 7 distances for 2 queries and 7 keys.*8"):
+        relative_shift(torch.zeros(1, 1, 2, 7), 7)
 
 
 # ------------------------------------------------------------------------------------------------ rotary

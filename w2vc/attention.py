@@ -8,12 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig
-from .positions import Positions, apply_rotary, relative_shift
+from .positions import Positions, Remembered, apply_rotary, relative_shift
 
 # %% auto #0
-__all__ = ["KERNELS", "attend", "split_heads", "position_scores", "hide_padding", "SelfAttention"]
+__all__ = [
+    "Relative",
+    "BLOCK_BYTES",
+    "FEWEST_QUERIES",
+    "KERNELS",
+    "attend",
+    "split_heads",
+    "position_scores",
+    "hide_padding",
+    "with_positions",
+    "block_length",
+    "attend_block",
+    "attend_in_blocks",
+    "SelfAttention",
+]
 
 
 # %% ../nbs/22_attention.ipynb #e323204b
@@ -57,15 +72,21 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
     Source: Transformer-XL (Dai et al., 2019), section 3.3.
 
     Args:
-        query: `[B, H, T, K]`.
-        distance_keys: `[H, 2T-1, K]`, the projected table of `RelativePositions`.
+        query: `[B, H, T, K]`, or a block of n neighbouring queries.
+        distance_keys: `[H, 2T-1, K]`, the projected table of `RelativePositions`; for a block the `n+T-1` rows that it
+            can see.
         bias_v: `[H, K]`, what every frame asks of a distance.
 
     Returns:
-        `[B, H, T, T]`.
+        `[B, H, T, T]`, or `[B, H, n, T]` for a block.
     """
-    asking = (query + bias_v[:, None]) * query.shape[-1] ** -0.5  # [B, H, T, K]
-    return relative_shift(asking @ distance_keys.transpose(-2, -1))  # [B, H, T, 2T-1] -> [B, H, T, T]
+    asking = (query + bias_v[:, None]) * query.shape[-1] ** -0.5  # [B, H, n, K]
+    scores = torch.einsum(
+        "bhnk,hrk->bhnr", asking, distance_keys
+    )  # unlike `@`, makes no copy of the keys per row
+    return relative_shift(
+        scores, n_keys=scores.shape[-1] - scores.shape[-2] + 1
+    )  # [B, H, n, n+T-1] -> [B, H, n, T]
 
 
 # %% ../nbs/22_attention.ipynb #dc13fdbc
@@ -90,7 +111,105 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
 
 
-# %% ../nbs/22_attention.ipynb #02fd8233
+Relative = tuple[Tensor, Tensor, Tensor]  # distance keys, and the two biases u and v
+
+
+def with_positions(
+    query: Tensor, frame_mask: Tensor | None, relative: Relative | None
+) -> tuple[Tensor, Tensor | None]:
+    """Give what both kernels take: the query plus u, for terms (a) and (c), and the bias of all the rest, or None."""
+    bias = None
+    if relative is not None:
+        distance_keys, bias_u, bias_v = relative
+        bias = position_scores(query, distance_keys, bias_v)
+        query = query + bias_u[:, None]
+    if frame_mask is not None:
+        bias = hide_padding(bias, frame_mask, query.dtype)
+    return query, bias
+
+
+# %% ../nbs/22_attention.ipynb #d786b278
+BLOCK_BYTES = 2**24  # what the position scores of one block may take
+FEWEST_QUERIES = 32  # in a block: with fewer the matrix products take longer per query
+
+
+def block_length(query: Tensor) -> int:
+    """Choose how many of the T queries `[B, H, T, K]` to take at a time.
+
+    The position scores of a block stay within `BLOCK_BYTES`: with gradients within 4 times as much, as blocks are then
+    computed twice; on an accelerator within 16 times as much, as small pieces leave it idle. A block has at least
+    `FEWEST_QUERIES`, so for long recordings and large batches its size grows with B T, as that of any layer does.
+    Attention holds about four tensors of this size at a time, and about eight in a backward pass. An exported program
+    takes all queries at once, since its loop could not follow another T.
+    """
+    n_rows, heads, n_frames, _ = query.shape
+    if torch.compiler.is_exporting():
+        return n_frames
+    budget = BLOCK_BYTES * (4 if torch.is_grad_enabled() else 1) * (16 if query.device.type != "cpu" else 1)
+    blocks = -(-n_rows * heads * n_frames * (2 * n_frames - 1) * query.element_size() // budget)  # rounded up
+    return min(max(FEWEST_QUERIES, -(-n_frames // blocks)), n_frames)
+
+
+# %% ../nbs/22_attention.ipynb #f9f84c05
+def attend_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_mask: Tensor | None,
+    relative: Relative | None,
+    *,
+    p: float,
+) -> Tensor:
+    """Let n queries attend to all T keys with torch's fused kernel; dropout p. Gives `[B, H, n, K]`."""
+    query, bias = with_positions(query, frame_mask, relative)
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
+
+
+def attend_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_mask: Tensor | None,
+    relative: Relative | None,
+    *,
+    p: float,
+) -> Tensor:
+    """Do the same as `attend`, without holding the scores of all queries at once.
+
+    Without relative positions the fused kernel needs no blocks: it makes the scores piece by piece itself.
+
+    Args:
+        query: `[B, H, T, K]`.
+        key: `[B, H, T, K]`.
+        value: `[B, H, T, K]`.
+        frame_mask: `[B, T]` bool, True = real frame, or None.
+        relative: Distance keys `[H, 2T-1, K]`, and u and v, `[H, K]` each; or None.
+        p: Dropout probability of the weights.
+
+    Returns:
+        The mixed values `[B, H, T, K]`.
+    """
+    n_frames = query.shape[2]
+    size = n_frames if relative is None else block_length(query)
+    if relative is None or size == n_frames:
+        return attend_block(query, key, value, frame_mask, relative, p=p)
+    distance_keys, bias_u, bias_v = relative
+    mixed = []
+    for first in range(0, n_frames, size):
+        rows = query[:, :, first : first + size]
+        after = first + rows.shape[2]
+        seen = distance_keys[:, n_frames - after : 2 * n_frames - 1 - first]  # [H, n+T-1, K]
+        inputs = (rows, key, value, frame_mask, (seen, bias_u, bias_v))
+        if torch.is_grad_enabled():  # the second run draws the same dropout noise
+            mixed.append(
+                checkpoint(attend_block, *inputs, p=p, use_reentrant=False, preserve_rng_state=p > 0)
+            )
+        else:
+            mixed.append(attend_block(*inputs, p=p))
+    return torch.cat(mixed, dim=2)
+
+
+# %% ../nbs/22_attention.ipynb #90def4c0
 KERNELS = ("sdpa", "eager")  # what `config.attn_implementation` may say
 
 
@@ -98,7 +217,8 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention with relative, rotary or no positions.
 
     `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is torch's
-    fused attention, "eager" the readable path. Maps need the readable path, so a call that asks for them takes it.
+    fused attention (in blocks of queries for relative positions), "eager" the readable path. Maps need the readable
+    path, so a call that asks for them takes it.
 
     Source: Vaswani et al. (2017), section 3.2; Transformer-XL (Dai et al., 2019), section 3.3.
 
@@ -120,6 +240,7 @@ class SelfAttention(nn.Module):
             self.linear_pos = nn.Linear(width, width, bias=False)
             self.pos_bias_u = nn.Parameter(torch.zeros(self.heads, width // self.heads))
             self.pos_bias_v = nn.Parameter(torch.zeros(self.heads, width // self.heads))
+        self.remembered = Remembered()  # the projected table of distances, in eval
 
     def forward(
         self,
@@ -153,21 +274,32 @@ class SelfAttention(nn.Module):
             asking = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), *positions).flatten(2)
         query, key, value = self.linear_q(asking), self.linear_k(asking), self.linear_v(hidden)
         query, key, value = (split_heads(x, self.heads) for x in (query, key, value))  # each [B, H, T, K]
-        bias = None
+        relative = None  # what `with_positions` needs for relative positions
         if isinstance(positions, Tensor):
-            distance_keys = split_heads(self.linear_pos(positions), self.heads)  # [H, 2T-1, K]
-            bias = position_scores(query, distance_keys, self.pos_bias_v)  # [B, H, T, T]
-            query = query + self.pos_bias_u[:, None]
-        if frame_mask is not None:
-            bias = hide_padding(bias, frame_mask, query.dtype)
+            distance_keys = split_heads(self._project(positions, query.dtype), self.heads)  # [H, 2T-1, K]
+            relative = (distance_keys, self.pos_bias_u, self.pos_bias_v)
         weights = None
         if output_attentions or kernel == "eager":
+            query, bias = with_positions(query, frame_mask, relative)
             mixed, weights = attend(query, key, value, bias, self.dropout)
         else:
             p = self.dropout.p if self.dropout.training else 0.0
-            mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
+            mixed = attend_in_blocks(query, key, value, frame_mask, relative, p=p)
         out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))  # heads side by side: [B, T, D]
         return out, weights if output_attentions else None
+
+    def _project(self, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """Project the table, `[2T-1, D]`; in eval without gradients, once for the same table and weights."""
+        layer = self.linear_pos
+        listened_to = layer._forward_hooks or layer._forward_pre_hooks  # they want to see each call
+        if self.training or torch.is_grad_enabled() or listened_to:
+            return layer(table)
+        return self.remembered(lambda: layer(table), (layer, dtype), [table, *layer.parameters()])
+
+    def train(self, mode: bool = True) -> SelfAttention:
+        """Switch between training and eval; what was remembered is forgotten."""
+        self.remembered.clear()
+        return super().train(mode)
 
     def _check(self, hidden: Tensor, frame_mask: Tensor | None, positions: Positions) -> None:
         """Refuse what would give a wrong answer; looks at shapes and dtypes only, never at values."""

@@ -169,7 +169,9 @@ def pack_run(run: str | os.PathLike[str], head: str | None = None) -> None:
         head: As in `load_demo`.
     """
     run, folder = Path(run), demo_folder(head)
-    source = run / ("best" if (run / "best").exists() else "last")
+    source = run / (
+        "best" if (run / "best" / "config.json").exists() else "last"
+    )  # without a validation set nothing is best
     model = model_class(source).from_pretrained(source, dtype=torch.float16)
     if head in {None, "ctc"}:
         model.save_pretrained(folder)
@@ -180,16 +182,15 @@ def pack_run(run: str | os.PathLike[str], head: str | None = None) -> None:
     pack_curves(run, head or "pretraining")
 
 
-def pack_curves(run: str | os.PathLike[str], name: str, lines: int = 150) -> None:
+def pack_curves(run: str | os.PathLike[str], name: str, lines: int = 50) -> None:
     """Thin the records of a run out to `lines` of each kind and put them into the package."""
     records = read_metrics(run)
     kept: list[dict[str, Any]] = []
     for kind in sorted({record["kind"] for record in records}):
         these = [record for record in records if record["kind"] == kind]
         kept += these[:: -(-len(these) // lines)]
-    text = "".join(
-        json.dumps({k: v for k, v in r.items() if k not in {"samples", "gradients"}}) + "\n" for r in kept
-    )
+    left_out = {"samples", "gradients", "clipped", "skipped", "dropped", "waiting", "audio"}
+    text = "".join(json.dumps({k: v for k, v in r.items() if k not in left_out}) + "\n" for r in kept)
     write_together(demo_folder().parent / "curves", {f"{name}.jsonl": text.encode()})
 
 
@@ -296,8 +297,5 @@ def model_card(figures: dict[str, Any]) -> str:
 # %% ../nbs/54_demo.ipynb #38f0d456
 def write_figures(figures: dict[str, Any]) -> None:
     """Put what `measure_demo` found, and the model card with it, beside the weights."""
-    files = {
-        "figures.json": json.dumps(figures, indent=1).encode(),
-        "README.md": model_card(figures).encode(),
-    }
+    files = {"figures.json": json.dumps(figures).encode(), "README.md": model_card(figures).encode()}
     write_together(demo_folder().parent, files)

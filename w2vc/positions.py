@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .config import Wav2Vec2ConformerConfig, get_activation
 # %% auto #0
 __all__ = [
     "Positions",
+    "Remembered",
     "RelativePositions",
     "relative_shift",
     "rotary_speeds",
@@ -30,12 +31,54 @@ __all__ = [
 
 
 # %% ../nbs/20_positions.ipynb #e74486ac
+class Remembered:
+    """The last value of a computation, given again as long as nothing it was made from has changed.
+
+    Tensors count as unchanged if they are the same objects, at the same address and with the same `_version`, the
+    number by which torch counts in-place writes. (Writes through `.data` are not counted: call `clear` after them.)
+    Large values are not kept, nor is anything while torch compiles or exports. A copied or unpickled one is empty.
+    """
+
+    largest = 2**24  # bytes
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the value."""
+        self.last: tuple[tuple[Any, ...], list[tuple[Tensor, Tensor, int]], Tensor] | None = None
+
+    def __call__(
+        self, make: Callable[[], Tensor], facts: tuple[Any, ...], tensors: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Give `make()`, which is run without gradients, or its last value if `facts` and `tensors` are as they were."""
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # those count no writes
+            return make()
+        last = self.last  # read once: another thread may replace it
+        if last is not None and last[0] == facts and len(last[1]) == len(tensors):
+            pairs = zip(last[1], tensors, strict=True)
+            if all(
+                t is o and t.data_ptr() == alias.data_ptr() and t._version == n for (o, alias, n), t in pairs
+            ):
+                return last[2]
+        with torch.inference_mode(False), torch.no_grad():  # usable in every mode later
+            value = make()
+        keep = type(value) is Tensor and value.nbytes <= self.largest  # and no tensor of a tracer
+        # the alias keeps the address in use, so that no other tensor can move in
+        self.last = (facts, [(t, t.detach(), t._version) for t in tensors], value) if keep else None
+        return value
+
+    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
+        return Remembered, ()
+
+
+# %% ../nbs/20_positions.ipynb #44fcd231
 class RelativePositions(nn.Module):
     """One row of sines and cosines per distance between two frames, the largest positive distance first.
 
     Row `r` stands for the distance `i - j = T - 1 - r` of a query `i` and a key `j`. The table is computed in
-    float32 at each call and cast last. There is nothing to save, and no longest utterance: `max_source_positions`
-    is not a limit.
+    float32 and cast last. There is nothing to save, and no longest utterance: `max_source_positions` is not a limit.
+    The last table is remembered, if it is small, and given again for the same length; do not write into it.
 
     Source: Transformer-XL (Dai et al., 2019), section 3.3; the clocks of Vaswani et al. (2017), section 3.5.
 
@@ -46,9 +89,13 @@ class RelativePositions(nn.Module):
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
         self.width = config.hidden_size
+        self.remembered = Remembered()
 
     def forward(self, n_frames: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Give the table for `n_frames` frames, `[2T-1, D]`: sines in even channels, cosines in odd ones."""
+        return self.remembered(lambda: self._table(n_frames, device, dtype), (n_frames, device, dtype))
+
+    def _table(self, n_frames: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         distance = torch.arange(n_frames - 1, -n_frames, -1, dtype=torch.float32, device=device)  # [2T-1]
         even = torch.arange(0, self.width, 2, dtype=torch.float32, device=device)  # [D/2]
         speed = torch.exp(even * -(math.log(10000.0) / self.width))  # radians per frame, fast to slow
@@ -58,30 +105,34 @@ class RelativePositions(nn.Module):
 
 
 # %% ../nbs/20_positions.ipynb #29a4faa7
-def relative_shift(scores: Tensor) -> Tensor:
+def relative_shift(scores: Tensor, n_keys: int | None = None) -> Tensor:
     """Re-index scores from (query, distance) to (query, key): `[B, H, T, 2T-1]` to `[B, H, T, T]`.
 
     Entry `[i, j]` of the result is entry `[i, (T-1) - (i-j)]` of the input. In the flat memory of one head that
     is place `(T-1) + i (2T-2) + j`: rows that are one entry shorter and start `T-1` entries later. So the result
-    is a view, and nothing is copied.
+    is a view, and nothing is copied. The same holds for a block of fewer queries than keys: n queries have
+    `n+T-1` distances to T keys, and the rows start `n-1` entries later.
 
     Source: Transformer-XL (Dai et al., 2019), appendix B; its code pads and views instead.
 
     Args:
-        scores: Columns in the order of `RelativePositions`, the distance `T-1` first.
+        scores: Columns in the order of `RelativePositions`, the largest distance first.
+        n_keys: T, if `scores` has a row for some neighbouring queries only.
 
     Raises:
-        ValueError: If the last axis is not `2T-1` long.
+        ValueError: If the last axis is not `2T-1` long, or `n+T-1` for n queries.
     """
-    n_frames, n_distances = scores.shape[-2:]
-    if n_distances != 2 * n_frames - 1:
+    n_queries, n_distances = scores.shape[-2:]
+    n_keys = n_queries if n_keys is None else n_keys
+    if n_distances != n_queries + n_keys - 1:
+        fit = n_queries + n_keys - 1
         raise ValueError(
-            f"scores has {n_distances} distances for {n_frames} frames; 2T-1 = {2 * n_frames - 1} are allowed"
+            f"scores has {n_distances} distances for {n_queries} queries and {n_keys} keys; it must have {fit}"
         )
-    if n_frames == 1:
+    if n_queries == 1:
         return scores
-    flat = scores.flatten(-2)[..., n_frames - 1 : n_frames - 1 + n_frames * (n_distances - 1)]
-    return flat.view(*scores.shape[:-1], n_distances - 1)[..., :n_frames]
+    flat = scores.flatten(-2)[..., n_queries - 1 : n_queries - 1 + n_queries * (n_distances - 1)]
+    return flat.view(*scores.shape[:-1], n_distances - 1)[..., :n_keys]
 
 
 # %% ../nbs/20_positions.ipynb #3c5683e4

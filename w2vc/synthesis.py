@@ -26,7 +26,10 @@ from .audio import resample
 from .speech import DIGITS, KEYWORDS, SAMPLING_RATE, SILENCE, Segment, Utterance
 
 # isort: split
-from .speech import SOURCES, Speech, load_packed, save_speech, speech_assets, speech_cache, two_speaker_mixes
+from .speech import SOURCES, Speech, load_packed, save_speech, speech_assets, speech_cache
+
+# isort: split
+from .speech import two_speaker_mixes
 
 # %% auto #0
 __all__ = [
@@ -39,7 +42,6 @@ __all__ = [
     "DEV_VARIANTS",
     "TRAIN_VARIANTS",
     "MAKERS",
-    "SOURCES",
     "Voice",
     "synthesize",
     "make_digits",
@@ -608,7 +610,9 @@ def synthetic_mixes(split: str = "train", hours: float = 5.0) -> Speech:
     return Speech((u for part in parts for u in part), "synthetic-mixes", split, parts[0].about)
 
 
-SOURCES |= {"synthetic": synthetic_speech, "synthetic-mixes": synthetic_mixes}  # load_speech knows them now
+SOURCES.update(
+    {"synthetic": synthetic_speech, "synthetic-mixes": synthetic_mixes}
+)  # load_speech knows them now
 
 
 # %% ../nbs/05_synthesis.ipynb #1192a959
