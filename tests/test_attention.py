@@ -349,9 +349,13 @@ def test_a_short_utterance_is_one_block_and_computed_once(monkeypatch: pytest.Mo
         module, "attend_block", lambda *a, **k: (calls.append(a[0].shape[2]), real(*a, **k))[1]
     )
     layer = build("relative", attn_implementation="sdpa").train()
-    out, _ = layer(torch.randn(4, 250, 32), None, positions_for(layer, 250))
+    hidden, positions = torch.randn(12, 250, 32), positions_for(layer, 250)
+    out, _ = layer(hidden, None, positions)
     out.sum().backward()
     assert calls == [250]
+    with torch.no_grad():  # where nothing is computed twice, blocks may be smaller
+        layer(hidden, None, positions)
+    assert calls == [250, 125, 125]
 
 
 # ------------------------------------------------------------------------- projected positions, remembered

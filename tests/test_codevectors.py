@@ -22,12 +22,12 @@ from w2vc.codevectors import (
     code_information,
     code_phone_table,
     code_segments,
+    code_targets,
     code_usage,
     codevector_explorer,
     collect_codes,
     cover_codes,
     flatten_to_plane,
-    frame_targets,
     hear_segments,
     main_phones,
     mean_patch,
@@ -92,7 +92,7 @@ def test_codes_are_those_of_the_model_row_by_row(model, speech, frames) -> None:
             assert (model.quantizer.codes(latent)[0].numpy() == frames.of(i)).all()
             vectors, _ = model.quantizer(latent)
             targets = torch.nn.functional.normalize(model.project_q(vectors)[0], dim=-1).numpy()
-        np.testing.assert_allclose(frame_targets(frames)[frames.owner == i], targets, atol=1e-5)
+        np.testing.assert_allclose(code_targets(frames)[frames.owner == i], targets, atol=1e-5)
         assert (frames.steps[frames.owner == i] == np.arange(latent.shape[1])).all()
     assert (np.diff(frames.owner) >= 0).all()
 

@@ -122,6 +122,7 @@ def test_keys_choose_a_frame_and_the_read_out_is_true(
     stage.press("Shift+ArrowLeft")
     assert heard(tab)[0] == 0
     assert stage.get_attribute("aria-valuetext").startswith("Frame 0, 0.00 s")
+    assert stage.get_attribute("data-lm-suppress-shortcuts") == "true", "JupyterLab would take the arrow keys"
 
 
 def test_layer_and_head_are_chosen_by_click_and_by_key(
@@ -166,6 +167,7 @@ def test_pointing_selects_and_a_click_plays(tab: object, maps_and_page: tuple[to
     tab.locator(".there").click()  # type: ignore[attr-defined]
     tab.wait_for_function("!document.querySelector('audio').paused")  # type: ignore[attr-defined]
     tab.wait_for_function("document.querySelector('audio').paused")  # type: ignore[attr-defined]
+    assert not tab.evaluate("document.querySelector('audio').ended"), "only the stretch is played"  # type: ignore[attr-defined]
 
 
 def test_it_is_drawn_sharply_and_anew(tab: object) -> None:
@@ -241,6 +243,12 @@ def test_two_on_a_page_a_broken_one_and_a_twin(browser: object, tmp_path: Path) 
     tab.locator(".b").nth(0).click()
     assert tab.locator(".live:not([hidden]) .read").all_inner_texts() == ["12", "21", "11"]
     assert [still.is_visible() for still in tab.locator(".still").all()] == [False, False, True, False]
+    again = "const old = document.querySelector('script'), copy = document.createElement('script'); copy.text = old.text; old.after(copy);"
+    tab.evaluate(f"() => {{ {again} }}")  # as when a twin of it is added to the page
+    tab.wait_for_timeout(50)
+    assert tab.locator(".live:not([hidden]) .read").all_inner_texts() == ["12", "21", "11"], (
+        "started once each"
+    )
     assert len(problems) == 1, problems
     assert "on purpose" in problems[0]
     tab.close()

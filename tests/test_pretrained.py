@@ -903,7 +903,9 @@ def test_a_head_on_the_encoder_of_another_folder(tmp_path: Path) -> None:
     assert all(torch.equal(t, whole.state_dict()[name]) for name, t in joined.state_dict().items())
     joined.save_pretrained(tmp_path / "ordinary")  # a folder that needs no other
     shutil.rmtree(tmp_path / "base")
-    assert Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "ordinary").load_report.loaded
+    assert Wav2Vec2ConformerForSequenceClassification.from_pretrained(
+        tmp_path / "ordinary"
+    ).load_report.loaded
     with pytest.raises(FileNotFoundError, match="base"):
         Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "head")
 

@@ -21,6 +21,7 @@ from .pretraining import Wav2Vec2ConformerForPreTraining, Wav2Vec2ConformerForPr
 from .speaker import Wav2Vec2ConformerForXVector, XVectorOutput
 from .speech import Utterance, load_dataset, load_speech
 from .text import AutoFeatureExtractor, AutoProcessor, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
+from .tracing import block_map, masked_audio, parity_strip, spot_the_negative, trace
 from .transcription import Transcript, transcribe
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "Wav2Vec2Processor",
     "XVectorOutput",
     "beam_search",
+    "block_map",
     "compute_mask_indices",
     "convert_fairseq",
     "load_audio",
@@ -57,7 +59,11 @@ __all__ = [
     "load_demo",
     "load_fairseq",
     "load_speech",
+    "masked_audio",
+    "parity_strip",
     "read_fairseq",
     "sample_negative_indices",
+    "spot_the_negative",
+    "trace",
     "transcribe",
 ]

@@ -61,7 +61,7 @@ __all__ = [
     "plot_code_map",
     "nearest_codes",
     "Neighbour",
-    "frame_targets",
+    "code_targets",
     "nearest_segments",
     "cover_codes",
     "pack_sound",
@@ -641,7 +641,7 @@ class Neighbour(NamedTuple):
     cosine: float
 
 
-def frame_targets(frames: CodeFrames) -> NDArray[np.float32]:
+def code_targets(frames: CodeFrames) -> NDArray[np.float32]:
     """What the loss would compare with at each frame, as vectors of length 1: `[frames, proj_codevector_dim]`."""
     whole = np.sum([frames.vectors[g, column] for g, column in enumerate(frames.codes.T)], 0) + frames.bias
     return np.asarray(whole / np.linalg.norm(whole, axis=1, keepdims=True).clip(1e-8), np.float32)
@@ -669,7 +669,7 @@ def nearest_segments(
         raise ValueError(
             f"utterance={utterance}, start={start}, end={end}: the middle of no frame lies there"
         )
-    targets, size = frame_targets(frames), len(asked)
+    targets, size = code_targets(frames), len(asked)
     cosines = targets[asked] @ targets.T  # [size, frames]
     places = np.arange(len(frames) - size + 1)
     scores = np.mean([cosines[k, places + k] for k in range(size)], 0)

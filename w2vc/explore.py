@@ -120,7 +120,7 @@ def attention_maps(
     )  # [1, S]
     with listening(base):
         maps = base(samples, output_attentions=True).attentions  # L of [1, H, T, T]
-    return torch.stack([maps[layer][0, heads].float().cpu() for layer in layers]).clone()
+    return torch.stack([maps[layer][0, heads].float().cpu() for layer in layers])
 
 
 def _choose(name: str, wanted: Sequence[int] | None, n: int) -> list[int]:
@@ -727,7 +727,7 @@ _PICK_CSS = """
 & .head { margin:2px 0 0; }
 & .head b { font-size:15px; }
 & .facts { display:grid; grid-template-columns:auto 1fr; gap:0 10px; margin:4px 0 0; font-size:13px; font-variant-numeric:tabular-nums; }
-& .facts dt { color:var(--soft); font-weight:400; margin:0; } & .facts dd { margin:0; }
+& .facts dt { color:var(--soft); font-weight:400; margin:0; } & .facts dd { margin:0; padding:0; }
 & .stage { cursor:crosshair; touch-action:pan-y; border-radius:6px; user-select:none; -webkit-user-select:none; }
 & .side .read { min-height:6.1em; }
 & .play { display:flex; flex-wrap:wrap; gap:6px 12px; align-items:center; margin:6px 0 2px; }
