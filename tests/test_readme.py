@@ -59,13 +59,20 @@ def test_transcription_example_runs_as_printed(desk: Path) -> None:
 def test_command_line_examples_run_as_printed(desk: Path) -> None:
     lines = [line.partition("#")[0].split() for line in re.findall(r"^w2vc .*", README, re.M)]
     commands = {line[1]: line[2:] for line in lines}
-    assert set(commands) == {"transcribe", "info", "convert", "evaluate", "pretrain", "finetune"} & set(
-        commands
-    )
+    assert set(commands) == {
+        "transcribe",
+        "info",
+        "convert",
+        "evaluate",
+        "pretrain",
+        "finetune",
+        "demo",
+    } & set(commands)
     assert len(commands) >= 5
     program = [sys.executable, "-m", "w2vc.cli"]
     for name in commands:
         run(*program, name, "--help", cwd=desk)
+    assert run(*program, "transcribe", "talk.flac", cwd=desk)  # by the demo checkpoint
     said = run(*program, "transcribe", *commands["transcribe"], cwd=desk)
     assert [line.split("\t")[0] for line in said.splitlines()] == ["talk.flac", "recordings/a.wav"]
     assert "Wav2Vec2ConformerForCTC" in run(*program, "info", *commands["info"], cwd=desk)

@@ -317,6 +317,7 @@ LOOK = """
 & :focus-visible { outline:3px solid var(--mark); outline-offset:2px; }
 & audio { width:100%; max-width:420px; height:34px; display:block; }
 & label { color:var(--soft); font-size:13px; }
+& dt, & dd { float:none; width:auto; margin:0; padding:0; }
 & .read { background:var(--panel); border-left:4px solid var(--mark); border-radius:4px; padding:7px 11px; margin:8px 0;
   min-height:2.4em; font-variant-numeric:tabular-nums; }
 @media (max-width:520px) { & { padding:10px 8px 8px; border-radius:6px; } }
@@ -727,7 +728,7 @@ _PICK_CSS = """
 & .head { margin:2px 0 0; }
 & .head b { font-size:15px; }
 & .facts { display:grid; grid-template-columns:auto 1fr; gap:0 10px; margin:4px 0 0; font-size:13px; font-variant-numeric:tabular-nums; }
-& .facts dt { color:var(--soft); font-weight:400; margin:0; } & .facts dd { margin:0; padding:0; }
+& .facts dt { color:var(--soft); font-weight:400; }
 & .stage { cursor:crosshair; touch-action:pan-y; border-radius:6px; user-select:none; -webkit-user-select:none; }
 & .side .read { min-height:6.1em; }
 & .play { display:flex; flex-wrap:wrap; gap:6px 12px; align-items:center; margin:6px 0 2px; }
