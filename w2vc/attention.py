@@ -72,13 +72,13 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
     Source: Transformer-XL (Dai et al., 2019), section 3.3.
 
     Args:
-        query: `[B, H, T, K]`, or a block of n neighbouring queries.
+        query: `[B, H, T, K]`, or n neighbouring rows of it.
         distance_keys: `[H, 2T-1, K]`, the projected table of `RelativePositions`; for a block the `n+T-1` rows that it
             can see.
         bias_v: `[H, K]`, what every frame asks of a distance.
 
     Returns:
-        `[B, H, T, T]`, or `[B, H, n, T]` for a block.
+        `[B, H, T, T]`, or the n rows of it.
     """
     asking = (query + bias_v[:, None]) * query.shape[-1] ** -0.5  # [B, H, n, K]
     scores = torch.einsum(
@@ -160,7 +160,7 @@ def attend_block(
     *,
     p: float,
 ) -> Tensor:
-    """Let n queries attend to all T keys with torch's fused kernel; dropout p. Gives `[B, H, n, K]`."""
+    """Let n queries attend to all T keys with torch's fused kernel, dropout p; gives the n mixed values."""
     query, bias = with_positions(query, frame_mask, relative)
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
 
