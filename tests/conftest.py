@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread only waits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,6 +40,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--autoplay-policy=no-user-gesture-required"""  # players play without a click
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium for the tests of a module; without one they are skipped, or fail where one is required."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        if os.environ.get("W2VC_REQUIRE_BROWSER") == "1":
+            pytest.fail("W2VC_REQUIRE_BROWSER=1, but there is no Chromium on the PATH")
+        pytest.skip("no Chromium on the PATH: pages were checked as text, chapters ran without JupyterLab")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        chrome = p.chromium.launch(executable_path=chromium, args=FLAGS.split())
+        yield chrome
+        chrome.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +15,7 @@ from w2vc.explore import save_page
 from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.speech import load_speech
 
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        if os.environ.get("W2VC_REQUIRE_BROWSER") == "1":
-            pytest.fail("W2VC_REQUIRE_BROWSER=1, but there is no Chromium on the PATH")
-        pytest.skip("no Chromium on the PATH: tests/test_codevectors.py checked the page's data")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        chrome = p.chromium.launch(executable_path=chromium, args=FLAGS.split())
-        yield chrome
-        chrome.close()
 
 
 @pytest.fixture(scope="module")

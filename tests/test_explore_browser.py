@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,24 +17,8 @@ from w2vc.speech import load_speech
 from w2vc.viz import Picture
 
 pytestmark = pytest.mark.browser
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --autoplay-policy=no-user-gesture-required"
 READY = "[...document.querySelectorAll('.w2vc-explorer')].every((e) => e.dataset.ready === 'yes')"
 STILL = Picture(b"\x89PNG\r\n\x1a\n", "A picture that says enough about itself", 100)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        if os.environ.get("W2VC_REQUIRE_BROWSER") == "1":
-            pytest.fail("W2VC_REQUIRE_BROWSER=1, but there is no Chromium on the PATH")
-        pytest.skip("no Chromium on the PATH: the pages were checked as text only")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        chrome = p.chromium.launch(executable_path=chromium, args=FLAGS.split())
-        yield chrome
-        chrome.close()
 
 
 @pytest.fixture(scope="module")

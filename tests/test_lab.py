@@ -21,8 +21,6 @@ from typing import Any
 import nbformat
 import pytest
 
-from test_site import FLAGS
-
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 SHOTS = ROOT / "_build" / "lab"
@@ -89,21 +87,6 @@ def server(desk: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        if os.environ.get("W2VC_REQUIRE_BROWSER") == "1":
-            pytest.fail("W2VC_REQUIRE_BROWSER=1, but there is no Chromium on the PATH")
-        pytest.skip("no Chromium on the PATH: the chapters ran without JupyterLab (test_programs.py)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        chrome = p.chromium.launch(executable_path=chromium, args=FLAGS.split())
-        yield chrome
-        chrome.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +26,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 SOLUTIONS = sorted((ROOT / "nbs" / "solutions").glob("[0-9]*.ipynb"))
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 PHONE = {"width": 360, "height": 780}
 # One page of each kind; the checks that take seconds a page look at these, and `make test-all` at every page.
 KINDS = [
@@ -283,21 +281,6 @@ def test_contrast_of_our_own_colours() -> None:
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        if os.environ.get("W2VC_REQUIRE_BROWSER") == "1":
-            pytest.fail("W2VC_REQUIRE_BROWSER=1, but there is no Chromium on the PATH")
-        pytest.skip("no Chromium on the PATH: the pages were checked as text only")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        chrome = p.chromium.launch(executable_path=chromium, args=FLAGS.split())
-        yield chrome
-        chrome.close()
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
