@@ -198,6 +198,10 @@ def test_built_wheel_works_outside_the_repository(copy: Path, tmp_path: Path) ->
     )
     out = run(sys.executable, "-c", code, cwd=tmp_path, env={"PYTHONPATH": str(site)})
     assert out.stdout.split() == [str(site), "True", "True", "True", "True"], out.stdout + out.stderr
+    command = (site / "bin" / "w2vc") if os.name == "posix" else (site / "Scripts" / "w2vc.exe")
+    out = run(command, "--help", cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    assert out.returncode == 0, out.stderr
+    assert "transcribe" in out.stdout
 
 
 def test_nothing_names_a_machine() -> None:
