@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig
+from .features import frame_mask as real_frames
 from .positions import Positions, Remembered, apply_rotary, relative_shift
 
 # %% auto #0
@@ -27,6 +28,7 @@ __all__ = [
     "block_length",
     "attend_block",
     "attend_in_blocks",
+    "Packing",
     "SelfAttention",
 ]
 
@@ -209,6 +211,50 @@ def attend_in_blocks(
     return torch.cat(mixed, dim=2)
 
 
+# %% ../nbs/22_attention.ipynb #1df40d1a
+class Packing:
+    """Where the utterances lie in a batch that is kept without its padding, one after the other: `[1, N, ...]`.
+
+    A layer that looks at one frame at a time (linear, norm) takes a packed batch for one long utterance, and does no work
+    on padding. A layer that mixes frames has to keep the utterances apart: it unpacks them, or takes each on its own.
+
+    Args:
+        lengths: Real frames of each row `[B]`, N in all; on the host, as the shapes of all tensors depend on them.
+        n_frames: T, of the padded batch.
+        device: Where the frames are.
+    """
+
+    def __init__(self, lengths: Tensor, n_frames: int, device: torch.device | str) -> None:
+        self.shape = len(lengths), n_frames
+        self.mask = real_frames(lengths, n_frames)  # [B, T]
+        self.places = self.mask.flatten().nonzero()[:, 0].to(device)  # [N] of the B T frames
+        self.mask = self.mask.to(device)
+        self.lengths = [n for n in lengths.tolist() if n > 0]  # an empty row has no part in a packed batch
+
+    @classmethod
+    def of(cls, mask: Tensor, device: torch.device | str) -> Packing | None:
+        """Read a mask `[B, T]`; None where there is no padding to save, or where the mask cannot be read or packed.
+
+        A mask on an accelerator is not read, as the host would have to wait for it. One that is not right-padded is not
+        packed, and a lone frame is left to the masked statistics of batch norm.
+        """
+        if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        lengths, n_frames = mask.sum(-1), mask.shape[1]
+        right_padded = torch.equal(mask, real_frames(lengths, n_frames))
+        return cls(lengths, n_frames, device) if right_padded and 1 < lengths.sum() < mask.numel() else None
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Keep the real frames: `[B, T, ...]` to `[1, N, ...]`."""
+        return padded.flatten(0, 1).index_select(0, self.places)[None]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Put each frame back in its place, and 0 on the padding: `[1, N, ...]` to `[B, T, ...]`."""
+        n_rows, n_frames = self.shape
+        frames = packed.new_zeros(n_rows * n_frames, *packed.shape[2:])
+        return frames.index_copy(0, self.places, packed[0]).unflatten(0, self.shape)
+
+
 # %% ../nbs/22_attention.ipynb #90def4c0
 KERNELS = ("sdpa", "eager")  # what `config.attn_implementation` may say
 
@@ -245,23 +291,25 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        frame_mask: Tensor | None = None,
+        frame_mask: Tensor | Packing | None = None,
         positions: Positions = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Let every frame mix in what it finds in the others.
 
         Args:
-            hidden: `[B, T, D]`, already normalised by the block.
-            frame_mask: `[B, T]` bool, True = real frame; padded frames are never attended to.
-            positions: The table `[2T-1, D]` for relative, `(cos, sin)` for rotary, None for none.
+            hidden: `[B, T, D]`, already normalised by the block; or packed, `[1, N, D]`.
+            frame_mask: `[B, T]` bool, True = real frame, padded frames are never attended to; or how `hidden` is packed.
+            positions: The table `[2T-1, D]` for relative, `(cos, sin)` for rotary (one row for each frame of
+                `hidden`), None for none.
             output_attentions: Return the weights too, as they were used (after dropout, in training).
 
         Returns:
-            The update `[B, T, D]`, and the weights `[B, H, T, T]` or None.
+            The update, as `hidden`, and the weights `[B, H, T, T]` or None.
 
         Raises:
-            ValueError: For positions or a mask that do not fit, or an unknown `attn_implementation`.
+            ValueError: For positions or a mask that do not fit, an unknown `attn_implementation`, or for maps of a
+                packed batch.
         """
         kernel = self.config.attn_implementation
         if kernel not in KERNELS:
@@ -269,6 +317,10 @@ class SelfAttention(nn.Module):
                 f"attn_implementation={kernel!r}; allowed are {KERNELS} ('flex' needs CUDA and comes later)"
             )
         self._check(hidden, frame_mask, positions)
+        if output_attentions and isinstance(frame_mask, Packing):
+            raise ValueError(
+                "output_attentions=True needs a padded batch and its mask: packed utterances have no common map"
+            )
         asking = hidden
         if isinstance(positions, tuple):  # the released checkpoints turn the input of linear_q and linear_k
             asking = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), *positions).flatten(2)
@@ -279,14 +331,52 @@ class SelfAttention(nn.Module):
             distance_keys = split_heads(self._project(positions, query.dtype), self.heads)  # [H, 2T-1, K]
             relative = (distance_keys, self.pos_bias_u, self.pos_bias_v)
         weights = None
-        if output_attentions or kernel == "eager":
-            query, bias = with_positions(query, frame_mask, relative)
-            mixed, weights = attend(query, key, value, bias, self.dropout)
+        if isinstance(frame_mask, Packing):
+            mixed = self._mix_packed(query, key, value, frame_mask, relative)
         else:
-            p = self.dropout.p if self.dropout.training else 0.0
-            mixed = attend_in_blocks(query, key, value, frame_mask, relative, p=p)
+            mixed, weights = self._mix(query, key, value, frame_mask, relative, output_attentions)
         out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))  # heads side by side: [B, T, D]
         return out, weights if output_attentions else None
+
+    def _mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        frame_mask: Tensor | None,
+        relative: Relative | None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the kernel that the config names, `[B, H, T, K]` each; who asks for weights gets the readable one."""
+        if output_attentions or self.config.attn_implementation == "eager":
+            query, bias = with_positions(query, frame_mask, relative)
+            return attend(query, key, value, bias, self.dropout)
+        p = self.dropout.p if self.dropout.training else 0.0
+        return attend_in_blocks(query, key, value, frame_mask, relative, p=p), None
+
+    def _mix_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, relative: Relative | None
+    ) -> Tensor:
+        """Keep the utterances of `[1, H, N, K]` apart.
+
+        On a CPU each has its turn, with the middle rows of the table: the shorter the utterance, the fewer distances.
+        That would leave an accelerator idle between small pieces; there the heads are padded for as long as they mix.
+        """
+        if query.device.type != "cpu":
+            query, key, value = (
+                packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)
+            )
+            mixed, _ = self._mix(query, key, value, packing.mask, relative)
+            return packing.pack(mixed.transpose(1, 2)).transpose(1, 2)
+        mixed = []
+        for parts in zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True):
+            near = relative
+            if relative is not None:
+                distance_keys, bias_u, bias_v = relative
+                far = packing.shape[1] - parts[0].shape[2]  # distances beyond this utterance, on each side
+                near = (distance_keys[:, far : distance_keys.shape[1] - far], bias_u, bias_v)
+            mixed.append(self._mix(*parts, None, near)[0])
+        return torch.cat(mixed, dim=2)
 
     def _project(self, table: Tensor, dtype: torch.dtype) -> Tensor:
         """Project the table, `[2T-1, D]`; in eval without gradients, once for the same table and weights."""
@@ -301,10 +391,18 @@ class SelfAttention(nn.Module):
         self.remembered.clear()
         return super().train(mode)
 
-    def _check(self, hidden: Tensor, frame_mask: Tensor | None, positions: Positions) -> None:
+    def _check(self, hidden: Tensor, frame_mask: Tensor | Packing | None, positions: Positions) -> None:
         """Refuse what would give a wrong answer; looks at shapes and dtypes only, never at values."""
         n_rows, n_frames, width = hidden.shape
-        if frame_mask is not None and (
+        longest = n_frames
+        if isinstance(frame_mask, Packing):
+            longest = frame_mask.shape[1]
+            if hidden.shape[:2] != (1, len(frame_mask.places)):
+                want_packed = [1, len(frame_mask.places), width]
+                raise ValueError(
+                    f"hidden is {list(hidden.shape)}; packed as frame_mask says, it must be {want_packed}"
+                )
+        elif frame_mask is not None and (
             frame_mask.dtype != torch.bool or frame_mask.shape != (n_rows, n_frames)
         ):
             got_mask = f"{frame_mask.dtype} {list(frame_mask.shape)}"
@@ -313,7 +411,7 @@ class SelfAttention(nn.Module):
         got = [None if table is None else list(table.shape) for table in tables]
         want: list[list[int] | None] = [None]
         if self.position_kind == "relative":
-            want = [[2 * n_frames - 1, width]]
+            want = [[2 * longest - 1, width]]
         elif self.position_kind == "rotary":
             want = [[n_frames, width // self.heads]] * 2
         if got != want:

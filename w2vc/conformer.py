@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SelfAttention
+from .attention import Packing, SelfAttention
 from .config import Wav2Vec2ConformerConfig, get_activation
 from .convolution import ConvolutionModule
 from .positions import ConvolutionalPositions, Positions, make_positions
@@ -81,20 +81,20 @@ class ConformerBlock(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        frame_mask: Tensor | None = None,
+        frame_mask: Tensor | Packing | None = None,
         positions: Positions = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Add four updates to the stream and normalise it.
 
         Args:
-            hidden: Residual stream `[B, T, D]`.
-            frame_mask: `[B, T]` bool, True for a real frame, or None when all frames are real.
+            hidden: Residual stream `[B, T, D]`; or packed, `[1, N, D]`.
+            frame_mask: `[B, T]` bool, True for a real frame; None when all frames are real; or how `hidden` is packed.
             positions: What `make_positions(config)` returned for T frames, or None.
             output_attentions: Whether to return the attention maps.
 
         Returns:
-            The stream `[B, T, D]` and the maps `[B, H, T, T]` or None.
+            The stream, as `hidden`, and the maps `[B, H, T, T]` or None.
         """
         hidden = hidden + 0.5 * self.ffn1(self.ffn1_layer_norm(hidden))
         update, maps = self.self_attn(
@@ -107,13 +107,20 @@ class ConformerBlock(nn.Module):
 
 
 # %% ../nbs/26_conformer.ipynb #c4731ea1
-def skip_layer(layerdrop: float, training: bool) -> bool:
-    """Decide on the host whether LayerDrop skips the next layer (Fan et al., 2020).
+def skip_layer(layerdrop: float, training: bool) -> bool | Tensor:
+    """Decide whether LayerDrop skips the next layer (Fan et al., 2020).
 
     One number is drawn from torch's global generator per layer, in training and for `layerdrop > 0` only,
     as transformers 5 does: equal seeds skip equal layers.
+
+    Returns:
+        A bool, on which the host can branch; or, where the layer has to run either way, a tensor `[]` that says
+        whether its result counts: while torch compiles, and where several processes train together.
     """
-    return training and layerdrop > 0 and torch.rand([], device="cpu").item() < layerdrop
+    if not training or layerdrop <= 0:
+        return False
+    skipped = torch.rand([], device="cpu") < layerdrop
+    return skipped if torch.compiler.is_compiling() or several_processes() else bool(skipped)
 
 
 def several_processes() -> bool:
@@ -124,19 +131,25 @@ def several_processes() -> bool:
 
 # %% ../nbs/26_conformer.ipynb #1b48bda4
 @contextmanager
-def keep_buffers(module: nn.Module) -> Iterator[None]:
-    """Let `module` update throwaway copies of its buffers for a while, then give it the real ones back."""
-    real = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+def keep_buffers(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Let `module` update copies of its buffers for a while, then give it the real ones back.
+
+    Yields:
+        The real buffers, and the copies.
+    """
+    places = [(m, name) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    real = [m._buffers[name] for m, name in places]
+    copies = [b.clone() for b in real]
     try:
-        for m, name, buffer in real:
-            m._buffers[name] = buffer.clone()
-        yield
+        for (m, name), copied in zip(places, copies, strict=True):
+            m._buffers[name] = copied
+        yield real, copies
     finally:
-        for m, name, buffer in real:
+        for (m, name), buffer in zip(places, real, strict=True):
             m._buffers[name] = buffer
 
 
-def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts for `torch.utils.checkpoint`: the second run of `block` must not count its batch twice."""
     return nullcontext(), keep_buffers(block)
 
@@ -184,34 +197,63 @@ class ConformerEncoder(nn.Module):
         Raises:
             ValueError: If the mask has another shape or type.
         """
-        if frame_mask is not None:
-            if frame_mask.dtype != torch.bool or frame_mask.shape != hidden.shape[:2]:
-                got, want = list(frame_mask.shape), list(hidden.shape[:2])
+        packing, mask = None, frame_mask
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != hidden.shape[:2]:
+                got, want = list(mask.shape), list(hidden.shape[:2])
                 raise ValueError(
-                    f"frame_mask is {frame_mask.dtype} {got}; it must be torch.bool {want}, True = real"
+                    f"frame_mask is {mask.dtype} {got}; it must be torch.bool {want}, True = real"
                 )
-            hidden = hidden.masked_fill(~frame_mask.unsqueeze(-1), 0.0)
-        hidden = self.dropout(hidden)
-        positions = None
+            if self._may_pack(output_attentions):
+                packing = Packing.of(mask, hidden.device)
+            mask = mask.to(hidden.device)
+            hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+        positions: Positions = None
         if self.embed_positions is not None:
             positions = self.embed_positions(hidden.shape[1], hidden.device, hidden.dtype)
+        if packing is not None:
+            hidden = packing.pack(hidden)  # [B, T, D] -> [1, N, D], and so through all layers
+            if isinstance(positions, tuple):
+                positions = tuple(
+                    packing.pack(x.expand(*packing.shape, -1))[0] for x in positions
+                )  # [T, K] -> [N, K]
+
+        def finished(hidden: Tensor) -> Tensor:
+            """Give the stream as the caller wants it: `[B, T, D]`, with padding invariance 0 on the padding."""
+            if packing is not None:
+                return packing.unpack(hidden)
+            if mask is None or not self.config.padding_invariant:
+                return hidden
+            return hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+        hidden = self.dropout(hidden)
         states: tuple[Tensor, ...] = ()
         attentions: tuple[Tensor | None, ...] = ()
         for block in self.layers:
             if output_hidden_states:
-                states += (hidden,)
-            maps = None
+                states += (finished(hidden),)
             skipped = skip_layer(self.config.layerdrop, self.training)
-            if skipped and several_processes():  # run it for nothing: gradients of 0 instead of none
-                with keep_buffers(block):
-                    unused, _ = self._run(block, hidden, frame_mask, positions, False)
-                hidden = torch.where(torch.ones((), dtype=torch.bool, device=hidden.device), hidden, unused)
-            elif not skipped:
-                hidden, maps = self._run(block, hidden, frame_mask, positions, output_attentions)
+            maps = None
+            if skipped is not True:
+                inputs = (block, hidden, packing or mask, positions, output_attentions)
+                if skipped is False:
+                    hidden, maps = self._run(*inputs)
+                else:  # run it, perhaps for nothing: then its gradients are 0 instead of none
+                    with keep_buffers(block) as (real, written):
+                        update, maps = self._run(*inputs)
+                    for buffer, new in zip(real, written, strict=True):
+                        buffer.copy_(torch.where(skipped, buffer, new))
+                    hidden = torch.where(skipped, hidden, update)
             attentions += (maps,)
-        last = self.layer_norm(hidden)
-        states += (hidden if self.config.hidden_states_pre_norm else last,)
+        last = finished(self.layer_norm(hidden))
+        states += (finished(hidden) if self.config.hidden_states_pre_norm else last,)
         return last, states if output_hidden_states else None, attentions if output_attentions else None
+
+    def _may_pack(self, output_attentions: bool) -> bool:
+        """Whether nobody minds that the layers see `[1, N, D]`: neither maps nor hooks, which expect `[B, T, D]`."""
+        if output_attentions or not self.config.padding_invariant:
+            return False
+        return not any(part._forward_hooks or part._forward_pre_hooks for part in self.layers.modules())
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: torch cannot pickle the parametrised dead layer, so its tensors travel instead."""

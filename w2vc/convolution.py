@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torch.nn import functional as F
+
+from .attention import Packing
 from .config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
-__all__ = ["MaskedBatchNorm1d", "ConvolutionModule"]
+__all__ = ["MaskedBatchNorm1d", "PointwiseConv1d", "DepthwiseConv1d", "fold_batch_norm", "ConvolutionModule"]
 
 
 # %% ../nbs/24_convolution.ipynb #08b25edf
@@ -66,6 +69,45 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             running.lerp_(new.to(running.dtype), step.to(running.dtype))
 
 
+# %% ../nbs/24_convolution.ipynb #cc78c2bf
+class PointwiseConv1d(nn.Conv1d):
+    """A convolution of width 1, computed as the linear layer that it is; parameters as in `nn.Conv1d`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map `[B, D_in, T]` to `[B, D_out, T]`, best as a view of frames in rows."""
+        return F.linear(hidden.mT, self.weight.squeeze(-1), self.bias).mT
+
+
+class DepthwiseConv1d(nn.Conv1d):
+    """One kernel per channel, with the channels of a frame side by side in memory; parameters as in `nn.Conv1d`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map `[B, D, T]` to `[B, D, T]`, best as a view of frames in rows."""
+        return self.convolve(hidden, self.weight, self.bias)
+
+    def convolve(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Do the same with another kernel `[D, 1, K]` and bias `[D]`."""
+        padding = self.kernel_size[0] // 2
+        if hidden.device.type != "cpu":
+            return F.conv1d(hidden, weight, bias, padding=padding, groups=self.groups)
+        image = hidden.unsqueeze(
+            2
+        )  # [B, D, 1, T]: torch knows this memory layout from images ("channels last")
+        return F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, padding), groups=self.groups).squeeze(2)
+
+
+def fold_batch_norm(conv: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Find the one convolution that equals `conv` (without a bias) followed by `norm` in eval.
+
+    Returns:
+        Its weight `[D, 1, K]` and bias `[D]`.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)  # [D]
+    bias = norm.bias.float() - norm.running_mean.float() * scale
+    return (conv.weight * scale[:, None, None]).to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
 # %% ../nbs/24_convolution.ipynb #b3c72afe
 class ConvolutionModule(nn.Module):
     """Mix each frame with its neighbours (Conformer, Gulati et al., 2020, section 2.2).
@@ -84,30 +126,46 @@ class ConvolutionModule(nn.Module):
             )
         self.config = config
         self.layer_norm = nn.LayerNorm(D)
-        self.pointwise_conv1 = nn.Conv1d(D, 2 * D, 1, bias=False)
+        self.pointwise_conv1 = PointwiseConv1d(D, 2 * D, 1, bias=False)
         self.glu = nn.GLU(dim=1)
-        self.depthwise_conv = nn.Conv1d(D, D, kernel, padding=kernel // 2, groups=D, bias=False)
+        self.depthwise_conv = DepthwiseConv1d(D, D, kernel, padding=kernel // 2, groups=D, bias=False)
         self.batch_norm = MaskedBatchNorm1d(D)
         self.activation = get_activation(config.hidden_act)
-        self.pointwise_conv2 = nn.Conv1d(D, D, 1, bias=False)
+        self.pointwise_conv2 = PointwiseConv1d(D, D, 1, bias=False)
         self.dropout = nn.Dropout(config.conformer_conv_dropout)
 
-    def forward(self, hidden: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, frame_mask: Tensor | Packing | None = None) -> Tensor:
         """Mix frames.
 
         Args:
-            hidden: `[B, T, D]`.
-            frame_mask: `[B, T]` bool, True = real frame; None = all are real.
+            hidden: `[B, T, D]`; or packed, `[1, N, D]`.
+            frame_mask: `[B, T]` bool, True = real frame; None = all are real; or how `hidden` is packed.
 
         Returns:
-            `[B, T, D]`, to be added to `hidden` by the caller.
+            The shape of `hidden`, to be added to it by the caller.
         """
-        if not self.config.padding_invariant:
-            frame_mask = None
-        x = self.layer_norm(hidden).transpose(1, 2)  # [B, T, D] -> [B, D, T]
+        packing = frame_mask if isinstance(frame_mask, Packing) else None
+        mask = frame_mask if isinstance(frame_mask, Tensor) and self.config.padding_invariant else None
+        x = self.layer_norm(hidden).mT  # [B, T, D] -> [B, D, T]
         x = self.glu(self.pointwise_conv1(x))  # [B, 2D, T] -> [B, D, T]
-        if frame_mask is not None:
-            x = x.masked_fill(~frame_mask[:, None], 0)  # what an utterance alone has beyond its end: zeros
-        x = self.batch_norm(self.depthwise_conv(x), frame_mask)
+        if packing is not None:
+            x = packing.unpack(x.mT).mT  # [1, D, N] -> [B, D, T], with zeros beyond the end of each utterance
+        elif mask is not None:
+            x = x.masked_fill(~mask[:, None], 0)  # what an utterance alone has beyond its end: zeros
+        folded = self._can_fold()
+        if folded:
+            x = self.depthwise_conv.convolve(x, *fold_batch_norm(self.depthwise_conv, self.batch_norm))
+        else:
+            x = self.depthwise_conv(x)
+        if packing is not None:
+            x = packing.pack(x.mT).mT  # [B, D, T] -> [1, D, N]: batch norm sees all real frames and no others
+        if not folded:
+            x = self.batch_norm(x, mask)
         x = self.pointwise_conv2(self.activation(x))
-        return self.dropout(x).transpose(1, 2)
+        return self.dropout(x).mT
+
+    def _can_fold(self) -> bool:
+        """Whether the two layers have become one: not in training, nor for hooks that want to see them apart."""
+        parts = (self.depthwise_conv, self.batch_norm)
+        listened_to = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        return not (self.batch_norm.training or self.batch_norm.running_mean is None or listened_to)

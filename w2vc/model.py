@@ -236,7 +236,8 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
 
         Args:
             input_values: Samples `[B, S]` at 16 kHz, normalised per utterance.
-            attention_mask: `[B, S]`, 1 for a real sample and 0 for padding on the right.
+            attention_mask: `[B, S]`, 1 for a real sample and 0 for padding on the right. The mask may stay on the
+                host: its lengths are then known without waiting, and padding costs nothing.
             mask_time_indices: `[B, T]`, frames to replace by the mask embedding; any bool or integer type.
             output_attentions: Return the attention maps; None means as the config says.
             output_hidden_states: Return the L + 1 hidden states; None means as the config says.
@@ -254,7 +255,7 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
             frames = self._get_feat_extract_output_lengths(samples, add_adapter=False)  # [B]
             mask = frame_mask(frames, features.shape[1])  # [B, T]
         hidden, features = self.feature_projection(features)  # [B, T, D], [B, T, C]
-        hidden = self._mask(hidden, mask_time_indices, mask)
+        hidden = self._mask(hidden, mask_time_indices, None if mask is None else mask.to(hidden.device))
         last, states, maps = self.encoder(
             hidden,
             mask,
@@ -262,7 +263,7 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         if self.adapter is not None:
-            last = self.adapter(last, frames)
+            last = self.adapter(last, None if frames is None else frames.to(last.device))
         output = Wav2Vec2BaseModelOutput(last, features, states, maps)
         as_output = config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
