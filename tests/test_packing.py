@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import w2vc.attention
 from helpers import assert_close, difference, randomise_, tiny_config
 from w2vc.attention import Packing, SelfAttention
 from w2vc.conformer import ConformerEncoder
@@ -120,3 +119,184 @@ def test_packed_equals_padded(
         assert [p is not None for p in seen] == [True]
         patch.setattr(Packing, "of", never)
         assert_equal_steps(ours, step(padded, inputs, seed, output_hidden_states=states))
+
+
+@pytest.mark.parametrize("kind", ["relative", "rotary", None])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_way_of_an_accelerator_gives_the_same(
+    kind: str | None, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(position_embeddings_type=kind).train(training)
+    one_by_one = step(copy.deepcopy(model), batch(LENGTHS, 700), 0)
+    calls: list[int] = []
+    together = SelfAttention._mix_padded
+    monkeypatch.setattr(SelfAttention, "_mix_one_by_one", lambda *a: (calls.append(1), together(*a))[1])
+    assert_equal_steps(one_by_one, step(model, batch(LENGTHS, 700), 0))
+    assert len(calls) == model.config.num_hidden_layers
+
+
+# ------------------------------------------------------------------------------------ no work on padding
+
+
+class Widest(TorchDispatchMode):
+    """Notes the rows of every matrix product with a weight of the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            self.rows.add(args[-2].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+def operations(encoder: ConformerEncoder, hidden: Tensor, mask: Tensor | None) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(hidden, mask)
+    return counter.get_total_flops()
+
+
+def test_layers_do_no_work_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products meet N rows and no more; all operations together are those of the utterances alone."""
+    encoder = ConformerEncoder(tiny_config(position_embeddings_type="rotary", attn_implementation="eager")).eval()
+    lengths = [50, 9, 31]
+    hidden, mask = torch.randn(3, 50, 32), frame_mask(torch.tensor(lengths), 50)
+    with Widest() as widest, torch.no_grad():
+        encoder(hidden, mask)
+    assert widest.rows == {90}
+    packed = operations(encoder, hidden, mask)
+    alone = sum(operations(encoder, hidden[i : i + 1, :n], None) for i, n in enumerate(lengths))
+    monkeypatch.setattr(Packing, "of", never)
+    padded = operations(encoder, hidden, mask)
+    depthwise = 2 * 60 * 32 * encoder.config.conv_depthwise_kernel_size * len(encoder.layers)  # it meets 60 padded frames
+    assert packed == alone + depthwise
+    assert packed < 0.62 * padded  # 60 % of the frames are real
+
+
+def test_nothing_but_the_convolution_is_as_large_as_the_padded_batch() -> None:
+    """Among the tensors of a training step, those with B T frames are of width D at most, never the feed-forward's."""
+    model = build(intermediate_size=128).train()
+    inputs = batch([20_000, 1000, 1000, 1000])
+    kept: list[int] = []
+    n_frames = model._get_feat_extract_output_lengths(20_000).item()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        hidden = torch.randn(4, n_frames, 32)
+        mask = model._get_feature_vector_attention_mask(n_frames, inputs["attention_mask"])
+        model.encoder(hidden, mask)
+    assert max(kept) < 4 * n_frames * 128 / 2
+
+
+# ----------------------------------------------------------------------------------------- when it packs
+
+
+def test_who_wants_to_see_padded_tensors_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, seen = build(), batch(LENGTHS), packings(monkeypatch)
+    want = model.eval()(**inputs).last_hidden_state
+    assert len(seen) == 1
+    maps = model(**inputs, output_attentions=True)
+    assert maps.attentions[0].shape[0] == 4
+    shapes: list[torch.Size] = []
+    hook = model.encoder.layers[0].ffn1.register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    hooked = model(**inputs).last_hidden_state
+    hook.remove()
+    assert shapes == [want.shape]
+    model.config.padding_invariant = False
+    leaky = model(**inputs).last_hidden_state
+    model.config.padding_invariant = True
+    assert len(seen) == 1  # none of the three was packed
+    for got in (maps.last_hidden_state, hooked):
+        assert_close("packing, padded on request", got, want)  # the padding is 0 in both
+    assert difference(leaky, want) > 1e-3
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_padding_comes_out_as_zero(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packs:
+        monkeypatch.setattr(Packing, "of", never)
+    model, inputs = build().eval(), batch(LENGTHS)
+    out = model(**inputs, output_hidden_states=True)
+    mask = model._get_feature_vector_attention_mask(out.last_hidden_state.shape[1], inputs["attention_mask"])
+    for state in (out.last_hidden_state, *out.hidden_states):
+        assert state[~mask].abs().max() == 0
+        assert (state[mask].abs().amax(-1) > 0).all()
+
+
+def test_a_mask_is_packed_only_where_it_can_be_and_where_it_helps() -> None:
+    lengths = torch.tensor([5, 0, 3])
+    packing = Packing.of(frame_mask(lengths, 6), "cpu")
+    assert packing is not None
+    assert packing.lengths == [5, 3]
+    padded = torch.randn(3, 6, 2, 4)
+    again = packing.unpack(packing.pack(padded))
+    real = frame_mask(lengths, 6)
+    assert torch.equal(again[real], padded[real])
+    assert again[~real].abs().max() == 0
+    assert Packing.of(torch.ones(2, 4, dtype=torch.bool), "cpu") is None  # no padding
+    assert Packing.of(torch.tensor([[True, False, True]]), "cpu") is None  # a hole
+    assert Packing.of(torch.tensor([[False, True, True]]), "cpu") is None  # padded on the left
+    assert Packing.of(torch.tensor([[True, False], [False, False]]), "cpu") is None  # one frame in all
+    assert Packing.of(frame_mask(lengths, 6).to("meta"), "meta") is None  # reading it would wait for a device
+
+
+@pytest.mark.parametrize("kind", ["relative", "rotary", None])
+def test_masks_with_holes_and_empty_rows_still_work(kind: str | None) -> None:
+    encoder = randomise_(ConformerEncoder(tiny_config(position_embeddings_type=kind))).eval()
+    hidden, mask = torch.randn(2, 6, 32), torch.tensor([[True] * 6, [True, True, False, True, True, False]])
+    other = hidden.clone()
+    other[1, [2, 5]] = 99.0
+    assert_close("packing, holes", encoder(other, mask)[0], encoder(hidden, mask)[0])
+    empty = frame_mask(torch.tensor([6, 0]), 6)
+    assert_close("packing, an empty row", encoder(hidden, empty)[0][:1], encoder(hidden[:1])[0])
+
+
+def test_one_real_frame_trains() -> None:
+    encoder = ConformerEncoder(tiny_config(**{k: v for k, v in SILENT.items() if k != "feat_proj_dropout"})).train()
+    assert torch.isfinite(encoder(torch.randn(2, 6, 32), frame_mask(torch.tensor([1, 0]), 6))[0]).all()
+
+
+def test_a_mask_on_the_host_serves_audio_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for an accelerator: its tensors hold no values, so whatever read one would raise."""
+    encoder, seen = ConformerEncoder(tiny_config()).eval().to("meta"), packings(monkeypatch)
+    mask = frame_mask(torch.tensor([6, 4]), 6)
+    hidden = torch.zeros(2, 6, 32, device="meta")
+    assert encoder(hidden, mask)[0].shape == (2, 6, 32)
+    assert seen[0] is not None
+    assert encoder(hidden, mask.to("meta"))[0].shape == (2, 6, 32)
+    assert seen[1:] == [None]
+    encoder.config.padding_invariant = False
+    assert encoder(hidden, mask)[0].device.type == "meta"
+
+
+def test_packed_frames_that_do_not_fit_are_refused() -> None:
+    layer = SelfAttention(tiny_config(position_embeddings_type=None))
+    packing = Packing(torch.tensor([3, 2]), 3, "cpu")
+    layer(torch.randn(1, 5, 32), packing)
+    with pytest.raises(ValueError, match=r"hidden is \[2, 3, 32\].*must be \[1, 5, 32\]"):
+        layer(torch.randn(2, 3, 32), packing)
+    with pytest.raises(ValueError, match="output_attentions=True needs a padded batch"):
+        layer(torch.randn(1, 5, 32), packing, output_attentions=True)
+    relative = SelfAttention(tiny_config())
+    with pytest.raises(ValueError, match=r"positions has shape \[\[9, 32\]\].*\[\[5, 32\]\]"):
+        relative(torch.randn(1, 5, 32), packing, make_positions(relative.config)(5, "cpu", torch.float32))
+
+
+def test_batch_norm_of_a_packed_batch_counts_each_frame_once() -> None:
+    module = ConvolutionModule(tiny_config(conformer_conv_dropout=0.0)).train()
+    packing, counts = Packing(torch.tensor([7, 2]), 7, "cpu"), []
+    hook = module.batch_norm.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape))
+    module(torch.randn(1, 9, 32), packing)
+    hook.remove()
+    assert counts == [(1, 32, 9)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["relative", "rotary", None])
+def test_packed_equals_padded_on_the_gpu(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = randomise_(ConformerEncoder(tiny_config(position_embeddings_type=kind))).eval().cuda()
+    mask = frame_mask(torch.tensor([40, 9, 22]), 40)
+    hidden, seen = torch.randn(3, 40, 32, device="cuda"), packings(monkeypatch)
+    with torch.no_grad():
+        packed, padded = encoder(hidden, mask)[0], encoder(hidden, mask.cuda())[0]
+    assert [p is not None for p in seen] == [True, False]
+    assert_close("packing, gpu", packed, padded, 1e-3)

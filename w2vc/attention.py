@@ -332,7 +332,8 @@ class SelfAttention(nn.Module):
             relative = (distance_keys, self.pos_bias_u, self.pos_bias_v)
         weights = None
         if isinstance(frame_mask, Packing):
-            mixed = self._mix_packed(query, key, value, frame_mask, relative)
+            mix_packed = self._mix_one_by_one if hidden.device.type == "cpu" else self._mix_padded
+            mixed = mix_packed(query, key, value, frame_mask, relative)
         else:
             mixed, weights = self._mix(query, key, value, frame_mask, relative, output_attentions)
         out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))  # heads side by side: [B, T, D]
@@ -354,20 +355,21 @@ class SelfAttention(nn.Module):
         p = self.dropout.p if self.dropout.training else 0.0
         return attend_in_blocks(query, key, value, frame_mask, relative, p=p), None
 
-    def _mix_packed(
+    def _mix_padded(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, relative: Relative | None
     ) -> Tensor:
-        """Keep the utterances of `[1, H, N, K]` apart.
+        """Mix the packed `[1, H, N, K]` as a padded batch: for an accelerator, which idles between small pieces."""
+        query, key, value = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+        mixed, _ = self._mix(query, key, value, packing.mask, relative)
+        return packing.pack(mixed.transpose(1, 2)).transpose(1, 2)
 
-        On a CPU each has its turn, with the middle rows of the table: the shorter the utterance, the fewer distances.
-        That would leave an accelerator idle between small pieces; there the heads are padded for as long as they mix.
+    def _mix_one_by_one(
+        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, relative: Relative | None
+    ) -> Tensor:
+        """Mix one utterance of the packed `[1, H, N, K]` after the other.
+
+        Each meets the middle rows of the table: the shorter the utterance, the fewer distances.
         """
-        if query.device.type != "cpu":
-            query, key, value = (
-                packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)
-            )
-            mixed, _ = self._mix(query, key, value, packing.mask, relative)
-            return packing.pack(mixed.transpose(1, 2)).transpose(1, 2)
         mixed = []
         for parts in zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True):
             near = relative
