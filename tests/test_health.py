@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import tiny_config
+from w2vc.demo import demo_curves
 from w2vc.health import (
     ALARMS,
     choice_sums,
@@ -21,6 +22,7 @@ from w2vc.health import (
     healthy_bands,
     perplexity,
     smooth_curve,
+    stored_bands,
 )
 from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
 
@@ -180,9 +182,32 @@ def test_bands_hold_their_own_runs_and_no_collapse() -> None:
     assert early["used"] == 0.0
 
 
+def test_bands_are_as_dense_as_the_log() -> None:
+    early, late = a_run(), a_run(n=10, loss=2.0)
+    run = [*early[:10], *({**r, "step": 100 + 50 * r["step"] // 10} for r in late)]  # 10, 20, … 100, 150, … 600
+    bands = healthy_bands([run], points=100)
+    assert bands["steps"] == [r["step"] for r in run]
+    assert healthy_bands([run], points=10)["steps"] == bands["steps"][1::2]  # at most so many, and the last one
+    odd = [{**r, "loss": r["loss"] + 9 * (r["step"] == 150)} for r in run]
+    assert compare_with_bands(odd, bands)["loss"] == pytest.approx(2 / 20)  # it touches its own point and the next
+
+
+def test_the_demo_run_is_inside_its_bands_and_the_collapse_is_not() -> None:
+    bands = stored_bands("demo_pretrain")
+    assert bands == healthy_bands([demo_curves("pretraining")], margin=0.2, name="demo_pretrain")
+    inside = compare_with_bands(demo_curves("pretraining"), bands)
+    assert set(inside) == {"loss", "accuracy", "used", "twins", "gradient", "feature_energy", "temperature"}
+    assert set(inside.values()) == {0.0}
+    outside = compare_with_bands(demo_curves("collapse"), bands)
+    assert outside["used"] == outside["twins"] == 1.0
+    assert outside["accuracy"] > 0.5
+    assert outside["temperature"] == 0.0  # the schedule is the same
+
+
 def test_smooth_curve() -> None:
     records = [{"step": 1, "x": 1.0}, {"step": 2, "x": 3.0}, {"step": 9, "x": 5.0}, {"step": 10, "x": None}]
     found = smooth_curve(records, "x", [2, 5, 9], 1)
     assert found[0] == 2.0
     assert math.isnan(found[1])
     assert found[2] == 5.0
+    assert smooth_curve(records, "x", [2, 9], [0, 7]) == [3.0, 4.0]

@@ -686,6 +686,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'w2vc.health._collapse': ('health.html#_collapse', 'w2vc/health.py'),
                              'w2vc.health._divergence': ('health.html#_divergence', 'w2vc/health.py'),
                              'w2vc.health._features_grow': ('health.html#_features_grow', 'w2vc/health.py'),
+                             'w2vc.health._gaps': ('health.html#_gaps', 'w2vc/health.py'),
                              'w2vc.health._not_learning': ('health.html#_not_learning', 'w2vc/health.py'),
                              'w2vc.health._overfitting': ('health.html#_overfitting', 'w2vc/health.py'),
                              'w2vc.health._recent': ('health.html#_recent', 'w2vc/health.py'),

@@ -131,11 +131,14 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
 
 # %% ../nbs/51_health.ipynb #2018d6d9
 def smooth_curve(
-    records: Sequence[Mapping[str, Any]], key: str, steps: Sequence[int], width: int
+    records: Sequence[Mapping[str, Any]], key: str, steps: Sequence[int], width: int | Sequence[int]
 ) -> list[float]:
-    """A figure's mean over the records within `width` steps of each of the given steps; NaN where there is none."""
+    """A figure's mean over the records within `width` steps of each of the given steps (one width, or one for each); NaN where there is none."""
     pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
-    near = [[value for at, value in pairs if abs(at - step) <= width] for step in steps]
+    widths = [width] * len(steps) if isinstance(width, int) else width
+    near = [
+        [value for at, value in pairs if abs(at - step) <= w] for step, w in zip(steps, widths, strict=True)
+    ]
     return [sum(values) / len(values) if values else math.nan for values in near]
 
 
@@ -323,14 +326,23 @@ BAND_FIGURES = ("loss", "accuracy", "used", "twins", "gradient", "feature_energy
 
 
 # %% ../nbs/51_health.ipynb #f644fb89
+def _gaps(steps: Sequence[int]) -> list[int]:
+    """The distance from each step to the one before it; from 0 to the first."""
+    return [step - before for before, step in zip([0, *steps], steps, strict=False)]
+
+
+# %% ../nbs/51_health.ipynb #96593eb1
 def healthy_bands(
-    runs: Sequence[Sequence[Mapping[str, Any]]], *, points: int = 40, margin: float = 0.1, name: str = ""
+    runs: Sequence[Sequence[Mapping[str, Any]]], *, points: int = 60, margin: float = 0.1, name: str = ""
 ) -> dict[str, Any]:
     """Make bands of healthy runs: where each figure was, and a margin on both sides.
 
+    The points lie where the shortest run has records, so that a log that is dense at the start gives bands that are. At each
+    the records of the step itself and of the gap before and behind it are averaged.
+
     Args:
         runs: Records of one healthy run or several.
-        points: Of each band, evenly spread over the steps.
+        points: Of each band, at most.
         margin: Share of a figure's whole range that is added on both sides.
         name: Of the recipe.
 
@@ -338,11 +350,11 @@ def healthy_bands(
         A table for a JSON file: `steps`, and `figures`, each with `low` and `high`.
     """
     trains = [[r for r in run if r["kind"] == "train"] for run in runs]
-    last = min(run[-1]["step"] for run in trains)
-    steps = [round(last * (i + 1) / points) for i in range(points)]
+    noted = [r["step"] for r in min(trains, key=lambda run: run[-1]["step"])]
+    steps = noted[:: -math.ceil(len(noted) / points)][::-1]  # the last one always among them
     bands: dict[str, Any] = {"recipe": name, "steps": steps, "figures": {}}
     for key in BAND_FIGURES:
-        curves = [smooth_curve(run, key, steps, max(1, last // points)) for run in trains]
+        curves = [smooth_curve(run, key, steps, _gaps(steps)) for run in trains]
         columns = [
             [value for value in column if not math.isnan(value)] for column in zip(*curves, strict=True)
         ]
@@ -356,7 +368,7 @@ def healthy_bands(
     return bands
 
 
-# %% ../nbs/51_health.ipynb #96593eb1
+# %% ../nbs/51_health.ipynb #38adad44
 def stored_bands(recipe: str) -> dict[str, Any] | None:
     """Read the bands that lie beside a recipe of the package (`NAME.health.json`); None if it has none."""
     path = recipe_folder() / f"{recipe}.health.json"
@@ -366,12 +378,16 @@ def stored_bands(recipe: str) -> dict[str, Any] | None:
 def compare_with_bands(records: Sequence[Mapping[str, Any]], bands: Mapping[str, Any]) -> dict[str, float]:
     """Say how much of a run lies outside the bands: figure -> share of the points reached so far, 0 = healthy."""
     train = [r for r in records if r["kind"] == "train"]
-    width = max(1, bands["steps"][0])
     reached = train[-1]["step"] if train else 0
-    steps = [step for step in bands["steps"] if step + width <= reached or bands["steps"][-1] <= reached]
+    widths = _gaps(bands["steps"])
+    steps = [
+        s
+        for s, w in zip(bands["steps"], widths, strict=True)
+        if s + w <= reached or bands["steps"][-1] <= reached
+    ]
     outside = {}
     for key, band in bands["figures"].items():
-        curve = smooth_curve(train, key, steps, width)
+        curve = smooth_curve(train, key, steps, widths[: len(steps)])
         known = [
             (v, a, b) for v, a, b in zip(curve, band["low"], band["high"], strict=False) if not math.isnan(v)
         ]
