@@ -51,6 +51,7 @@ __all__ = [
     "sound_uri",
     "clip_data",
     "spectrogram_bytes",
+    "slider",
     "attention_explorer",
     "position_profile",
 ]
@@ -712,6 +713,59 @@ def spectrogram_bytes(
     level = np.clip((decibel - decibel.max()) / decibels + 1, 0, 1) * 255
     rounded: np.ndarray = (level.astype(np.uint8) // 4) * 4 + 3
     return rounded
+
+
+# %% ../nbs/60_attention.ipynb #b94394c8
+_SLIDE_BODY = '<p class="slide"><label><span></span> <input type="range" min="0" step="1"></label> <output></output></p><img class="shown" alt="">'
+_SLIDE_CSS = """
+& .slide { display:flex; flex-wrap:wrap; gap:4px 12px; align-items:center; margin:0 0 8px; }
+& .slide label { display:flex; gap:10px; align-items:center; flex:1 1 260px; } & .slide input { flex:1 1 160px; min-height:28px; accent-color:var(--accent); cursor:pointer; }
+& output { font-weight:650; min-width:5em; font-variant-numeric:tabular-nums; }
+"""
+_SLIDE_JS = r"""
+const {label, pages} = data, input = w.find("input"), image = w.find("img");
+w.find("span").textContent = label;
+const turn = () => {
+  const [name, src, alt, width] = pages[+input.value];
+  [image.src, image.alt, image.width] = [src, alt, width];
+  w.find("output").textContent = name;
+  input.setAttribute("aria-valuetext", `${name}. ${alt}`);
+};
+input.max = pages.length - 1;
+input.value = data.start;
+input.addEventListener("input", turn);
+turn();
+"""
+
+
+def slider(title: str, label: str, pictures: Mapping[str, Picture], *, start: int = 0) -> Explorer:
+    """Make a slider over pictures that were drawn beforehand; it works on any page, and by keys.
+
+    Args:
+        title: Heading.
+        label: What the slider changes, such as "layer"; stands beside it.
+        pictures: Value -> picture with its description, `w2vc.viz.render(fig, alt)`; in the order of the slider.
+        start: Number of the picture to begin with, which also stands where scripts may not run.
+
+    Raises:
+        ValueError: Fewer than two pictures, no label, or no such start.
+    """
+    if len(pictures) < 2 or not label.strip():
+        raise refuse(
+            "pictures",
+            f"{len(pictures)} pictures, label {label!r}",
+            "two pictures or more, and a label for the slider",
+        )
+    if not 0 <= start < len(pictures):
+        raise refuse("start", start, f"0 to {len(pictures) - 1}")
+    pages = [
+        [name, _uri("image/png", picture.png), picture.alt, picture.width]
+        for name, picture in pictures.items()
+    ]
+    data = {"label": label, "pages": pages, "start": start}
+    return Explorer(
+        title, _SLIDE_BODY, _SLIDE_JS, data, fallback=list(pictures.values())[start], css=_SLIDE_CSS
+    )
 
 
 # %% ../nbs/60_attention.ipynb #cbf16c56
