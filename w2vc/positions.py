@@ -129,6 +129,12 @@ def relative_shift(scores: Tensor, n_keys: int | None = None) -> Tensor:
         raise ValueError(
             f"scores has {n_distances} distances for {n_queries} queries and {n_keys} keys; it must have {fit}"
         )
+    if torch.compiler.is_exporting():  # the view below would hold for one T only
+        column = (
+            torch.arange(n_keys, device=scores.device)
+            - torch.arange(n_queries, device=scores.device)[:, None]
+        )
+        return scores.gather(-1, (column + n_queries - 1).expand(*scores.shape[:-1], n_keys))
     if n_queries == 1:
         return scores
     flat = scores.flatten(-2)[..., n_queries - 1 : n_queries - 1 + n_queries * (n_distances - 1)]
