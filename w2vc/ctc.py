@@ -276,10 +276,12 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
             return_dict=True,
         )
         logits = self.lm_head(self.dropout(base.last_hidden_state))
-        loss_of = self._loss
-        if torch.compiler.is_compiling():  # torch's ctc_loss reads lengths: never one graph
-            loss_of = torch.compiler.disable(loss_of)  # type: ignore[no-untyped-call]
-        loss = None if labels is None else loss_of(logits, labels, attention_mask)
+        loss = None
+        if labels is not None:
+            loss_of = self._loss
+            if torch.compiler.is_compiling():  # torch's ctc_loss reads lengths: never one graph
+                loss_of = torch.compiler.disable(loss_of)  # type: ignore[no-untyped-call]
+            loss = loss_of(logits, labels, attention_mask)
         output = CausalLMOutput(loss, logits, base.hidden_states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
