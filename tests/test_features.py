@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import helpers
+from w2vc import features
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.features import (
     FeatureEncoder,
@@ -157,8 +158,22 @@ def test_off_the_cpu_no_value_is_read():
     check_inputs(GOOD.to("meta"), mask_of(1, 2, 3).to("meta"), config)
     with pytest.raises(ValueError, match="399"):
         check_inputs(GOOD[:, :399].to("meta"), None, config)
-    with pytest.raises(ValueError, match="attention_mask is on cpu"):
-        check_inputs(GOOD.to("meta"), mask_of(500, 500, 500), config)
+    with pytest.raises(ValueError, match="attention_mask is on meta.*leave it on the CPU"):
+        check_inputs(GOOD, mask_of(500, 500, 500).to("meta"), config)
+
+
+def test_the_mask_may_stay_on_the_host():
+    """Then its values are read, and the encoder knows the lengths without asking the device."""
+    config = helpers.tiny_config()
+    check_inputs(GOOD.to("meta"), mask_of(1000, 500, 400), config)
+    with pytest.raises(ValueError, match="1 after a 0 in row 1:"):
+        check_inputs(GOOD.to("meta"), mask_of(1000, 500, 1000).flip(-1), config)
+    width, _ = receptive_field(config.conv_kernel, config.conv_stride)
+    with pytest.raises(ValueError, match="fewer than .* in row 2 "):
+        check_inputs(GOOD.to("meta"), mask_of(1000, 500, width - 1), config)
+    encoder = FeatureEncoder(config).to("meta")
+    lengths = valid_lengths(mask_of(1000, 500, 400))
+    assert encoder(GOOD.to("meta"), lengths).shape == encoder._together(GOOD.to("meta"), lengths).shape
 
 
 def test_compiling_and_exporting_skip_the_values():
@@ -315,6 +330,45 @@ def batches(draw):
     shortest = width + 20 * hop
     lengths = draw(st.lists(st.integers(shortest, 4 * shortest), min_size=1, max_size=4))
     return config, lengths, draw(st.integers(0, shortest)), draw(st.integers(0, 2**31))
+
+
+def outputs_and_gradients(encoder, call, weights):
+    encoder.zero_grad()
+    x = weights["x"].clone().requires_grad_()
+    out = call(x)
+    (out * weights["out"] * weights["real"]).sum().backward()
+    return [out.detach() * weights["real"], x.grad, *(p.grad.clone() for p in encoder.parameters())]
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches(), st.integers(1, 30), st.booleans(), st.booleans())
+def test_alone_and_in_blocks_equals_the_padded_batch(case, block, known, checkpointing):
+    """The fast form against the plain one: outputs, and gradients of samples and weights."""
+    config, lengths, extra, seed = case
+    g = generator(seed)
+    encoder = helpers.randomise_(FeatureEncoder(config), seed).double().train()
+    encoder.gradient_checkpointing = checkpointing
+    x = torch.randn(len(lengths), max(lengths) + extra, generator=g, dtype=torch.float64) + 3
+    counts = torch.tensor(lengths) if known else None
+    valid = lengths if known else [x.shape[1]] * len(lengths)
+    frames = conv_output_lengths(torch.tensor(valid), config.conv_kernel, config.conv_stride)
+    T = conv_output_lengths(x.shape[1], config.conv_kernel, config.conv_stride)
+    real = frame_mask(frames, T)[..., None].double()
+    weights = {"x": x, "real": real}
+    weights["out"] = torch.randn(len(lengths), T, config.conv_dim[-1], generator=g, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "BLOCK", block)
+        fast = outputs_and_gradients(encoder, lambda x: encoder(x, counts), weights)
+        plain = outputs_and_gradients(encoder, lambda x: encoder._together(x, counts), weights)
+        with torch.no_grad():
+            quiet = encoder(x, counts)
+        patch.setattr(encoder, "_together", None)  # nothing may go the plain way by mistake
+        assert (quiet == encoder(x, counts)).all()
+    assert (quiet * (1 - real) == 0).all()
+    largest = max(b.abs().max() for b in plain[1:])
+    assert helpers.difference(quiet * real, plain[0]) < 1e-9
+    assert helpers.difference(fast[0], plain[0]) < 1e-9
+    assert max((a - b).abs().max() for a, b in zip(fast[1:], plain[1:], strict=True)) < 1e-9 * largest
 
 
 @settings(max_examples=40, deadline=None)

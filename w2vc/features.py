@@ -10,16 +10,20 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
 __all__ = [
+    "BLOCK",
     "receptive_field",
     "conv_output_lengths",
     "frame_mask",
     "MaskedGroupNorm",
+    "fold_group_norm",
+    "conv_by_products",
     "ConvLayer",
     "FeatureEncoder",
     "valid_lengths",
@@ -119,6 +123,60 @@ class MaskedGroupNorm(nn.GroupNorm):
         return torch.addcmul(self.bias[:, None], x.reshape(B, C, T), scale).to(hidden.dtype)
 
 
+# %% ../nbs/10_features.ipynb #77de201d
+def fold_group_norm(windows: Tensor, kernel: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """Fold a group norm with one channel a group into the convolution of one utterance before it.
+
+    The convolution is linear: its outputs $w^T x$ have the mean $w^T m$ and the variance $w^T K w$, with the mean $m$ and the
+    covariance $K$ of the windows $x$. So the statistics need no output.
+
+    Args:
+        windows: what the kernel sees, `[T, k]`.
+        kernel: `[C, 1, k]`; a bias of the convolution would cancel.
+        norm: group norm over `C` channels.
+
+    Returns:
+        Kernel `[C, 1, k]` and bias `[C]` of the convolution that gives the normalised outputs.
+    """
+    weight = kernel[:, 0].double()  # [C, k]
+    C, k = weight.shape
+    centre = windows.detach().mean(dtype=torch.float64)  # any number will do; a near one keeps the sums small
+    total, products = weight.new_zeros(k), weight.new_zeros(k, k)
+    for part in windows.split(100_000):  # in 64 bits, a piece at a time
+        part = part.double() - centre
+        total, products = total + part.sum(0), products + part.T @ part
+    mean = total / len(windows)  # [k], seen from the centre
+    covariance = products / len(windows) - mean[:, None] * mean
+    variance = ((weight @ covariance) * weight).sum(1)  # [C]
+    scale = torch.rsqrt(variance + norm.eps) * norm.weight
+    bias = norm.bias - scale * (weight @ (mean + centre))
+    return (weight * scale[:, None])[:, None].to(kernel.dtype), bias.to(kernel.dtype)
+
+
+# %% ../nbs/10_features.ipynb #1f325bfb
+def conv_by_products(hidden: Tensor, taps: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """Convolve frames as they lie in memory, channels last: one matrix product per tap.
+
+    Args:
+        hidden: frames of one utterance, `[T_in, C_in]`.
+        taps: `[k, C_in, C]`.
+        bias: `[C]` or None.
+        stride: of the kernel.
+
+    Returns:
+        `[T, C]`.
+    """
+    if hidden.shape[1] == 1:  # samples: the windows are small enough to be written down
+        hidden, taps = hidden[:, 0].unfold(0, len(taps), stride), taps.transpose(0, 1)  # [T, k], [1, k, C]
+        stride = 1
+    T = (len(hidden) - len(taps)) // stride + 1
+    views = [hidden[i : i + (T - 1) * stride + 1 : stride] for i in range(len(taps))]  # k times [T, C_in]
+    result = views[0] @ taps[0] if bias is None else torch.addmm(bias, views[0], taps[0])
+    for view, tap in zip(views[1:], taps[1:], strict=True):
+        result = torch.addmm(result, view, tap)
+    return result
+
+
 # %% ../nbs/10_features.ipynb #bb5418e4
 class ConvLayer(nn.Module):
     """One layer of the feature encoder: strided convolution, a norm or none, activation.
@@ -153,8 +211,26 @@ class ConvLayer(nn.Module):
             hidden = self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2)  # over channels, frame by frame
         return self.activation(hidden)
 
+    def kernel(self) -> Tensor:
+        """The weights as `frames` takes them: `[k, C_in, C]` before a layer norm, else `[C, C_in, k]` as they are."""
+        weight = self.conv.weight
+        return weight.permute(2, 1, 0).contiguous() if isinstance(self.layer_norm, nn.LayerNorm) else weight
+
+    def frames(self, hidden: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """Map frames of one utterance `[T_in, C_in]` to `[T, C]`; a group norm must be folded into kernel and bias."""
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            hidden = self.layer_norm(conv_by_products(hidden, kernel, bias, self.conv.stride[0]))
+        else:
+            hidden = F.conv1d(hidden.T[None], kernel, bias, self.conv.stride)[0].T
+        return self.activation(hidden)
+
 
 # %% ../nbs/10_features.ipynb #ae52e6ea
+BLOCK = (
+    100  # frames encoded at a time, two seconds: what seven layers hold of them fits in a processor's cache
+)
+
+
 class FeatureEncoder(nn.Module):
     """Turn samples into latent frames by a stack of strided convolutions (wav2vec 2.0, section 2).
 
@@ -174,17 +250,36 @@ class FeatureEncoder(nn.Module):
     def forward(self, input_values: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encode a batch of audio.
 
+        Each utterance is encoded alone, in blocks of time, where that can be: the lengths must be known to the host. The
+        padded batch goes through in one piece otherwise, while a graph is compiled, exported or traced, and when somebody
+        listens in on a layer by a hook.
+
         Args:
             input_values: samples `[B, S]`, right-padded.
-            lengths: valid samples per row `[B]`; None = every sample counts.
+            lengths: valid samples per row `[B]`, best on the CPU wherever the samples are; None = every sample counts.
 
         Returns:
-            Latent frames `[B, T, C]`.
+            Latent frames `[B, T, C]`. Those of padding are 0, or arbitrary where the batch went through in one piece.
         """
-        hidden = input_values[:, None].to(next(self.parameters()).dtype)  # [B, 1, S]
-        counts = None
-        if lengths is not None and self.config.padding_invariant:
-            counts = lengths.to(hidden.device)
+        samples = input_values.to(next(self.parameters()).dtype)
+        lengths = lengths if self.config.padding_invariant else None
+        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        unknown = lengths is not None and lengths.device.type != "cpu"
+        if graph or unknown or samples.device.type == "mps" or self._watched():  # mps has no 64-bit numbers
+            return self._together(samples, lengths)
+        B, S = samples.shape
+        n_samples = [S] * B if lengths is None else lengths.tolist()
+        if B > 1 and samples.device.type != "cpu" and min(n_samples) == S:
+            return self._together(samples, None)  # an accelerator likes one large piece of work
+        T = conv_output_lengths(S, self.config.conv_kernel, self.config.conv_stride)
+        kernels = [layer.kernel() for layer in self.conv_layers]
+        alone = [self._alone(row[:n], kernels) for row, n in zip(samples, n_samples, strict=True)]
+        return torch.stack([F.pad(frames, (0, 0, 0, T - len(frames))) for frames in alone])
+
+    def _together(self, samples: Tensor, lengths: Tensor | None) -> Tensor:
+        """The plain form: `[B, S]` -> `[B, T, C]`, layer by layer, padding included."""
+        hidden = samples[:, None]  # [B, 1, S]
+        counts = None if lengths is None else lengths.to(hidden.device)
         for index, layer in enumerate(self.conv_layers):
             arguments = (hidden, counts if index == 0 else None)  # only layer 0 can have a group norm
             if self.gradient_checkpointing and self.training:
@@ -192,6 +287,45 @@ class FeatureEncoder(nn.Module):
             else:
                 hidden = layer(*arguments)
         return hidden.transpose(1, 2)  # [B, C, T] -> [B, T, C]
+
+    def _alone(self, samples: Tensor, kernels: list[Tensor]) -> Tensor:
+        """One utterance `[S]` -> `[T, C]`, block by block; `kernels` of the layers."""
+        sizes = self.config.conv_kernel, self.config.conv_stride
+        T, (width, hop) = conv_output_lengths(len(samples), *sizes), receptive_field(*sizes)
+        if T == 0:
+            return samples.new_zeros(0, self.config.conv_dim[-1])
+        first: Any = self.conv_layers[0]
+        biases: list[Tensor | None] = [layer.conv.bias for layer in self.conv_layers]  # type: ignore[union-attr, misc]
+        if isinstance(first.layer_norm, MaskedGroupNorm):
+            windows = samples.unfold(0, *first.conv.kernel_size, *first.conv.stride)  # [T0, k]
+            kernel, bias = fold_group_norm(windows, kernels[0], first.layer_norm)
+            if first.conv.bias is not None:
+                bias = bias + 0 * first.conv.bias  # it cancels; so its gradient is 0, and not missing
+            kernels, biases = [kernel, *kernels[1:]], [bias, *biases[1:]]
+        size = BLOCK if samples.device.type == "cpu" else 30 * BLOCK
+        blocks = []
+        for start in range(0, T, size):
+            end = min(start + size, T) - 1  # the block's last frame
+            part = samples[start * hop : end * hop + width]
+            if self.gradient_checkpointing and self.training:
+                blocks.append(checkpoint(self._block, part, kernels, biases, use_reentrant=False))
+            else:
+                blocks.append(self._block(part, kernels, biases))
+        return torch.cat(blocks)
+
+    def _block(self, samples: Tensor, kernels: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+        """Some samples of one utterance `[S']` -> their frames `[T', C]`."""
+        hidden = samples[:, None]  # [S', 1]
+        for layer, kernel, bias in zip(self.conv_layers, kernels, biases, strict=True):
+            hidden = layer.frames(hidden, kernel, bias)
+        return hidden
+
+    def _watched(self) -> bool:
+        """Whether a layer has a hook or another `forward`, which expect whole batches."""
+        return any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or "forward" in vars(part)
+            for part in self.conv_layers.modules()
+        )
 
 
 # %% ../nbs/10_features.ipynb #80805e07
@@ -284,9 +418,10 @@ def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
         )
     if attention_mask.is_complex():
         raise ValueError(f"attention_mask has dtype {attention_mask.dtype}; it must be bool or hold 0 and 1")
-    if attention_mask.device != input_values.device:
+    if attention_mask.device not in (input_values.device, torch.device("cpu")):
         raise ValueError(
-            f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}"
+            f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}: put the mask on the "
+            "same device, or leave it on the CPU (better: its lengths are then known without waiting for the device)"
         )
 
 
@@ -302,12 +437,13 @@ def check_inputs(
 ) -> None:
     """Refuse audio that the model would answer wrongly: the input contract of every head.
 
-    Type, shape and dtype are checked always. Values are checked on the CPU alone: on an accelerator reading them would
-    make the host wait, and while a graph is compiled or exported there are none.
+    Type, shape and dtype are checked always. Values are checked where a tensor is on the CPU: on an accelerator reading
+    them would make the host wait, and while a graph is compiled or exported there are none.
 
     Args:
         input_values: `[B, S]`, floating, finite, at least the receptive field long.
         attention_mask: `[B, S]` bool or 0/1, valid samples first, at least the receptive field of them in each row; or None.
+            On the device of `input_values`, or on the CPU wherever they are.
         config: the sizes of the convolutions.
 
     Raises:
@@ -317,12 +453,15 @@ def check_inputs(
     _check_audio(input_values, width)
     if attention_mask is not None:
         _check_mask(attention_mask, input_values)
-    if input_values.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return
-    broken = ~torch.isfinite(input_values).all(-1)  # [B]
-    if broken.any():
-        raise ValueError(f"input_values holds NaN or Inf in {_rows(broken)}: look at the audio of these rows")
-    if attention_mask is None:
+    if input_values.device.type == "cpu":
+        broken = ~torch.isfinite(input_values).all(-1)  # [B]
+        if broken.any():
+            raise ValueError(
+                f"input_values holds NaN or Inf in {_rows(broken)}: look at the audio of these rows"
+            )
+    if attention_mask is None or attention_mask.device.type != "cpu":
         return
     valid = attention_mask != 0  # [B, S]
     strange = (valid & (attention_mask != 1)).any(-1)
