@@ -186,6 +186,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'w2vc.cli.describe_checkpoint': ('cli.html#describe_checkpoint', 'w2vc/cli.py'),
                           'w2vc.cli.evaluate_command': ('cli.html#evaluate_command', 'w2vc/cli.py'),
                           'w2vc.cli.examples': ('cli.html#examples', 'w2vc/cli.py'),
+                          'w2vc.cli.explore': ('cli.html#explore', 'w2vc/cli.py'),
                           'w2vc.cli.find_recordings': ('cli.html#find_recordings', 'w2vc/cli.py'),
                           'w2vc.cli.finetune': ('cli.html#finetune', 'w2vc/cli.py'),
                           'w2vc.cli.info': ('cli.html#info', 'w2vc/cli.py'),

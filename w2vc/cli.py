@@ -69,6 +69,7 @@ __all__ = [
     "transcribe_command",
     "worst_transcripts",
     "evaluate_command",
+    "explore",
     "pretrain",
     "finetune",
     "recipes",
@@ -616,6 +617,41 @@ def evaluate_command(  # noqa: PLR0917
     print(report)
     for text in worst_transcripts(report, show):
         print(text)
+
+
+# %% ../nbs/94_cli.ipynb #950ab498
+@app.command(
+    epilog=examples(
+        "w2vc explore talk.wav",
+        "w2vc explore talk.wav --model ./my-model -o talk.html --text 'what is said'",
+        "w2vc explore lecture.flac -m ./my-model --start 61.5 --end 66 --layer 0 --layer 11",
+    )
+)
+def explore(  # noqa: PLR0917
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="A recording, best some seconds long.")],
+    model: Model = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Page to write; FILE's name with .html, here, by default.")] = None,
+    text: Annotated[str | None, typer.Option(help="What is said, to be aligned by a CTC model.")] = None,
+    start: Annotated[float, typer.Option(help="Leave out so many seconds at the beginning.", min=0)] = 0.0,
+    end: Annotated[float | None, typer.Option(help="Stop at this second.", min=0)] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Layer whose attention is shown; may be given several times; all, or four where a page would become heavy.")] = None,
+    head: Annotated[list[int] | None, typer.Option(help="Head whose attention is shown; likewise.")] = None,
+    force: Force = False,
+) -> None:  # fmt: skip
+    """Write a page to explore what a model makes of one recording."""
+    from w2vc.views import explore_page
+
+    if not recording.is_file():
+        raise FileNotFoundError(f"{recording}: no such file")
+    page = output or Path(f"{recording.stem}.html")
+    if page.exists() and not force:
+        raise ValueError(f"{page} exists; --force writes over it")
+    if model is None:
+        _say("no --model: the demo checkpoint, with its CTC head and with its quantizer", 0)
+    explore_page(
+        recording, model, page, text=text, start=start, end=end, layers=layer or None, heads=head or None
+    )
+    print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
 
 
 # %% ../nbs/94_cli.ipynb #e0dc9545

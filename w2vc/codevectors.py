@@ -480,7 +480,7 @@ def hear_segments(
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
-# %% ../nbs/62_codevectors.ipynb #56510c75
+# %% ../nbs/62_codevectors.ipynb #26e4e238
 def mean_patch(
     frames: CodeFrames, group: int, code: int | None = None, *, reach: int = 6
 ) -> NDArray[np.float32]:
@@ -507,7 +507,6 @@ def mean_patch(
     return rows
 
 
-# %% ../nbs/62_codevectors.ipynb #1a28818b
 def plot_mean_patch(
     frames: CodeFrames, group: int, code: int, ax: Axes | None = None, *, reach: int = 6
 ) -> Axes:
@@ -833,7 +832,7 @@ _CSS = """
 @media (max-width:620px) { & .two { grid-template-columns:1fr; } }
 """
 
-# %% ../nbs/62_codevectors.ipynb #4dce7bcb
+
 _SCRIPT = r"""
 const {groups, clips, hop, width, total, reach} = data, bands = 40;
 let g = 0, k = 0, row = 0, clip = 0, at = -1;

@@ -96,7 +96,6 @@ HEAD_LETTERS = {
 }  # fmt: skip
 
 
-# %% ../nbs/64_tracing.ipynb #56c0a5ec
 def shape_letters(name: str, config: Any, kind: str) -> tuple[str, ...] | None:
     """Name the axes of a part's output by what the part is, never by its numbers; None for a part that is not known.
 
@@ -383,7 +382,7 @@ class Trace(Sequence[TraceRow]):
         return html_table("Trace of the model", heads, lines, self.remarks())
 
 
-# %% ../nbs/64_tracing.ipynb #9b4a7b3d
+# %% ../nbs/64_tracing.ipynb #e0017bcc
 def _count(number: float, milliseconds: bool = False) -> str:
     """Write a number of steps: "all", a dash for none, samples with their time at 16 kHz."""
     if number in {0, math.inf}:
@@ -437,7 +436,6 @@ def _folded(rows: Sequence[TraceRow], depth: int | None) -> Iterator[tuple[int, 
         yield held
 
 
-# %% ../nbs/64_tracing.ipynb #f70762d2
 _STYLE = (
     "border-collapse:collapse;font-size:0.85em;font-variant-numeric:tabular-nums;margin:0.3em 0",
     "padding:0.15em 0.7em;border-bottom:1px solid rgba(128,128,128,0.45);white-space:nowrap;",
@@ -473,7 +471,7 @@ def html_table(
     )
 
 
-# %% ../nbs/64_tracing.ipynb #7cad66ab
+# %% ../nbs/64_tracing.ipynb #9b4a7b3d
 def sound_of(audio: Any) -> Samples:
     """The samples `[S]` of an utterance, of a file, or of an array or tensor at 16 kHz."""
     samples = getattr(audio, "audio", audio)
@@ -496,7 +494,6 @@ def as_input(model: nn.Module, audio: Any) -> Tensor:
     return samples.to(weight.device, weight.dtype) if samples.is_floating_point() else samples
 
 
-# %% ../nbs/64_tracing.ipynb #643e7c30
 def main_tensor(output: Any) -> Tensor | None:
     """The tensor that an output is about: logits, projected states or last hidden state by name, else the first one."""
     for name in ("logits", "projected_states", "last_hidden_state"):
@@ -509,7 +506,6 @@ def main_tensor(output: Any) -> Tensor | None:
     )
 
 
-# %% ../nbs/64_tracing.ipynb #c53ef678
 class Clock:
     """Hooks that write down each call of each part: order, output, time."""
 
@@ -718,7 +714,6 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             del norm.forward  # the class's own one shows again
 
 
-# %% ../nbs/64_tracing.ipynb #c2407a92
 def find_part(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     """A part by its path, with or without the head's prefix for the base model.
 
@@ -833,7 +828,6 @@ def record(model: nn.Module, audio: Any, *, blocks: str = STRIP, **inputs: Any) 
     return kept
 
 
-# %% ../nbs/64_tracing.ipynb #90e5e61d
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     """max|a - b| / max|b|, also where one swaps the last two axes or leads with an axis of 1; NaN if the shapes do not fit."""
     a, b = ours.double(), theirs.double()
