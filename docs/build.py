@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 from markdown_it import MarkdownIt
@@ -110,6 +111,109 @@ def modules(names: list[str]) -> dict[str, str]:
     return {slug: name for slug, name in found.items() if (ROOT / "w2vc" / f"{slug}.py").is_file()}
 
 
+# Words of the glossary that are common words, too: a link would often be wrong.
+COMMON = set(
+    """
+    alarm alias attention band base batch beam blank block bucket buffer burst channel chunk clip closure code collapse
+    collar commit confidence context distance eager edit excess explorer fault filter frame gate greedy half head hook
+    hop journal kernel key knob labels lazy loss map margin mask miss model negative objective offsets padding
+    parameter path plane positive prefix property query reach recipe reference resume revision same sample schedule
+    score span spike split start state stretch surprise target turn twin update value view
+    """.split()  # noqa: SIM905
+)
+
+
+class Word(NamedTuple):
+    """A row of the glossary."""
+
+    anchor: str  # of its row on the page of chapter 01
+    meaning: str
+    chapter: str  # number of the chapter that explains it
+
+
+def glossary() -> dict[str, Word]:
+    """The words of chapter 01 that can be found in a text without mistaking another word for them."""
+    cells = nbformat.read(NBS / "01_notation.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    rows = re.findall(r"^\| \*\*([^*$(]+)\*\* \| (.+) \| \[(\d\d) \w+\]\(\S+\) \|$", text, re.M)
+    return {
+        word: Word(word_anchor(word), re.sub(r"[`$*]", "", meaning), chapter)
+        for word, meaning, chapter in rows
+        if word not in COMMON and " and " not in word
+    }
+
+
+def word_anchor(word: str) -> str:
+    """The id of a word's row."""
+    return "word-" + re.sub(r"\W+", "-", word.strip().lower())
+
+
+def link_words(text: str, words: dict[str, Word]) -> str:
+    """Link the first use of each word in running text to its row in the glossary, and take it out of `words`.
+
+    Code, formulas, links, tags, bold words, headings, tables and quotes stay as they are.
+    """
+    whole = re.compile(r"```.*?```|<details>.*?</details>|^(?:#|\||>|- \*\*|!).*?$|\$\$.*?\$\$", re.S | re.M)
+    inside = re.compile(r"`[^`]*`|\$[^$]*\$|!?\[[^\]]*\]\([^)]*\)|<[^>]*>|\*\*[^*]*\*\*|https?://\S+")
+    kept = [m.span() for pattern in (whole, inside) for m in pattern.finditer(text)]
+    for word in re.findall(r"\*\*([^*]+)\*\*", text):  # explained here
+        words.pop(word.lower(), None)
+    found = []
+    for word, row in list(words.items()):
+        taken = [*kept, *(place[:2] for place in found)]
+        uses = re.finditer(rf"(?<![\w-]){re.escape(word)}s?(?![\w-])", text, re.I)
+        at = next((m for m in uses if not any(a < m.end() and m.start() < b for a, b in taken)), None)
+        if at:
+            title = html.escape(f"{word}: {row.meaning}", quote=True)
+            link = f'<a class="word" href="01_notation.html#{row.anchor}" title="{title}">{at[0]}</a>'
+            found.append((*at.span(), link))
+            del words[word]
+    for start, end, link in sorted(found, reverse=True):
+        text = text[:start] + link + text[end:]
+    return text
+
+
+def link_glossary(page: Path, words: dict[str, Word]) -> None:
+    """Link the words that a staged chapter uses and another one explains; chapter 01 gets the anchors."""
+    nb = nbformat.read(page, as_version=4)
+    mine = {word: row for word, row in words.items() if row.chapter != page.name[:2]}
+    texts = [cell for cell in nb.cells if cell.cell_type == "markdown"]
+    for cell in texts[1:]:  # not the title and the promise
+        if page.stem == "01_notation":
+            row = r"^\| \*\*([^*]+)\*\* \|"
+            cell.source = re.sub(row, lambda m: f'| <span id="{word_anchor(m[1])}"></span>**{m[1]}** |', cell.source, flags=re.M)  # fmt: skip
+        else:
+            cell.source = link_words(cell.source, mine)
+    stamp = page.stat().st_mtime
+    nbformat.write(nb, page)
+    os.utime(page, (stamp, stamp))
+
+
+def used_later(names: list[str]) -> dict[str, list[str]]:
+    """For each chapter that writes a module: the later chapters whose code imports from it."""
+    imports = {}
+    for name in names:
+        cells = nbformat.read(NBS / f"{name}.ipynb", as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        imports[name] = set(re.findall(r"^(?:from|import) w2vc\.(\w+)", code, re.M))
+    return {
+        chapter: [later for later in names if later > chapter and slug in imports[later]]
+        for slug, chapter in modules(names).items()
+    }
+
+
+def add_used_later(page: Path, users: list[str]) -> None:
+    """Close a staged chapter with links to the later chapters that use what it built."""
+    nb = nbformat.read(page, as_version=4)
+    links = ", ".join(f"[{name[:2]} {name[3:]}]({name}.ipynb)" for name in users)
+    nb.cells.append(
+        nbformat.v4.new_markdown_cell(f"*The code of later chapters that uses this one:* {links}.")
+    )
+    stamp = page.stat().st_mtime
+    nbformat.write(nb, page)
+    os.utime(page, (stamp, stamp))
+
+
 def inline(text: str) -> str:
     """One line of Markdown as HTML."""
     return MarkdownIt().renderInline(text)
@@ -177,13 +281,16 @@ def landing_explorer() -> str:
     """The attention explorer of the demo model on one built-in sentence; nothing where either is missing."""
     try:
         from w2vc.demo import load_demo
-        from w2vc.explore import attention_explorer
+        from w2vc.explore import attention_explorer, attention_maps, diagonality
     except ImportError:
         return ""
     from w2vc.speech import load_speech
 
     short = min(load_speech("builtin"), key=lambda u: abs(len(u.audio) / u.sampling_rate - 2.0))
-    shown = attention_explorer(load_demo(), short)._repr_html_()
+    model = load_demo()
+    near = diagonality(attention_maps(model, short))  # [L, H]; begin with a head that is easy to read
+    start = divmod(int(near.argmax()), near.shape[1])
+    shown = attention_explorer(model, short, start=start)._repr_html_()
     if len(shown) > EXPLORER_BYTES:
         raise ValueError(f"the landing page's explorer has {len(shown)} bytes; allowed are {EXPLORER_BYTES}")
     return shown
@@ -250,6 +357,12 @@ def stage(site: Path, *, stored: bool = False) -> None:
     answers = sorted(f"solutions/{p.stem}" for p in (NBS / "solutions").glob("[0-9]*.ipynb"))
     folder = NBS if stored else executed_folder()
     anchors = {name: stage_notebook(folder / f"{name}.ipynb", site / f"{name}.ipynb") for name in names}
+    words = glossary()
+    for name in names:
+        link_glossary(site / f"{name}.ipynb", words)
+    for name, users in used_later(names).items():
+        if users and name[:2] < "90":
+            add_used_later(site / f"{name}.ipynb", users)
     for name in answers:
         stage_notebook(folder / f"{name}.ipynb", site / f"{name}.ipynb")
     found = {slug: [name, anchors[name]] for slug, name in modules(names).items()}

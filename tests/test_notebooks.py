@@ -84,6 +84,9 @@ def test_pictures_have_alt_text(path: Path) -> None:
             alt = re.search(r'alt="([^"]+)"', tag)
             assert alt, f"cell {i}: a picture without alt text"
             assert len(alt[1]) >= 25, f"cell {i}: alt text says too little: {alt[1]!r}"
+            assert not re.search(r"[{}]|PLACEHOLDER", alt[1]), (
+                f"cell {i}: alt text was not filled in: {alt[1]!r}"
+            )
         for tag in re.findall(r"<audio\b[^>]*>", html(out)):
             assert "aria-label=" in tag, f"cell {i}: a player without a label"
 
@@ -134,3 +137,82 @@ def test_exercises_and_solutions(path: Path) -> None:
 def test_ends_with_what_was_built(path: Path) -> None:
     last = [c.source for c in read(path).cells if c.cell_type == "markdown"][-1]
     assert last.startswith("## What you built")
+
+
+# Chapters whose questions are answered by the text below them alone. The others seal a guess and open it.
+UNSEALED = {
+    *("03_audio", "10_features", "20_positions", "22_attention", "24_convolution", "26_conformer"),
+    *("28_pretrained", "60_attention", "94_cli"),
+}
+
+
+@pytest.mark.parametrize("path", [p for p in CHAPTERS if p.stem not in UNSEALED], ids=ident)
+def test_each_question_seals_and_opens_a_guess(path: Path) -> None:
+    cells = read(path).cells
+    asked = sum(c.source.count("**Predict") for c in cells if c.cell_type == "markdown")
+    code = "\n".join(
+        c.source for c in cells if c.cell_type == "code" and not c.source.startswith("#| export")
+    )
+    sealed, opened = (re.findall(rf'^\s*{verb}\("([^"]+)"', code, re.M) for verb in ("predict", "reveal"))
+    assert len(set(sealed)) >= asked, f"{asked} questions, {len(set(sealed))} sealed"
+    assert set(sealed) == set(opened), "what is sealed is opened"
+    for question in set(sealed):
+        assert code.index(f'predict("{question}"') < code.index(f'reveal("{question}"')
+
+
+def imported(source: str) -> set[str]:
+    return set(re.findall(r"^\s*(?:from|import) (?:w2vc)?\.(\w+)", source, re.M))
+
+
+def modules_behind(names: set[str]) -> set[str]:
+    """The modules that some modules import, directly or through others; and they themselves."""
+    seen: set[str] = set()
+    while names - seen:
+        name = (names - seen).pop()
+        seen.add(name)
+        path = NBS.parent / "w2vc" / f"{name}.py"
+        names = names | (imported(path.read_text(encoding="utf-8")) if path.is_file() else set())
+    return seen
+
+
+def later_chapters(text: str) -> list[str]:
+    """The chapters that the sentence "Used later in …" of a last cell links to."""
+    sentence = re.search(r"Used later(.+?)(?=Next:|\n- |\n\n|\Z)", text, re.S)
+    return re.findall(r"\]\((\d\d_\w+)\.ipynb\)", sentence[1]) if sentence else []
+
+
+def test_later_chapters_are_found() -> None:
+    text = "- New words: x. Used later in [a](12_masking.ipynb) and\n[b](14_negatives.ipynb). Next: [c](16_quantizer.ipynb)."
+    assert later_chapters(text) == ["12_masking", "14_negatives"]
+    assert later_chapters("- Next: [c](16_quantizer.ipynb).") == []
+    assert "config" in modules_behind({"model"})
+    assert "model" not in modules_behind({"config"})
+
+
+ELSEWHERE = {("62_codevectors", "65_faults")}  # the later one looks at codes without naming the chapter
+
+
+@chapters
+def test_used_later_is_true(path: Path) -> None:
+    """A chapter named there comes later, and its code needs this one's, or it points back to it."""
+    cells = read(path).cells
+    exported = re.search(r"^#\| default_exp (\w+)", "\n".join(c.source for c in cells), re.M)
+    for later in later_chapters(cells[-1].source if cells[-1].cell_type == "markdown" else ""):
+        assert later > path.stem, f"{later} does not come later"
+        theirs = read(NBS / f"{later}.ipynb").cells
+        code = "\n".join(c.source for c in theirs if c.cell_type == "code")
+        needs = exported is not None and exported[1] in modules_behind(imported(code))
+        back = any(f"({path.name})" in c.source for c in theirs if c.cell_type == "markdown")
+        assert needs or back or (path.stem, later) in ELSEWHERE, (
+            f"{later} neither imports nor mentions {path.stem}"
+        )
+
+
+@chapters
+def test_next_is_the_next_chapter(path: Path) -> None:
+    text = [c.source for c in read(path).cells if c.cell_type == "markdown"][-1]
+    target = re.search(r"Next:.*?\]\((\d\d_\w+)\.ipynb\)", text, re.S)
+    following = [p.stem for p in CHAPTERS if p.stem > path.stem]
+    if target and following and int(path.name[:2]) < 90:
+        assert target[1] == following[0], f"Next leads to {target[1]}, but {following[0]} comes next"
+    assert target or path.stem in {"94_cli"}, "no way on"

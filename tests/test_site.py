@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,47 @@ def test_chapters_are_linked_in_order(book: Path) -> None:
         text = page(book / f"{after.stem}.html").text
         assert f'<a class="prev-page" href="{before.stem}.html">' in text
         assert f'<a class="next-page" href="{after.stem}.html">' in page(book / f"{before.stem}.html").text
+
+
+@pytest.fixture(scope="module")
+def builder() -> Any:
+    """docs/build.py as a module."""
+    spec = spec_from_file_location("build", ROOT / "docs" / "build.py")
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_chapter_names_the_later_ones_that_use_it(book: Path, builder: Any) -> None:
+    users = builder.used_later([p.stem for p in CHAPTERS])
+    assert "14_negatives" in users["12_masking"]
+    assert "12_masking" not in users["14_negatives"], "later ones alone"
+    for chapter, later in users.items():
+        if later and chapter[:2] < "90":
+            last = page(book / f"{chapter}.html").text.rpartition("The code of later chapters")[2]
+            found = re.findall(r'href="(\w+)\.html"', last.partition("</p>")[0])
+            assert found == later, chapter
+
+
+def test_words_of_other_chapters_are_linked_to_their_line(book: Path, builder: Any) -> None:
+    words = {"frame mask": builder.Word("word-frame-mask", "which frames are real", "10")}
+    linked = builder.link_words(
+        "`frame mask`, [frame mask](x.md), $frame mask$, two Frame masks, a frame mask.", words
+    )
+    link = (
+        '<a class="word" href="01_notation.html#word-frame-mask" title="frame mask: which frames are real">'
+    )
+    assert (
+        linked == f"`frame mask`, [frame mask](x.md), $frame mask$, two {link}Frame masks</a>, a frame mask."
+    )
+    assert not words, "the first use alone"
+    assert "padding invariance" in builder.glossary()
+    for path in CHAPTERS[2:]:
+        links = [u for u in page(book / f"{path.stem}.html").links if "01_notation.html#word-" in u]
+        assert len(links) == len(set(links)), f"{path.stem}: a word is linked twice"
+        assert links or int(path.stem[:2]) >= 90, f"{path.stem}: no word is linked"
 
 
 def test_exported_code_is_visible(book: Path) -> None:
