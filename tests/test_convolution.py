@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import helpers
-from w2vc.convolution import ConvolutionModule, MaskedBatchNorm1d
+from w2vc.convolution import (
+    ConvolutionModule,
+    DepthwiseConv1d,
+    MaskedBatchNorm1d,
+    PointwiseConv1d,
+    fold_batch_norm,
+)
 from w2vc.features import frame_mask
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -96,6 +103,121 @@ def test_a_frame_sees_a_kernel_of_frames():
         (grad,) = torch.autograd.grad(module(x)[0, t].sum(), x)
         seen = grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
         assert seen == list(range(max(t - 3, 0), min(t + 3, 29) + 1))
+
+
+# ---- the same numbers from faster kernels ----
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20)),
+    width=st.sampled_from([1, 6, 16]),
+    kernel=st.sampled_from([1, 3, 31]),
+    bias=st.booleans(),
+    in_rows=st.booleans(),
+)
+def test_the_convolutions_are_torch_s(shape, width, kernel, bias, in_rows):
+    """Values and gradients, whether the frames or the channels lie in rows."""
+    torch.manual_seed(0)
+    rows, n_frames = shape
+    x = torch.randn(rows, n_frames, width).mT if in_rows else torch.randn(rows, width, n_frames)
+    depthwise = {"padding": kernel // 2, "groups": width, "bias": bias}
+    for fast, plain in (
+        (PointwiseConv1d(width, 2 * width, 1, bias=bias), nn.Conv1d(width, 2 * width, 1, bias=bias)),
+        (DepthwiseConv1d(width, width, kernel, **depthwise), nn.Conv1d(width, width, kernel, **depthwise)),
+    ):
+        fast.load_state_dict(plain.state_dict(), strict=True)
+        xa, xb = x.clone().requires_grad_(), x.clone().requires_grad_()
+        a, b = fast(xa), plain(xb)
+        helpers.assert_close(type(fast).__name__, a, b)
+        weight = torch.randn(b.shape)
+        (a * weight).sum().backward()
+        (b * weight).sum().backward()
+        helpers.assert_close(f"{type(fast).__name__}, input gradient", xa.grad, xb.grad)
+        assert helpers.grad_difference(fast, plain) <= helpers.PARITY
+
+
+def apart(module):
+    """Makes a module compute convolution and batch norm one after the other: a hook wants to see them."""
+    return module.batch_norm.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("kernel", [1, 31])
+def test_folded_equals_two_layers_in_value_and_gradient(kernel):
+    config = helpers.tiny_config(conv_depthwise_kernel_size=kernel)
+    folded = helpers.randomise_(ConvolutionModule(config)).eval()
+    two = copy.deepcopy(folded)
+    apart(two)
+    x = torch.randn(3, 20, config.hidden_size, generator=generator())
+    xa, xb = x.clone().requires_grad_(), x.clone().requires_grad_()
+    a, b = folded(xa), two(xb)
+    helpers.assert_close("convolution module, folded", a, b)
+    (a**3).sum().backward()
+    (b**3).sum().backward()
+    helpers.assert_close("convolution module, folded, input gradient", xa.grad, xb.grad)
+    assert helpers.grad_difference(folded, two) <= helpers.PARITY
+
+
+def test_folding_follows_every_change_and_stays_out_of_training(monkeypatch):
+    module = helpers.randomise_(ConvolutionModule(helpers.tiny_config(conformer_conv_dropout=0.0))).eval()
+    x, calls = torch.randn(1, 9, 32, generator=generator()), []
+    real = MaskedBatchNorm1d.forward
+    monkeypatch.setattr(MaskedBatchNorm1d, "forward", lambda *a: (calls.append(1), real(*a))[1])
+
+    def both():
+        folded = module(x)
+        assert not calls
+        hook = apart(module)
+        helpers.assert_close("folded, after a change", folded, module(x))
+        hook.remove()
+        assert calls.pop()
+        return folded
+
+    with torch.no_grad():
+        seen = [both()]
+        for tensor in (
+            module.batch_norm.running_mean,
+            module.batch_norm.running_var,
+            module.depthwise_conv.weight,
+        ):
+            tensor.data.mul_(1.5)  # not even counted by torch
+            seen.append(both())
+        assert all(helpers.difference(a, b) > 1e-3 for a, b in itertools.pairwise(seen))
+        module.train()(x)
+    assert calls == [1]
+    module.batch_norm.eval()  # frozen statistics inside a training model: folded, and nothing learned
+    before = module.batch_norm.running_mean.clone()
+    module(x)
+    assert calls == [1]
+    assert torch.equal(module.batch_norm.running_mean, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folding_in_half_precision_is_as_good_as_two_layers(dtype):
+    """Scale and shift are computed in fp32 and rounded once."""
+    module = helpers.randomise_(ConvolutionModule(helpers.tiny_config())).eval()
+    x = torch.randn(2, 50, 32, generator=generator())
+    with torch.no_grad():
+        want = module(x)
+        weight, bias = fold_batch_norm(module.depthwise_conv, module.batch_norm)
+        module.to(dtype)
+        assert fold_batch_norm(module.depthwise_conv, module.batch_norm)[0].dtype == dtype
+        folded = helpers.difference(module(x.to(dtype)).float(), want)
+        hook = apart(module)
+        two = helpers.difference(module(x.to(dtype)).float(), want)
+        hook.remove()
+    assert weight.dtype == bias.dtype == torch.float32
+    assert folded < 8 * torch.finfo(dtype).eps
+    assert folded < 2 * two
+
+
+def test_the_layout_needs_no_copies():
+    """Frames stay in rows through the module: what each part gets is a view of contiguous [B, T, D]."""
+    module, strides = ConvolutionModule(helpers.tiny_config()).train(), []
+    for name in ("glu", "depthwise_conv", "batch_norm", "pointwise_conv2"):
+        getattr(module, name).register_forward_hook(lambda *call: strides.append(call[2].mT.is_contiguous()))
+    module(torch.randn(2, 9, 32))
+    assert strides == [True] * 4
 
 
 # ---- padding ----
@@ -201,8 +323,8 @@ def test_without_a_mask_it_is_torch_s_batch_norm():
     for training in (True, False):
         ours, theirs = MaskedBatchNorm1d(6).train(training), nn.BatchNorm1d(6).train(training)
         x = torch.randn(3, 6, 15, generator=generator())
-        assert torch.equal(ours(x), theirs(x))
-        assert torch.equal(ours.running_var, theirs.running_var)
+        helpers.assert_close("batch norm, no mask", ours(x), theirs(x))
+        helpers.assert_close("batch norm, no mask, running_var", ours.running_var, theirs.running_var)
         everything = torch.ones(3, 15, dtype=torch.bool)
         helpers.assert_close("batch norm, all frames valid", ours(x, everything), theirs(x))
 

@@ -21,7 +21,13 @@ from w2vc.features import frame_mask
 from w2vc.model import Wav2Vec2ConformerModel
 from w2vc.positions import make_positions
 
-NOISES = ("hidden_dropout", "activation_dropout", "attention_dropout", "conformer_conv_dropout", "feat_proj_dropout")
+NOISES = (
+    "hidden_dropout",
+    "activation_dropout",
+    "attention_dropout",
+    "conformer_conv_dropout",
+    "feat_proj_dropout",
+)
 SILENT = dict.fromkeys(NOISES, 0.0)
 LENGTHS = [4000, 9000, 2500, 6001]  # samples
 
@@ -53,13 +59,19 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[Packing | None]:
     return seen
 
 
-def step(model: Wav2Vec2ConformerModel, inputs: dict[str, Tensor], seed: int, **asked: Any) -> dict[str, Tensor]:
+def step(
+    model: Wav2Vec2ConformerModel, inputs: dict[str, Tensor], seed: int, **asked: Any
+) -> dict[str, Tensor]:
     """One forward and backward: everything that comes out, by name. A padded frame has no part in the loss."""
     torch.manual_seed(seed)
     model.zero_grad()
     out = model(**inputs, **asked)
-    frames = model._get_feature_vector_attention_mask(out.last_hidden_state.shape[1], inputs["attention_mask"])
-    early = model._get_feature_vector_attention_mask(out.extract_features.shape[1], inputs["attention_mask"], False)
+    frames = model._get_feature_vector_attention_mask(
+        out.last_hidden_state.shape[1], inputs["attention_mask"]
+    )
+    early = model._get_feature_vector_attention_mask(
+        out.extract_features.shape[1], inputs["attention_mask"], False
+    )
     real = out.last_hidden_state[frames]
     loss = (real * torch.linspace(-1, 1, real.numel()).view_as(real)).sum()
     found = {"last": real, "features": out.extract_features[early]}
@@ -69,7 +81,9 @@ def step(model: Wav2Vec2ConformerModel, inputs: dict[str, Tensor], seed: int, **
     loss.backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     found["gradients"] = torch.cat([g.flatten() for g in gradients])
-    return found | {name: b.clone() for name, b in model.named_buffers() if "running" in name or "tracked" in name}
+    return found | {
+        name: b.clone() for name, b in model.named_buffers() if "running" in name or "tracked" in name
+    }
 
 
 def assert_equal_steps(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -106,7 +120,14 @@ knobs = st.fixed_dictionaries(
     seed=st.integers(0, 1000),
 )
 def test_packed_equals_padded(
-    *, knobs: dict[str, Any], frames: list[int], extra: int, training: bool, checkpointing: bool, states: bool, seed: int
+    *,
+    knobs: dict[str, Any],
+    frames: list[int],
+    extra: int,
+    training: bool,
+    checkpointing: bool,
+    states: bool,
+    seed: int,
 ) -> None:
     packed = build(seed, **knobs).train(training)
     if checkpointing:
@@ -135,6 +156,38 @@ def test_the_way_of_an_accelerator_gives_the_same(
     assert len(calls) == model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mode", ["bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize("kind", ["relative", "rotary", None])
+def test_half_precision_is_as_close_to_fp32_packed_as_padded(
+    kind: str | None, mode: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 roundings of a number, over three layers; angles, statistics and softmax are computed in fp32."""
+    sizes = {
+        "num_hidden_layers": 3,
+        "layerdrop": 0.0,
+        "mask_time_prob": 0.0,
+        "position_embeddings_type": kind,
+    }
+    model, inputs = build(**sizes).train(training), batch([6000, 12_000, 3000])
+    dtype = torch.float16 if mode == "float16" else torch.bfloat16
+
+    def states(model: Wav2Vec2ConformerModel) -> Tensor:
+        return model(**inputs).last_hidden_state.float()
+
+    with torch.no_grad():
+        want, half, gaps = states(copy.deepcopy(model)), copy.deepcopy(model), []
+        if mode != "autocast":
+            half.to(dtype)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+                gaps.append(difference(states(copy.deepcopy(half)), want))
+            monkeypatch.setattr(Packing, "of", never)
+    packed, padded = gaps
+    assert 0 < packed < 16 * torch.finfo(dtype).eps
+    assert packed < 2 * padded
+
+
 # ------------------------------------------------------------------------------------ no work on padding
 
 
@@ -159,7 +212,9 @@ def operations(encoder: ConformerEncoder, hidden: Tensor, mask: Tensor | None) -
 
 def test_layers_do_no_work_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products meet N rows and no more; all operations together are those of the utterances alone."""
-    encoder = ConformerEncoder(tiny_config(position_embeddings_type="rotary", attn_implementation="eager")).eval()
+    encoder = ConformerEncoder(
+        tiny_config(position_embeddings_type="rotary", attn_implementation="eager")
+    ).eval()
     lengths = [50, 9, 31]
     hidden, mask = torch.randn(3, 50, 32), frame_mask(torch.tensor(lengths), 50)
     with Widest() as widest, torch.no_grad():
@@ -169,7 +224,9 @@ def test_layers_do_no_work_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = sum(operations(encoder, hidden[i : i + 1, :n], None) for i, n in enumerate(lengths))
     monkeypatch.setattr(Packing, "of", never)
     padded = operations(encoder, hidden, mask)
-    depthwise = 2 * 60 * 32 * encoder.config.conv_depthwise_kernel_size * len(encoder.layers)  # it meets 60 padded frames
+    depthwise = (
+        2 * 60 * 32 * encoder.config.conv_depthwise_kernel_size * len(encoder.layers)
+    )  # it meets 60 padded frames
     assert packed == alone + depthwise
     assert packed < 0.62 * padded  # 60 % of the frames are real
 
@@ -251,7 +308,9 @@ def test_masks_with_holes_and_empty_rows_still_work(kind: str | None) -> None:
 
 
 def test_one_real_frame_trains() -> None:
-    encoder = ConformerEncoder(tiny_config(**{k: v for k, v in SILENT.items() if k != "feat_proj_dropout"})).train()
+    encoder = ConformerEncoder(
+        tiny_config(**{k: v for k, v in SILENT.items() if k != "feat_proj_dropout"})
+    ).train()
     assert torch.isfinite(encoder(torch.randn(2, 6, 32), frame_mask(torch.tensor([1, 0]), 6))[0]).all()
 
 

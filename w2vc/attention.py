@@ -335,7 +335,9 @@ class SelfAttention(nn.Module):
             mix_packed = self._mix_one_by_one if hidden.device.type == "cpu" else self._mix_padded
             mixed = mix_packed(query, key, value, frame_mask, relative)
         else:
-            mixed, weights = self._mix(query, key, value, frame_mask, relative, output_attentions)
+            mixed, weights = self._mix(
+                query, key, value, frame_mask, relative, output_attentions=output_attentions
+            )
         out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))  # heads side by side: [B, T, D]
         return out, weights if output_attentions else None
 
@@ -346,6 +348,7 @@ class SelfAttention(nn.Module):
         value: Tensor,
         frame_mask: Tensor | None,
         relative: Relative | None,
+        *,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the kernel that the config names, `[B, H, T, K]` each; who asks for weights gets the readable one."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torch.nn import functional as F
-
 from .attention import Packing
 from .config import Wav2Vec2ConformerConfig, get_activation
 
@@ -37,7 +35,10 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             `[B, D, T]`; in training, a padded frame comes out as the bias.
         """
         if frame_mask is None or not (self.training or self.running_mean is None):
-            return super().forward(hidden)
+            rows = hidden.mT.flatten(
+                0, 1
+            )  # [B T, D]: frames in rows, as the layers around this one keep them
+            return super().forward(rows).unflatten(0, (hidden.shape[0], hidden.shape[2])).mT
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # statistics in fp32 at least
         padded = ~frame_mask[:, None]  # [B, 1, T]
         count = frame_mask.sum()  # [] stays on its device: no host synchronisation
@@ -75,7 +76,7 @@ class PointwiseConv1d(nn.Conv1d):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, D_in, T]` to `[B, D_out, T]`, best as a view of frames in rows."""
-        return F.linear(hidden.mT, self.weight.squeeze(-1), self.bias).mT
+        return nn.functional.linear(hidden.mT, self.weight.squeeze(-1), self.bias).mT
 
 
 class DepthwiseConv1d(nn.Conv1d):
@@ -89,11 +90,12 @@ class DepthwiseConv1d(nn.Conv1d):
         """Do the same with another kernel `[D, 1, K]` and bias `[D]`."""
         padding = self.kernel_size[0] // 2
         if hidden.device.type != "cpu":
-            return F.conv1d(hidden, weight, bias, padding=padding, groups=self.groups)
+            return nn.functional.conv1d(hidden, weight, bias, padding=padding, groups=self.groups)
         image = hidden.unsqueeze(
             2
         )  # [B, D, 1, T]: torch knows this memory layout from images ("channels last")
-        return F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, padding), groups=self.groups).squeeze(2)
+        kernel = weight.unsqueeze(2)  # [D, 1, 1, K]
+        return nn.functional.conv2d(image, kernel, bias, padding=(0, padding), groups=self.groups).squeeze(2)
 
 
 def fold_batch_norm(conv: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
@@ -101,8 +103,14 @@ def fold_batch_norm(conv: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tens
 
     Returns:
         Its weight `[D, 1, K]` and bias `[D]`.
+
+    Raises:
+        ValueError: If the norm keeps no running statistics.
     """
-    assert norm.running_mean is not None and norm.running_var is not None
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(
+            "norm has track_running_stats=False; without running statistics there is nothing to fold"
+        )
     scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)  # [D]
     bias = norm.bias.float() - norm.running_mean.float() * scale
     return (conv.weight * scale[:, None, None]).to(conv.weight.dtype), bias.to(conv.weight.dtype)
