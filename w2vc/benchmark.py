@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,15 @@ def middle(values: Sequence[float]) -> tuple[float, float]:
     return median, high - low
 
 
+def _rounded(value: Any) -> Any:
+    """Keep four digits of every figure: more would be noise. What is not finite becomes None."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(x) for key, x in value.items()}
+    return [_rounded(x) for x in value] if isinstance(value, list | tuple) else value
+
+
 def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """Compare what two sides computed: the largest max|a - b| / max|b| over the outputs.
 
@@ -354,8 +363,8 @@ def judge(row: Measured) -> Measured:
             row.note = f"no ratio: the outputs differ by {row.difference:.1e}, allowed is {row.tolerance:.0e}"
             row.met = False
             return row
-        row.ratio = peer.seconds / ours.seconds
-        row.memory_ratio = peer.memory / max(ours.memory, 1)
+        row.ratio = _rounded(peer.seconds / ours.seconds)
+        row.memory_ratio = _rounded(peer.memory / max(ours.memory, 1))
     wanted = 0.9 / (1 - row.about.get("padding", 0.0)) if goal.padding else goal.ratio
     reached = [
         (wanted, row.ratio),
@@ -700,7 +709,9 @@ def utterance(
         out = chosen(audio)
         return {name: out[name] for name in ("last_hidden_state", "extract_features")}
 
-    shapes = product_shapes(config, n_rows * count_frames(config, samples))
+    shapes = (
+        [] if int8 else product_shapes(config, n_rows * count_frames(config, samples))
+    )  # no roof of integers
     return Work(
         call, chosen.modes, chosen.switch, None, shapes, dtype, {"seconds of audio": n_rows * seconds}
     )
@@ -1200,11 +1211,11 @@ def _say_failure(child: Child, error: ChildError, s: Setting) -> str:
 
 def _sum_up(side: Side, answers: Sequence[Mapping[str, float]], roof: float) -> Side:
     """Condense the repetitions of one side."""
-    side.samples = [a["seconds"] for a in answers]
-    side.seconds, side.spread = middle(side.samples)
-    side.cpu = middle([a["cpu"] for a in answers])[0]
+    side.samples = [_rounded(a["seconds"]) for a in answers]
+    side.seconds, side.spread = map(_rounded, middle(side.samples))
+    side.cpu = _rounded(middle([a["cpu"] for a in answers])[0])
     side.memory = int(max(a["memory"] for a in answers))
-    side.share = side.flops / side.seconds / roof if roof else 0.0
+    side.share = _rounded(side.flops / side.seconds / roof if roof else 0.0)
     return side
 
 
@@ -1218,7 +1229,7 @@ def measure_row(row: Row, s: Setting, *, against: bool = True, repeats: int | No
     children: dict[str, Child] = {}
     answers: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory(prefix="w2vc-bench-") as folder:
-        s = Setting(**{**asdict(s), "folder": folder})
+        s = replace(s, folder=folder)
         try:
             children.update({name: Child(row.name, name, s) for name in sides})
             for name, child in children.items():
@@ -1288,15 +1299,6 @@ class Report:
 
     def __str__(self) -> str:
         return readme_table(self)
-
-
-def _rounded(value: Any) -> Any:
-    """Keep four digits of every figure: more would be noise."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(x) for key, x in value.items()}
-    return [_rounded(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def describe_machine(device: str = "cpu", threads: int = 1) -> dict[str, Any]:
