@@ -219,7 +219,10 @@ def limit_memory(gigabytes: float, device: str = "cpu") -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that memory did not suffice."""
-    words = ("can't allocate memory", "out of memory", "cannot allocate", "alloc_cpu")
+    words = (
+        "can't allocate memory", "out of memory", "cannot allocate", "alloc_cpu",
+        "could not create a primitive", "could not create a memory",  # oneDNN's words for it
+    )  # fmt: skip
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
