@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -459,3 +461,66 @@ def test_the_command_line_prints_the_cost_and_the_end(
     assert "effective batch: " in out
     assert "step 2: loss" in out
     assert "step 2, the last step" in err
+
+
+@pytest.mark.parametrize("objective", ["pretraining", "ctc", "sequence"])
+def test_the_attention_mask_is_made_on_the_host(objective: str, tmp_path: Path) -> None:
+    """From the lengths alone, whatever became of the collated one; none where nothing is padded; the base model gets it."""
+    plan = make_recipe(objective, "data.batch_seconds=40", "data.label=speaker")
+    trainer = trainer_for(plan, gather_speech(plan.data.train), tmp_path, double=False)
+    batch = next(trainer.stream)
+    lengths, collated = batch["lengths"], batch["attention_mask"]
+    assert len(set(lengths)) > 1
+    batch["attention_mask"] = collated.to("meta")  # stands for a device that must not be read
+    inputs = trainer.objective.inputs(batch)
+    assert torch.equal(inputs["attention_mask"], collated)
+    given: list[Any] = []
+    trainer.model.base_model.register_forward_pre_hook(
+        lambda module, args, options: given.append(options["attention_mask"]), with_kwargs=True
+    )
+    moved = lambda **inputs: trainer.model(**inputs | {"attention_mask": inputs["attention_mask"].clone()})  # noqa: E731
+    trainer.objective.forward(moved, batch, trainer.objective.count(batch))  # type: ignore[arg-type]
+    assert given[0] is trainer.objective.real
+    row = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    row |= {"lengths": [row["input_values"].shape[1]]}
+    assert "attention_mask" not in trainer.objective.inputs(row)  # type: ignore[arg-type]
+    assert trainer.objective.real is None
+
+
+def test_accelerate_launch_starts_two_processes(tmp_path: Path) -> None:
+    """As the settings file says; `--cpu` would start one. What they learn together is what one learns from the same batches."""
+    settings = Path(w2vc.training.__file__).parent / "assets" / "scale" / "cpu_2.yaml"
+    plan = make_recipe("ctc", "run.steps=2", "run.log_every=2", "run.evaluate_every=2", "run.threads=1")
+    (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
+    line = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings), "-m", "w2vc.cli", "finetune",
+        str(tmp_path / "recipe.yaml"), str(tmp_path / "run"),
+    ]  # fmt: skip
+    out = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-2000:]
+    state = torch.load(tmp_path / "run" / "last" / "training_state.pt", weights_only=True)
+    assert len(state["rng"]) == 2
+    assert "x 2 process(es)" in out.stdout
+    with pytest.raises(ValueError, match=r"of 2 process\(es\), and there are 1"):
+        train(plan, tmp_path / "run", progress=False)
+
+
+def test_tensorboard_has_numbers_texts_pictures_and_sounds(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    every = ("run.tensorboard=true", "run.steps=2", "run.evaluate_every=1")
+    small(tmp_path / "codes", "pretraining", *every)
+    board = EventAccumulator(str(tmp_path / "codes" / "tensorboard")).Reload()
+    assert {"train/loss", "valid/loss", "valid/score"} <= set(board.Tags()["scalars"])
+    assert [e.step for e in board.Images("valid/codes")] == [1, 2]
+    assert board.Images("valid/gradients")[0].height > 100
+    (sound, _) = board.Audio("valid/sound")
+    assert sound.sample_rate == 16_000
+    pcm = torch.frombuffer(bytearray(sound.encoded_audio_string[44:]), dtype=torch.int16)
+    assert len(pcm) == 16_000  # a crop of a second
+    silent = (pcm[: 49 * 320].view(-1, 320) == 0).all(1).float().mean()
+    assert 0.2 < silent < 0.9  # the hidden frames
+    small(tmp_path / "letters", "ctc", *every)
+    board = EventAccumulator(str(tmp_path / "letters" / "tensorboard")).Reload()
+    (text, _) = board.Tensors("valid/samples/text_summary")
+    assert b"(meant: " in text.tensor_proto.string_val[0]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from .config import refuse, write_together
@@ -114,7 +115,9 @@ def export_model(
     inputs = example_inputs(samples, with_mask)
     letters = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=width + hop)}
     shapes = tuple(letters for _ in inputs) if dynamic else None
-    with torch.no_grad():
+    # sizes count as unknown: else torch writes down what is true of the example's, such as "more than one row"
+    unknown = torch.fx.experimental._config.patch(backed_size_oblivious=dynamic)  # type: ignore[attr-defined]
+    with torch.no_grad(), unknown:
         return torch.export.export(
             module, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
         )

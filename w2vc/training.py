@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from .classification import Wav2Vec2ConformerForAudioFrameClassification
 from .config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically, write_together
 from .ctc import Wav2Vec2ConformerForCTC
 from .evaluation import EditCounts, count_edits
+from .features import frame_mask
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
 from .pretrained import OLD_WEIGHTS, PreTrainedModel, listening, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining
@@ -69,6 +71,8 @@ __all__ = [
     "LoggedRun",
     "GuardedRun",
     "SteppingRun",
+    "draw_gradients",
+    "draw_codes",
     "JudgedRun",
     "Trainer",
     "keep_usable",
@@ -141,6 +145,7 @@ class Objective:
     def __init__(self, recipe: Recipe, model: Any, processor: Any) -> None:
         self.recipe, self.model, self.processor = recipe, model, processor
         self.time_mask: Tensor | None = None  # drawn by the collator for heads that take no mask
+        self.real: Tensor | None = None  # the attention mask of the batch, on the host
         self.taps: dict[str, Tensor] = {}
         base = model.base_model
         base.feature_extractor.register_forward_hook(self._tap_features)
@@ -176,11 +181,17 @@ class Objective:
 
     def _hand_mask(
         self, module: nn.Module, inputs: Any, options: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
-        """Give the base model the time mask of the batch, which the head's forward has no argument for."""
-        if self.time_mask is None:
-            return None
-        return inputs, {**options, "mask_time_indices": self.time_mask}
+    ) -> tuple[Any, dict[str, Any]]:
+        """Give the base model the time mask of the batch, which the head's forward has no argument for.
+
+        And give it the attention mask on the host, which data-parallel training would have moved to its device.
+        """
+        given = inspect.signature(module.forward).bind(*inputs, **options).arguments
+        if self.time_mask is not None:
+            given["mask_time_indices"] = self.time_mask
+        if self.real is not None:
+            given["attention_mask"] = self.real
+        return (), given
 
     def collator(self, training: bool) -> Collator:
         """What makes batches."""
@@ -203,11 +214,23 @@ class Objective:
         """How many things the loss of a batch is the sum over; read on the host, before the forward."""
         return int(batch["n_labels"])
 
+    def inputs(self, batch: BatchFeature) -> dict[str, Tensor]:
+        """What the model is given, with an attention mask only where something is padded.
+
+        The mask is made anew on the host, from lengths that the collator counted there: a device would have to stop before
+        the model could read from its copy how much of the batch is padding.
+        """
+        inputs, self.real = model_inputs(batch), None
+        if inputs.pop("attention_mask", None) is not None:
+            samples = inputs["input_values"].shape[1]
+            if min(batch["lengths"]) < samples:
+                self.real = frame_mask(torch.tensor(batch["lengths"]), samples)
+                inputs["attention_mask"] = self.real
+        return inputs
+
     def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
         """Run a batch: its summed loss `[]`, and the model's output."""
-        inputs = model_inputs(batch)
-        if len(set(batch["lengths"])) == 1:  # nothing is padded: the faster path
-            inputs.pop("attention_mask", None)
+        inputs = self.inputs(batch)
         self.time_mask = inputs.pop("mask_time_indices", None)
         output = model(**inputs)
         return output.loss * count, output
@@ -268,9 +291,7 @@ class PretrainingObjective(Objective):
 
     def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
         """The contrastive and the diversity loss, and the penalty on loud latent frames if the recipe has one: `[]`."""
-        inputs = model_inputs(batch)
-        if len(set(batch["lengths"])) == 1:
-            inputs.pop("attention_mask", None)
+        inputs = self.inputs(batch)
         output = model(**inputs)
         loss = output.loss
         if (
@@ -586,7 +607,10 @@ def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in {"FSDP", "DEEPSPEED", "MEGATRON_LM"}:
         raise refuse(
-            "distributed_type", kind, "data-parallel: checkpoints of a model in pieces are not written yet"
+            "distributed_type",
+            kind,
+            "data-parallel training: of a model in pieces every forward waits for all processes, and this loop runs some on one alone, "
+            "to name the samples of a bad step and to validate on shares of unequal length (chapter 72)",
         )
     return accelerator
 
@@ -633,6 +657,8 @@ class MetricsLog:
                     self.board.add_scalar(f"{kind}/{key}", value, step)
                 elif isinstance(value, str):
                     self.board.add_text(f"{kind}/{key}", value, step)
+                elif key == "samples":
+                    self.board.add_text(f"{kind}/{key}", "\n\n".join(value), step)
         return record
 
 
@@ -1056,6 +1082,39 @@ class SteppingRun(GuardedRun):
             self._write_log(objective.summarise(self._over_processes(sums)), {"lr": rate, **notes}, blocks)
 
 
+# %% ../nbs/53_training.ipynb #5e0b7a31
+def _picture(title: str, xlabel: str) -> tuple[Any, Any]:
+    """A small picture for TensorBoard."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('run.tensorboard draws pictures: pip install "w2vc[viz]"') from error
+    figure = Figure(figsize=(7, 2.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=xlabel)
+    return figure, axes
+
+
+def draw_gradients(norms: Mapping[str, float]) -> Any:
+    """Draw the length of the gradient of each block, on a logarithmic axis, as a matplotlib figure."""
+    figure, axes = _picture("Length of the gradient", "block")
+    axes.bar(list(norms), list(norms.values()))
+    axes.set_yscale("log")
+    axes.tick_params(axis="x", rotation=60)
+    return figure
+
+
+def draw_codes(codes: Tensor, hidden: Tensor) -> Any:
+    """Draw the codes `[T, G]` of an utterance over time, hidden frames `[T]` shaded, as a matplotlib figure."""
+    figure, axes = _picture("Codes of one utterance; shaded: hidden from the model", "frame")
+    for t in hidden.nonzero().flatten().tolist():
+        axes.axvspan(t - 0.5, t + 0.5, color="0.85", linewidth=0)
+    for group, marker in zip(range(codes.shape[1]), "ox^s" * codes.shape[1], strict=False):
+        axes.plot(codes[:, group].cpu().tolist(), marker, markersize=3, label=f"group {group}")
+    axes.set_ylabel("code")
+    axes.legend(fontsize=8)
+    return figure
+
+
 # %% ../nbs/53_training.ipynb #196354ba
 HIGHER = frozenset({"accuracy", "score"})  # figures of which more is better; of all others less is
 
@@ -1083,6 +1142,8 @@ class JudgedRun(SteppingRun):
                 _sum_up(sums, {**self.objective.measure(batch, output), **own}, self.device)
                 if len(lines) < self.recipe.run.samples:
                     lines += self.objective.show(batch, output)
+                if i == 0:
+                    self._exhibit(batch)
         self.learn()
         sums = self._over_processes(sums)
         figures = {
@@ -1094,6 +1155,27 @@ class JudgedRun(SteppingRun):
         self._judge(figures)
         self.watch()
         return figures
+
+    def _exhibit(self, batch: BatchFeature) -> None:
+        """Put the first row of a batch on TensorBoard: its sound, silent where frames are hidden, its codes, and gradients per block."""
+        if (board := self.log.board) is None:
+            return
+        audio = batch["input_values"][0, : batch["lengths"][0]].float().cpu()
+        hidden = (
+            batch["mask_time_indices"][0].bool().cpu()
+            if "mask_time_indices" in batch
+            else torch.zeros(0, dtype=torch.bool)
+        )
+        silent = hidden.repeat_interleave(math.prod(self.model.config.conv_stride))[: len(audio)]  # [S]
+        audio[: len(silent)][silent] = 0.0
+        board.add_audio(
+            "valid/sound", audio[None] / audio.abs().max().clamp_min(1e-6), self.step, self.processor_rate()
+        )
+        last = next((r for r in reversed(self.log.records) if r["kind"] == "train"), {})
+        if norms := last.get("gradients"):
+            board.add_figure("valid/gradients", draw_gradients(norms), self.step)
+        if "codes" in self.objective.taps:
+            board.add_figure("valid/codes", draw_codes(self.objective.taps["codes"][0], hidden), self.step)
 
     def _judge(self, figures: dict[str, Any]) -> None:
         """Keep the model if it is the best so far."""

@@ -1,0 +1,124 @@
+"""The cost model: its parts are what they claim to be, it follows what is counted and known, its settings start what they say."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from w2vc import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
+from w2vc.config import parameter_counts
+from w2vc.recipes import Recipe
+from w2vc.scale import (
+    Cluster,
+    activation_bytes,
+    all_reduce_seconds,
+    fit_line,
+    launch_settings,
+    memory_per_device,
+    saved_bytes,
+    scaling_plan,
+)
+
+CALM: dict[str, Any] = {
+    "hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "conformer_conv_dropout": 0.0,
+    "feat_proj_dropout": 0.0, "layerdrop": 0.0, "apply_spec_augment": False,
+}  # fmt: skip
+
+
+def test_a_line_is_found() -> None:
+    assert fit_line([1, 2, 5], [2.5, 3.0, 4.5]) == pytest.approx((2.0, 0.5))
+    assert fit_line([1, 2], [1.0, 3.0]) == pytest.approx((0.0, 2.0))  # no negative start
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
+    layer = torch.nn.Linear(4, 3)
+    assert saved_bytes(layer, torch.randn(5, 4)) == 5 * 4 * 4  # its input; the weight is a parameter
+    twice = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Sigmoid())
+    assert saved_bytes(twice, torch.randn(10, requires_grad=True)) == 2 * 10 * 4  # the outputs
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"hidden_size": 128, "intermediate_size": 256}, {"feat_extract_norm": "layer"}]
+)
+def test_activations_by_formula_are_those_counted(knobs: dict[str, Any]) -> None:
+    config = Wav2Vec2ConformerConfig.tiny(**CALM, **knobs)
+    counted = saved_bytes(Wav2Vec2ConformerModel(config).train(), torch.randn(2, 32000))
+    assert activation_bytes(config, 4.0) == pytest.approx(counted, rel=0.25)
+
+
+def test_checkpointing_and_shards_save_what_they_should() -> None:
+    config = Wav2Vec2ConformerConfig.large()
+    assert activation_bytes(config, 60, checkpointing=True) < 0.5 * activation_bytes(config, 60)
+    whole, part = (memory_per_device(config, 1000, 10, half=False, shards=n) for n in (1, 8))
+    assert [whole[k] for k in ("weights", "gradients", "optimiser")] == [4000, 4000, 8000]
+    assert [part[k] for k in ("weights", "gradients", "optimiser")] == [500, 500, 1000]
+    assert whole["activations"] == part["activations"]
+
+
+def test_the_ring() -> None:
+    cluster = Cluster(link=100.0, network=10.0, latency=0.0)
+    assert all_reduce_seconds(1000, 1, cluster) == 0
+    assert all_reduce_seconds(1000, 2, cluster) == pytest.approx(10.0)
+    assert all_reduce_seconds(1000, 16, cluster) == pytest.approx(
+        2 * 15 / 16 * 100
+    )  # the slowest link counts
+    assert all_reduce_seconds(1000, 8, cluster, sharded=True) == pytest.approx(
+        1.5 * all_reduce_seconds(1000, 8, cluster)
+    )
+
+
+@pytest.mark.parametrize(("name", "processes"), [("librispeech_base", 8), ("librivox_large", 16)])
+def test_plans_of_the_recipes(name: str, processes: int) -> None:
+    recipe = Recipe.load(name)
+    config = recipe.model_config()
+    parameters = sum(parameter_counts(config, pretraining=True).values())
+    free = Cluster(
+        overhead=0.0, latency=0.0, network=math.inf, link=math.inf, loading=math.inf, disk=math.inf
+    )
+    for row in scaling_plan(recipe, config, parameters, processes, cluster=free):
+        assert row.efficiency == pytest.approx(1.0)  # nothing is lost where nothing costs
+        assert row.micro_batches * row.devices == processes * recipe.run.accumulate
+    real = scaling_plan(recipe, config, parameters, processes)
+    assert [a.days > b.days for a, b in pairwise(real)] == [True] * (len(real) - 1)
+    assert all(0.3 < row.efficiency <= 1.0 + 1e-9 for row in real)
+    heard = real[3].audio * real[3].days * 86400
+    expected = recipe.run.steps * recipe.run.accumulate * processes * recipe.data.batch_seconds
+    assert heard == pytest.approx(expected)
+
+
+def test_what_breaks_is_named() -> None:
+    recipe = Recipe.load("librivox_large")
+    config = recipe.model_config()
+    parameters = sum(parameter_counts(config, pretraining=True).values())
+    limits = {
+        "memory": Cluster(memory=1e9), "network": Cluster(network=1e8), "loading": Cluster(loading=1.0),
+        "saving": Cluster(disk=1e5), "overhead": Cluster(overhead=1e3), "compute": Cluster(network=1e15),
+    }  # fmt: skip
+    for limit, cluster in limits.items():
+        (row,) = scaling_plan(recipe, config, parameters, 16, cluster=cluster, devices=(64,))
+        assert row.limit == limit
+
+
+@pytest.mark.parametrize("name", ["cpu_2", "ddp_8", "ddp_64", "ddp_128", "fsdp_8"])
+def test_accelerate_reads_the_settings(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = launch_settings()[name]
+    config = load_config_from_file(str(path))
+    assert config.num_processes == int(name.split("_")[1])
+    kind = "FSDP" if name.startswith("fsdp") else "MULTI_GPU"
+    assert config.distributed_type == kind
+    args, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    )
+    assert args.num_processes == config.num_processes
+    assert (args.use_fsdp if kind == "FSDP" else args.multi_gpu) is True
+    if kind == "FSDP":
+        from w2vc.conformer import ConformerBlock
+
+        assert args.fsdp_transformer_layer_cls_to_wrap == ConformerBlock.__name__
