@@ -373,3 +373,62 @@ def test_recipes_are_listed_and_run(capsys: pytest.CaptureFixture[str], tmp_path
     assert (code, "w2vc pretrain" in one_line(err)) == (1, True)
     code, _, err = run(capsys, "pretrain", "demo_pretrain", tmp_path / "run", "run.stepz=3")
     assert (code, "did you mean" in one_line(err)) == (1, True)
+
+
+# ------------------------------------------------------------------------------------------ explore
+
+
+def test_explore_writes_one_page(
+    capsys: pytest.CaptureFixture[str], model: Path, talks: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    words = ("explore", talks / "b.wav", "-m", model, "-o", page, "--text", "a dog", "--layer", "1")
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert out == f"{page}: {page.stat().st_size / 1e6:.2f} MB\n"
+    before = page.read_bytes()
+    assert b"Known text: a dog" in before
+    assert b"layer 1, head 0" in before
+    code, _, err = run(capsys, *words)
+    assert (code, "--force" in one_line(err)) == (1, True)
+    code, _, err = run(capsys, *words, "--force", "--layer", "9")
+    assert (code, "layers=" in one_line(err)) == (1, True)
+    assert page.read_bytes() == before, "a failure leaves the old page"
+    assert run(capsys, *words, "--force", "--end", "1")[0] == 0
+    assert page.read_bytes() != before
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_explore_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    talks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, said in (
+        ((tmp_path / "gone.wav", "-m", model), "no such file"),
+        ((talks / "b.wav", "-m", tmp_path / "nothing"), "nothing"),
+        ((talks / "notes.md", "-m", model), "notes.md"),
+        ((talks / "b.wav", "-m", model, "--start", "7"), "start="),
+    ):
+        code, out, err = run(capsys, "explore", *words)
+        assert (code, out) == (1, "")
+        assert said in one_line(err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_explore_takes_the_demo_checkpoint_and_keeps_the_page_small(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    speech = load_speech("builtin", "test").filter(kind="sentence")
+    sf.write(tmp_path / "five.wav", np.concatenate([speech[0].audio, speech[1].audio])[: 5 * 16_000], 16_000)
+    page = tmp_path / "five.html"
+    code, _, err = run(capsys, "explore", tmp_path / "five.wav", "-o", page)
+    assert code == 0
+    assert "demo checkpoint" in one_line(err)
+    assert page.stat().st_size < 4_000_000
+    text = page.read_text(encoding="utf-8")
+    for heading in ("Letters", "Codes", "Attention", "Shapes"):
+        assert f"<h2>{heading}</h2>" in text

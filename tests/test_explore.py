@@ -15,7 +15,7 @@ import torch
 
 from helpers import tiny_config
 from w2vc import explore
-from w2vc.explore import Explorer
+from w2vc.explore import Explorer, slider
 from w2vc.model import Wav2Vec2ConformerModel
 from w2vc.speech import Segment, frame_labels, load_speech
 from w2vc.viz import Picture
@@ -419,3 +419,22 @@ def test_frame_clock(model: Wav2Vec2ConformerModel) -> None:
     utterance = load_speech("builtin", "test")[2]
     labels = frame_labels(utterance.phones, 40, hop, middle)
     assert labels[0] == "sil"
+
+
+def test_a_slider_holds_its_pictures_and_refuses_what_it_cannot_turn() -> None:
+    pages = {
+        name: Picture(b"\x89PNG" + name.encode(), f"A picture with the name {name} on it", 100)
+        for name in "abc"
+    }
+    made = slider("Letters", "letter", pages, start=2)
+    assert made.fallback is pages["c"]
+    text = made._repr_html_()
+    for page in pages.values():
+        assert base64.b64encode(page.png).decode() in text
+    assert text == slider("Letters", "letter", pages, start=2)._repr_html_(), "equal content, equal HTML"
+    with pytest.raises(ValueError, match="two pictures"):
+        slider("One", "letter", {"a": pages["a"]})
+    with pytest.raises(ValueError, match="label"):
+        slider("None", " ", pages)
+    with pytest.raises(ValueError, match="start=3"):
+        slider("Far", "letter", pages, start=3)

@@ -307,7 +307,7 @@ _TRACK_BODY = """
 """
 _TRACK_CSS = """
 & .stage { cursor:crosshair; touch-action:pan-y; user-select:none; -webkit-user-select:none; border-radius:4px; }
-& .facts { margin:0 0 4px; white-space:pre-line; } & .read { min-height:3.4em; }
+& .facts { margin:0 0 4px; white-space:pre-line; } & .facts, & .read { overflow-wrap:anywhere; } & .read { min-height:3.4em; }
 & .play { display:flex; flex-wrap:wrap; gap:6px 12px; align-items:center; margin:6px 0 2px; } & .play audio { flex:1 1 220px; }
 & .keys, & .key { font-size:12px; color:var(--soft); margin:6px 0 0; } & .key:empty { display:none; }
 & kbd { font:inherit; border:1px solid var(--line); border-radius:3px; padding:0 4px; background:var(--panel); }
