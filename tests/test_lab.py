@@ -74,7 +74,7 @@ def server(desk: Path) -> Iterator[str]:
         process = subprocess.Popen(command, env=env, cwd=desk, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        for _ in range(1200):  # five minutes; this only ends one that hangs
             assert process.poll() is None, (desk / "server.log").read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"{address}/api/status?token=t", timeout=5).close()
