@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from .config import Wav2Vec2ConformerConfig
 
 # %% auto #0
-__all__ = ["gumbel_relaxed", "StraightThroughLookup", "codebook_perplexity", "GumbelVectorQuantizer"]
+__all__ = [
+    "gumbel_relaxed",
+    "StraightThroughLookup",
+    "codebook_perplexity",
+    "RelaxedChoice",
+    "GumbelVectorQuantizer",
+]
 
 
 # %% ../nbs/16_quantizer.ipynb #20c6c2b2
@@ -67,6 +73,15 @@ class StraightThroughLookup(torch.autograd.Function):
 
 
 # %% ../nbs/16_quantizer.ipynb #99aae6ad
+def _average_use(probs: Tensor, mask: Tensor | None) -> Tensor:
+    """Average the distributions `[F, G, V]` of the frames that count; zeros if none does."""
+    if mask is None:
+        return probs.mean(0)
+    keep = mask.to(torch.bool)
+    with torch.autocast(probs.device.type, enabled=False):
+        return torch.einsum("f,fgv->gv", keep.to(probs.dtype), probs) / keep.sum().clamp_min(1)
+
+
 def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """How many codes are in use: the exponential of the entropy of the average distribution, summed over the groups.
 
@@ -80,16 +95,52 @@ def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         A scalar (wav2vec 2.0, section 3.2: the diversity loss raises it).
     """
-    if mask is None:
-        average = probs.mean(0)  # [G, V]
-    else:
-        keep = mask.to(torch.bool)
-        with torch.autocast(probs.device.type, enabled=False):
-            total = torch.einsum("f,fgv->gv", keep.to(probs.dtype), probs)
-        average = total / keep.sum().clamp_min(1)
+    average = _average_use(probs, mask)  # [G, V]
     # the clamp changes no value (p log p is 0 there) but keeps the gradient of an unused code finite
     logs = average.clamp_min(torch.finfo(average.dtype).tiny).log()
     return (-(average * logs).sum(-1)).exp().sum()
+
+
+# %% ../nbs/16_quantizer.ipynb #7b3ea015
+def _softmax_backward(probs: Tensor, grad: Tensor) -> Tensor:
+    """Carry a gradient `[..., V]` back through `probs = logits.softmax(-1)`, with one new tensor of that size."""
+    flow = probs * grad
+    return flow.addcmul_(probs, flow.sum(-1, keepdim=True), value=-1)
+
+
+class RelaxedChoice(torch.autograd.Function):
+    """Soft answer and perplexity of a training step, at half the memory of the two on their own.
+
+    Values and gradients are those of `gumbel_relaxed(logits, temperature)` and
+    `codebook_perplexity(logits.softmax(-1), mask)`. What is kept for the backward pass is the soft answer and the
+    finished gradient of the perplexity (Eq. 16.6).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+        """Answer both: logits `[F, G, V]` fp32, mask `[F]` or None; returns soft `[F, G, V]` and a scalar."""
+        soft = gumbel_relaxed(logits, temperature)
+        probs = logits.softmax(-1)
+        average = _average_use(probs, mask)  # [G, V]
+        logs = average.clamp_min(torch.finfo(average.dtype).tiny).log()
+        perplexities = (-(average * logs).sum(-1)).exp()  # [G]
+        slope = _softmax_backward(probs, -perplexities[:, None] * (logs + 1))  # [F, G, V]
+        if mask is None:
+            slope /= max(len(slope), 1)
+        else:
+            keep = mask.to(torch.bool)
+            slope *= (keep / keep.sum().clamp_min(1))[:, None, None]
+        ctx.save_for_backward(soft, slope)
+        ctx.temperature = temperature
+        return soft, perplexities.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Add up what the two answers send back."""
+        soft, slope = ctx.saved_tensors
+        to_soft, to_perplexity = grads
+        to_logits = _softmax_backward(soft, to_soft).div_(ctx.temperature)
+        return to_logits.addcmul_(slope, to_perplexity), None, None
 
 
 # %% ../nbs/16_quantizer.ipynb #fa08272c
@@ -168,10 +219,9 @@ class GumbelVectorQuantizer(nn.Module):
         logits = self.logits(features)  # [F, G, V] with F = B * T
         table = self.codevectors.view(self.num_groups, self.num_vars, -1)  # [G, V, d]
         if self.training:
-            soft = gumbel_relaxed(logits, self.temperature)
+            soft, perplexity = RelaxedChoice.apply(logits, mask, self.temperature)  # type: ignore[no-untyped-call]
             codes = soft.argmax(-1)  # [F, G]
             codevectors = StraightThroughLookup.apply(table, codes, soft)  # type: ignore[no-untyped-call]
-            perplexity = codebook_perplexity(logits.softmax(-1), mask)
         else:
             codes = logits.argmax(-1)
             codevectors = table[torch.arange(self.num_groups, device=codes.device), codes]
