@@ -207,6 +207,7 @@ def _patches(name: str) -> list[Patch]:
     def flipped(scores: Tensor, *others: Any, **named: Any) -> Tensor:
         return _shift(scores.flip(-1), *others, **named)
 
+    encode = features.FeatureEncoder.forward
     patches: dict[str, list[Patch]] = {
         "half_step_forgotten": [(conformer.ConformerBlock, "forward", _full_steps)],
         "shift_flipped": [(positions, "relative_shift", flipped), (attention, "relative_shift", flipped)],
@@ -216,7 +217,10 @@ def _patches(name: str) -> list[Patch]:
         ],
         "scale_missing": [(attention, "attend", _unscaled)],
         "padding_attended": [(attention, "hide_padding", lambda bias, frame_mask, dtype: bias)],
-        "norm_over_padding": [(features.MaskedGroupNorm, "forward", _plain_norm(nn.GroupNorm))],
+        "norm_over_padding": [
+            (features.MaskedGroupNorm, "forward", _plain_norm(nn.GroupNorm)),
+            (features.FeatureEncoder, "forward", lambda self, samples, lengths=None: encode(self, samples)),
+        ],
         "frames_miscounted": [(model, "conv_output_lengths", _one_frame_less)],
         "statistics_with_padding": [(convolution.MaskedBatchNorm1d, "forward", _plain_norm(nn.BatchNorm1d))],
         "convolution_off_centre": [(convolution.ConvolutionModule, "forward", _one_late)],
