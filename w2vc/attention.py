@@ -238,7 +238,8 @@ class Packing:
         A mask on an accelerator is not read, as the host would have to wait for it. One that is not right-padded is not
         packed, and a lone frame is left to the masked statistics of batch norm.
         """
-        if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        if tracing or mask.device.type != "cpu":
             return None
         lengths, n_frames = mask.sum(-1), mask.shape[1]
         right_padded = torch.equal(mask, real_frames(lengths, n_frames))
@@ -252,7 +253,7 @@ class Packing:
         """Put each frame back in its place, and 0 on the padding: `[1, N, ...]` to `[B, T, ...]`."""
         n_rows, n_frames = self.shape
         frames = packed.new_zeros(n_rows * n_frames, *packed.shape[2:])
-        return frames.index_copy(0, self.places, packed[0]).unflatten(0, self.shape)
+        return frames.index_copy(0, self.places, packed[0]).view(n_rows, n_frames, *packed.shape[2:])
 
 
 # %% ../nbs/22_attention.ipynb #90def4c0
@@ -374,7 +375,7 @@ class SelfAttention(nn.Module):
         Each meets the middle rows of the table: the shorter the utterance, the fewer distances.
         """
         mixed = []
-        for parts in zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True):
+        for parts in zip(*(torch.split(x, packing.lengths, dim=2) for x in (query, key, value)), strict=True):
             near = relative
             if relative is not None:
                 distance_keys, bias_u, bias_v = relative

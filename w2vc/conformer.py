@@ -137,15 +137,15 @@ def keep_buffers(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]
     Yields:
         The real buffers, and the copies.
     """
-    places = [(m, name) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-    real = [m._buffers[name] for m, name in places]
+    found = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    real = [b for _, _, b in found]
     copies = [b.clone() for b in real]
     try:
-        for (m, name), copied in zip(places, copies, strict=True):
+        for (m, name, _), copied in zip(found, copies, strict=True):
             m._buffers[name] = copied
         yield real, copies
     finally:
-        for (m, name), buffer in zip(places, real, strict=True):
+        for m, name, buffer in found:
             m._buffers[name] = buffer
 
 
@@ -197,7 +197,8 @@ class ConformerEncoder(nn.Module):
         Raises:
             ValueError: If the mask has another shape or type.
         """
-        packing, mask = None, frame_mask
+        packing: Packing | None = None
+        mask = frame_mask
         if mask is not None:
             if mask.dtype != torch.bool or mask.shape != hidden.shape[:2]:
                 got, want = list(mask.shape), list(hidden.shape[:2])
@@ -214,9 +215,10 @@ class ConformerEncoder(nn.Module):
         if packing is not None:
             hidden = packing.pack(hidden)  # [B, T, D] -> [1, N, D], and so through all layers
             if isinstance(positions, tuple):
-                positions = tuple(
+                cos, sin = (
                     packing.pack(x.expand(*packing.shape, -1))[0] for x in positions
                 )  # [T, K] -> [N, K]
+                positions = cos, sin
 
         def finished(hidden: Tensor) -> Tensor:
             """Give the stream as the caller wants it: `[B, T, D]`, with padding invariance 0 on the padding."""

@@ -38,7 +38,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             rows = hidden.mT.flatten(
                 0, 1
             )  # [B T, D]: frames in rows, as the layers around this one keep them
-            return super().forward(rows).unflatten(0, (hidden.shape[0], hidden.shape[2])).mT
+            return super().forward(rows).view(hidden.shape[0], hidden.shape[2], -1).mT
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # statistics in fp32 at least
         padded = ~frame_mask[:, None]  # [B, 1, T]
         count = frame_mask.sum()  # [] stays on its device: no host synchronisation
