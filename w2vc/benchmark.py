@@ -1188,8 +1188,9 @@ class Child:
     def ask(self, line: str = "run") -> dict[str, Any]:
         """Let the child run once, and wait for its figures."""
         assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended already; `hear` says why
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
         return self.hear()
 
     def close(self) -> None:
