@@ -20,8 +20,22 @@ from .features import receptive_field
 from .text import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, offsets_in_seconds
 
 # %% auto #0
-__all__ = ['WILDCARD', 'Spelled', 'LabelSpan', 'Alignment', 'best_walk', 'force_align', 'best_path', 'TimedText', 'frame_timing',
-           'time_words', 'spell', 'align_words', 'read_words']
+__all__ = [
+    "WILDCARD",
+    "Spelled",
+    "LabelSpan",
+    "Alignment",
+    "best_walk",
+    "force_align",
+    "best_path",
+    "TimedText",
+    "frame_timing",
+    "time_words",
+    "spell",
+    "align_words",
+    "read_words",
+]
+
 
 # %% ../nbs/43_alignment.ipynb #497a5d60
 class LabelSpan(NamedTuple):
@@ -69,6 +83,7 @@ class Alignment:
         rows = zip(symbols.tolist(), (ends - counts).tolist(), ends.tolist(), means.tolist(), strict=True)
         return [LabelSpan(*row) for row in rows if row[0] != self.blank]
 
+
 # %% ../nbs/43_alignment.ipynb #561d93a2
 def _sources(reach: Tensor, bars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The scores of the states from which a walk comes: the same one, the one before, and the one before that."""
@@ -85,6 +100,7 @@ def _steps(reach: Tensor, bars: Tensor) -> Tensor:
     """How many states back the best walk to each state comes from: 0, 1 or 2; if equally good, the fewest."""
     stay, one, two = _sources(reach, bars)
     return torch.where(two > torch.maximum(stay, one), 2, (one > stay).to(torch.int8))
+
 
 # %% ../nbs/43_alignment.ipynb #73a41be9
 def best_walk(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
@@ -128,14 +144,20 @@ def best_walk(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
             state -= int(steps[t - frames.start][state])
     return walk
 
+
 # %% ../nbs/43_alignment.ipynb #e0016c7e
 WILDCARD = -1  # a label that stands for anything at all
 _SHY = math.log(0.9)  # a little less than the best symbol, so that it takes no more than it must
 
+
 def _checked(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> tuple[Tensor, Tensor]:
     """Refuse what cannot be aligned; returns log probabilities in float64 on the host, and labels `[1, labels]`."""
     if not isinstance(log_probs, Tensor) or log_probs.dim() != 2 or not log_probs.is_floating_point():
-        came = f"{log_probs.dtype} {tuple(log_probs.shape)}" if isinstance(log_probs, Tensor) else type(log_probs).__name__
+        came = (
+            f"{log_probs.dtype} {tuple(log_probs.shape)}"
+            if isinstance(log_probs, Tensor)
+            else type(log_probs).__name__
+        )
         raise ValueError(f"log_probs: got {came}, expected floats [T, V] of one utterance")
     row = torch.as_tensor(labels, dtype=torch.long).cpu().reshape(1, -1)
     T, V = log_probs.shape
@@ -156,6 +178,7 @@ def _checked(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> t
             f"there are {T}: the text is too long for this audio, so it cannot be what was said"
         )
     return log_probs, row
+
 
 # %% ../nbs/43_alignment.ipynb #fa212328
 def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 0) -> Alignment:
@@ -184,6 +207,7 @@ def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 
     path = states[best_walk(emissions, states, bars)]
     return Alignment(path, emissions.gather(1, (path % emissions.shape[1])[:, None])[:, 0], blank)
 
+
 def best_path(log_probs: Tensor, blank: int = 0) -> Alignment:
     """Take the most probable symbol of each frame, whatever it spells: an alignment of the text that is read so.
 
@@ -196,6 +220,7 @@ def best_path(log_probs: Tensor, blank: int = 0) -> Alignment:
     """
     scores, path = log_probs.detach().to("cpu", torch.float64).max(1)
     return Alignment(path, scores, blank)
+
 
 # %% ../nbs/43_alignment.ipynb #ed2a8f4c
 @dataclass(frozen=True)
@@ -217,6 +242,7 @@ class TimedText:
     confidence: float
     chars: tuple[TimedText, ...] = ()
 
+
 def frame_timing(config: Wav2Vec2ConformerConfig | None = None) -> tuple[int, int]:
     """Say where a model's frames lie in time.
 
@@ -236,12 +262,16 @@ def frame_timing(config: Wav2Vec2ConformerConfig | None = None) -> tuple[int, in
         hop *= config.adapter_stride
     return hop, width
 
+
 # %% ../nbs/43_alignment.ipynb #4392a06a
 Spelled = list[tuple[str, LabelSpan]]  # the letters of a word and their frames
 
 
 def time_words(
-    words: Sequence[tuple[str, Spelled]], *, config: Wav2Vec2ConformerConfig | None = None, seconds: float | None = None
+    words: Sequence[tuple[str, Spelled]],
+    *,
+    config: Wav2Vec2ConformerConfig | None = None,
+    seconds: float | None = None,
 ) -> list[TimedText]:
     """Turn frames into seconds, never outside the audio, for words and their letters.
 
@@ -274,12 +304,16 @@ def _confidence(spans: Sequence[LabelSpan]) -> float:
         return 0.0
     return math.exp(sum(n * math.log(score) for n, score in real) / sum(n for n, _ in real))
 
+
 # %% ../nbs/43_alignment.ipynb #830334a2
 def _tokenizer(processor: Wav2Vec2Processor | Wav2Vec2CTCTokenizer) -> Wav2Vec2CTCTokenizer:
     """The tokenizer, which may come in a processor."""
     return processor.tokenizer if isinstance(processor, Wav2Vec2Processor) else processor
 
-def spell(word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, *, wildcard: bool = False) -> list[tuple[str, int]]:
+
+def spell(
+    word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, *, wildcard: bool = False
+) -> list[tuple[str, int]]:
     """Spell a word in symbols that a model can say: pairs of letter and label.
 
     Args:
@@ -302,7 +336,11 @@ def spell(word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, *, wildcard: bo
         text = token.lower() if tokenizer.do_lower_case else token
         if label == WILDCARD and not wildcard:
             other = token.swapcase()
-            hint = f"it has {other!r}: mind upper and lower case" if other in usable else "spell it in other letters"
+            hint = (
+                f"it has {other!r}: mind upper and lower case"
+                if other in usable
+                else "spell it in other letters"
+            )
             raise ValueError(
                 f"text: the word {word!r} needs {token!r}, which is not in the vocabulary; {hint}, or pass "
                 "wildcard=True to let it stand for anything"
@@ -311,6 +349,7 @@ def spell(word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, *, wildcard: bo
             text = pairs.pop()[0] + text
         pairs.append((text, label))
     return pairs
+
 
 # %% ../nbs/43_alignment.ipynb #f969c4a8
 def align_words(
@@ -342,7 +381,9 @@ def align_words(
     words = [(word, spell(word, tokenizer, V, wildcard=wildcard)) for word in text.split()]
     gap = tokenizer.word_delimiter_token_id
     between = [gap] if gap is not None and gap < V and gap != tokenizer.pad_token_id else []
-    labels = [label for _, pairs in words for label in (*between, *(symbol for _, symbol in pairs))][len(between) :]
+    labels = [label for _, pairs in words for label in (*between, *(symbol for _, symbol in pairs))][
+        len(between) :
+    ]
     log_probs = log_softmax(logits, -1, dtype=torch.float32)
     spans = iter(force_align(log_probs, labels, tokenizer.pad_token_id or 0).spans)
     spelled: list[tuple[str, Spelled]] = []
@@ -351,6 +392,7 @@ def align_words(
             next(spans)
         spelled.append((word, [(letter, next(spans)) for letter, _ in pairs]))
     return time_words(spelled, config=config, seconds=seconds)
+
 
 # %% ../nbs/43_alignment.ipynb #f32a9844
 def read_words(

@@ -14,8 +14,22 @@ from .config import Wav2Vec2ConformerConfig
 from .positions import Positions, Remembered, apply_rotary, relative_shift
 
 # %% auto #0
-__all__ = ['Relative', 'BLOCK_BYTES', 'FEWEST_QUERIES', 'KERNELS', 'attend', 'split_heads', 'position_scores', 'hide_padding',
-           'with_positions', 'block_length', 'attend_block', 'attend_in_blocks', 'SelfAttention']
+__all__ = [
+    "Relative",
+    "BLOCK_BYTES",
+    "FEWEST_QUERIES",
+    "KERNELS",
+    "attend",
+    "split_heads",
+    "position_scores",
+    "hide_padding",
+    "with_positions",
+    "block_length",
+    "attend_block",
+    "attend_in_blocks",
+    "SelfAttention",
+]
+
 
 # %% ../nbs/22_attention.ipynb #e323204b
 def attend(
@@ -44,10 +58,12 @@ def attend(
     weights = dropout(scores.softmax(dim=-1))
     return weights @ value, weights
 
+
 # %% ../nbs/22_attention.ipynb #a44be3a8
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Cut the last axis into heads and bring them before the frames: `[..., T, D]` to `[..., H, T, K]`, as a view."""
     return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)
+
 
 # %% ../nbs/22_attention.ipynb #f10f9edf
 def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
@@ -65,8 +81,13 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
         `[B, H, T, T]`, or the n rows of it.
     """
     asking = (query + bias_v[:, None]) * query.shape[-1] ** -0.5  # [B, H, n, K]
-    scores = torch.einsum("bhnk,hrk->bhnr", asking, distance_keys)  # unlike `@`, makes no copy of the keys per row
-    return relative_shift(scores, n_keys=scores.shape[-1] - scores.shape[-2] + 1)  # [B, H, n, n+T-1] -> [B, H, n, T]
+    scores = torch.einsum(
+        "bhnk,hrk->bhnr", asking, distance_keys
+    )  # unlike `@`, makes no copy of the keys per row
+    return relative_shift(
+        scores, n_keys=scores.shape[-1] - scores.shape[-2] + 1
+    )  # [B, H, n, n+T-1] -> [B, H, n, T]
+
 
 # %% ../nbs/22_attention.ipynb #dc13fdbc
 def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,6 +127,7 @@ def with_positions(
         bias = hide_padding(bias, frame_mask, query.dtype)
     return query, bias
 
+
 # %% ../nbs/22_attention.ipynb #d786b278
 BLOCK_BYTES = 2**24  # what the position scores of one block may take
 FEWEST_QUERIES = 32  # in a block: with fewer the matrix products take longer per query
@@ -127,9 +149,16 @@ def block_length(query: Tensor) -> int:
     blocks = -(-n_rows * heads * n_frames * (2 * n_frames - 1) * query.element_size() // budget)  # rounded up
     return min(max(FEWEST_QUERIES, -(-n_frames // blocks)), n_frames)
 
+
 # %% ../nbs/22_attention.ipynb #f9f84c05
 def attend_block(
-    query: Tensor, key: Tensor, value: Tensor, frame_mask: Tensor | None, relative: Relative | None, *, p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_mask: Tensor | None,
+    relative: Relative | None,
+    *,
+    p: float,
 ) -> Tensor:
     """Let n queries attend to all T keys with torch's fused kernel, dropout p; gives the n mixed values."""
     query, bias = with_positions(query, frame_mask, relative)
@@ -137,7 +166,13 @@ def attend_block(
 
 
 def attend_in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, frame_mask: Tensor | None, relative: Relative | None, *, p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_mask: Tensor | None,
+    relative: Relative | None,
+    *,
+    p: float,
 ) -> Tensor:
     """Do the same as `attend`, without holding the scores of all queries at once.
 
@@ -166,10 +201,13 @@ def attend_in_blocks(
         seen = distance_keys[:, n_frames - after : 2 * n_frames - 1 - first]  # [H, n+T-1, K]
         inputs = (rows, key, value, frame_mask, (seen, bias_u, bias_v))
         if torch.is_grad_enabled():  # the second run draws the same dropout noise
-            mixed.append(checkpoint(attend_block, *inputs, p=p, use_reentrant=False, preserve_rng_state=p > 0))
+            mixed.append(
+                checkpoint(attend_block, *inputs, p=p, use_reentrant=False, preserve_rng_state=p > 0)
+            )
         else:
             mixed.append(attend_block(*inputs, p=p))
     return torch.cat(mixed, dim=2)
+
 
 # %% ../nbs/22_attention.ipynb #90def4c0
 KERNELS = ("sdpa", "eager")  # what `config.attn_implementation` may say
@@ -227,7 +265,9 @@ class SelfAttention(nn.Module):
         """
         kernel = self.config.attn_implementation
         if kernel not in KERNELS:
-            raise ValueError(f"attn_implementation={kernel!r}; allowed are {KERNELS} ('flex' needs CUDA and comes later)")
+            raise ValueError(
+                f"attn_implementation={kernel!r}; allowed are {KERNELS} ('flex' needs CUDA and comes later)"
+            )
         self._check(hidden, frame_mask, positions)
         asking = hidden
         if isinstance(positions, tuple):  # the released checkpoints turn the input of linear_q and linear_k
@@ -264,7 +304,9 @@ class SelfAttention(nn.Module):
     def _check(self, hidden: Tensor, frame_mask: Tensor | None, positions: Positions) -> None:
         """Refuse what would give a wrong answer; looks at shapes and dtypes only, never at values."""
         n_rows, n_frames, width = hidden.shape
-        if frame_mask is not None and (frame_mask.dtype != torch.bool or frame_mask.shape != (n_rows, n_frames)):
+        if frame_mask is not None and (
+            frame_mask.dtype != torch.bool or frame_mask.shape != (n_rows, n_frames)
+        ):
             got_mask = f"{frame_mask.dtype} {list(frame_mask.shape)}"
             raise ValueError(f"frame_mask is {got_mask}; it must be torch.bool {[n_rows, n_frames]}")
         tables = positions if isinstance(positions, tuple) else (positions,)

@@ -21,19 +21,38 @@ from numpy.typing import NDArray
 from .config import find_file, lacks, nearest, pin_revision, read_json, write_atomically
 
 # %% auto #0
-__all__ = ['Samples', 'MOST_CHANNELS', 'EXTRACTOR_FILE', 'PROCESSOR_FILE', 'NESTED', 'as_float', 'resample', 'load_audio',
-           'normalise', 'plan_lengths', 'BatchFeature', 'Wav2Vec2FeatureExtractor']
+__all__ = [
+    "Samples",
+    "MOST_CHANNELS",
+    "EXTRACTOR_FILE",
+    "PROCESSOR_FILE",
+    "NESTED",
+    "as_float",
+    "resample",
+    "load_audio",
+    "normalise",
+    "plan_lengths",
+    "BatchFeature",
+    "Wav2Vec2FeatureExtractor",
+]
 
 # %% ../nbs/03_audio.ipynb #dbb98f3a
 Samples = NDArray[np.float32]
-_PCM = {"int8": (0, 2**7), "uint8": (2**7, 2**7), "int16": (0, 2**15), "int32": (0, 2**31)}  # (zero, full scale)
+_PCM = {
+    "int8": (0, 2**7),
+    "uint8": (2**7, 2**7),
+    "int16": (0, 2**15),
+    "int32": (0, 2**31),
+}  # (zero, full scale)
 
 
 def _array(samples: Any, name: str) -> NDArray[Any]:
     """Bring a tensor, an array or a list of numbers into numpy."""
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().cpu()
-        return np.asarray(samples.float() if samples.is_floating_point() else samples)  # numpy has no bfloat16
+        return np.asarray(
+            samples.float() if samples.is_floating_point() else samples
+        )  # numpy has no bfloat16
     if isinstance(samples, (np.ndarray, np.generic)):
         return np.asarray(samples)
     if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
@@ -58,6 +77,7 @@ def _refuse_broken(audio: Samples, name: str) -> None:
             f"{name} holds {audio[*row, sample]} at {where}, {(~finite).sum()} such value(s) in all: "
             "repair the recording, or drop it"
         )
+
 
 # %% ../nbs/03_audio.ipynb #a06cf9ab
 def as_float(samples: Any, name: str = "audio") -> Samples:
@@ -87,6 +107,7 @@ def as_float(samples: Any, name: str = "audio") -> Samples:
     zero, full = _PCM[array.dtype.name]
     return ((array.astype(np.float64) - zero) / full).astype(np.float32)
 
+
 # %% ../nbs/03_audio.ipynb #6a4bba0b
 def _rate(rate: Any, name: str) -> int:
     """Check a sampling rate: a whole number of samples per second that a recording can have."""
@@ -95,7 +116,9 @@ def _rate(rate: Any, name: str) -> int:
     except (TypeError, ValueError, OverflowError):
         whole = 0
     if whole != rate or not 100 <= whole <= 1_000_000:
-        raise ValueError(f"{name}={rate!r} must be a whole number of samples per second, from 100 to 1,000,000")
+        raise ValueError(
+            f"{name}={rate!r} must be a whole number of samples per second, from 100 to 1,000,000"
+        )
     return whole
 
 
@@ -131,6 +154,7 @@ def resample(audio: Any, source_rate: int, sampling_rate: int = 16_000) -> Sampl
             f"audio has {audio.shape[-1]} sample(s) at {source_rate} Hz: less than one at {sampling_rate} Hz"
         )
     return np.ascontiguousarray(result.T).reshape(*audio.shape[:-1], -1)
+
 
 # %% ../nbs/03_audio.ipynb #6270259b
 MOST_CHANNELS = 8  # an axis as short as this holds channels, if the other one is longer
@@ -171,6 +195,7 @@ def _decode(source: Any, name: str) -> tuple[Samples, int]:
     _refuse_broken(audio, name)
     return audio, rate
 
+
 # %% ../nbs/03_audio.ipynb #adfc6b26
 def _cell(cell: Mapping[str, Any]) -> tuple[Any, int | None]:
     """Take the audio out of a data set's row: {"array", "sampling_rate"}, or {"bytes", "path"} with one of them set."""
@@ -178,7 +203,9 @@ def _cell(cell: Mapping[str, Any]) -> tuple[Any, int | None]:
         return cell["array"], cell.get("sampling_rate")
     found = next((cell[key] for key in ("bytes", "path") if cell.get(key) is not None), None)
     if found is None:
-        raise ValueError(f"source has the keys {list(cell)}; 'array', 'bytes' or 'path' is needed, with a value")
+        raise ValueError(
+            f"source has the keys {list(cell)}; 'array', 'bytes' or 'path' is needed, with a value"
+        )
     return found, None
 
 
@@ -187,7 +214,9 @@ def _open(source: Any, source_rate: int | None) -> tuple[Samples, int, str]:
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         if not Path(name).is_file():
-            raise FileNotFoundError(f"{name} is {'a folder' if Path(name).is_dir() else 'not there'}: an audio file is needed")
+            raise FileNotFoundError(
+                f"{name} is {'a folder' if Path(name).is_dir() else 'not there'}: an audio file is needed"
+            )
         audio, rate = _decode(name, name)
     elif hasattr(source, "read"):
         name = str(getattr(source, "name", "the file object"))
@@ -201,10 +230,15 @@ def _open(source: Any, source_rate: int | None) -> tuple[Samples, int, str]:
     else:
         if source_rate is None:
             raise ValueError("source_rate is missing: an array does not say how many samples make a second")
-        return _channels_first(as_float(source, "source"), "source"), _rate(source_rate, "source_rate"), "source"
+        return (
+            _channels_first(as_float(source, "source"), "source"),
+            _rate(source_rate, "source_rate"),
+            "source",
+        )
     if source_rate is not None and _rate(source_rate, "source_rate") != rate:
         raise ValueError(f"source_rate={source_rate}, but {name} says {rate}: leave it out for files")
     return audio, rate, name
+
 
 # %% ../nbs/03_audio.ipynb #7c99d874
 def load_audio(
@@ -238,6 +272,7 @@ def load_audio(
         audio = audio.mean(0, dtype=np.float32)
     return np.ascontiguousarray(resample(audio, _rate(rate, f"the rate of {name}"), sampling_rate))
 
+
 # %% ../nbs/03_audio.ipynb #8857e6b9
 def normalise(audio: Samples) -> Samples:
     """Bring one recording to mean 0 and variance 1 (wav2vec 2.0, section 4.2).
@@ -249,6 +284,7 @@ def normalise(audio: Samples) -> Samples:
         `[S]` float32. Silence stays silence: the 1e-7 added to the variance keeps it from being divided by 0.
     """
     return np.asarray((audio - audio.mean()) / np.sqrt(audio.var() + 1e-7), np.float32)
+
 
 # %% ../nbs/03_audio.ipynb #6235c7ef
 def _positive(value: Any, name: str) -> int | None:
@@ -283,7 +319,10 @@ def plan_lengths(
     Raises:
         ValueError: an unknown way of padding, or no `max_length` where one is needed.
     """
-    max_length, multiple = _positive(max_length, "max_length"), _positive(pad_to_multiple_of, "pad_to_multiple_of") or 1
+    max_length, multiple = (
+        _positive(max_length, "max_length"),
+        _positive(pad_to_multiple_of, "pad_to_multiple_of") or 1,
+    )
     if isinstance(padding, bool):
         padding = "longest" if padding else "do_not_pad"
     if padding not in {"longest", "max_length", "do_not_pad"}:
@@ -299,12 +338,15 @@ def plan_lengths(
     target = -(-target // multiple) * multiple
     return [(length, max(length, target)) for length in kept]
 
+
 # %% ../nbs/03_audio.ipynb #39feac70
 def _utterance(row: Any, name: str) -> Samples:
     """Bring one utterance to float32 `[S]`, or refuse it by name."""
     audio = as_float(row, name)
     if audio.ndim != 1 or audio.size == 0:
-        reason = "it is empty" if audio.size == 0 else "one channel, [S], is needed (load_audio mixes channels)"
+        reason = (
+            "it is empty" if audio.size == 0 else "one channel, [S], is needed (load_audio mixes channels)"
+        )
         raise ValueError(f"{name} has shape {audio.shape}: {reason}")
     return audio
 
@@ -320,16 +362,25 @@ def _utterances(raw_speech: Any) -> list[Samples]:
                 f"raw_speech.mean({axis}); if it is a batch of {shape[0]}, pass list(raw_speech)"
             )
         if len(shape) not in {1, 2}:
-            raise ValueError(f"raw_speech has shape {shape}; [S] is one utterance, [B, S] a batch with one row each")
+            raise ValueError(
+                f"raw_speech has shape {shape}; [S] is one utterance, [B, S] a batch with one row each"
+            )
         rows = list(raw_speech) if len(shape) == 2 else [raw_speech]
     elif isinstance(raw_speech, (list, tuple)):
-        numbers = len(raw_speech) > 0 and not isinstance(raw_speech[0], (str, list, tuple)) and np.ndim(raw_speech[0]) == 0
+        numbers = (
+            len(raw_speech) > 0
+            and not isinstance(raw_speech[0], (str, list, tuple))
+            and np.ndim(raw_speech[0]) == 0
+        )
         rows = [raw_speech] if numbers else list(raw_speech)
     else:
         rows = [raw_speech]
     if not rows:
         raise ValueError("raw_speech is empty: at least one utterance is needed")
-    return [_utterance(row, f"utterance {i}" if len(rows) > 1 else "raw_speech") for i, row in enumerate(rows)]
+    return [
+        _utterance(row, f"utterance {i}" if len(rows) > 1 else "raw_speech") for i, row in enumerate(rows)
+    ]
+
 
 # %% ../nbs/03_audio.ipynb #f7950981
 class BatchFeature(dict[str, Any]):
@@ -378,10 +429,13 @@ def _stack(rows: list[Any], key: str, kind: str) -> Any:
         return tensor.long() if key == "attention_mask" else tensor  # int64: the documented LongTensor
     if kind == "pt":
         sizes = [row.shape[0] if row.ndim else 1 for row in rows]
-        raise ValueError(f"{key} has rows of {min(sizes)} to {max(sizes)} values, which is no tensor: pass padding=True")
+        raise ValueError(
+            f"{key} has rows of {min(sizes)} to {max(sizes)} values, which is no tensor: pass padding=True"
+        )
     ragged = np.empty(len(rows), dtype=object)
     ragged[:] = [row.copy() for row in rows]
     return ragged
+
 
 # %% ../nbs/03_audio.ipynb #e6f8bdc4
 def _plain(value: Any) -> Any:
@@ -399,7 +453,9 @@ def _plain(value: Any) -> Any:
 def _columns(features: Any) -> dict[str, list[Any]]:
     """Bring a dict, or a list of dicts, to lists: key -> one entry per utterance."""
     if isinstance(features, (list, tuple)):
-        if not features or not all(isinstance(row, Mapping) and set(row) == set(features[0]) for row in features):
+        if not features or not all(
+            isinstance(row, Mapping) and set(row) == set(features[0]) for row in features
+        ):
             raise ValueError("processed_features must be a dict, or a list of dicts that have the same keys")
         features = {key: [row[key] for row in features] for key in features[0]}
     if not isinstance(features, Mapping) or "input_values" not in features:
@@ -414,8 +470,13 @@ def _columns(features: Any) -> dict[str, list[Any]]:
         raise ValueError(f"processed_features has columns of different sizes: {sizes}")
     return columns
 
+
 # %% ../nbs/03_audio.ipynb #087fb387
-EXTRACTOR_FILE, PROCESSOR_FILE, NESTED = "preprocessor_config.json", "processor_config.json", "feature_extractor"
+EXTRACTOR_FILE, PROCESSOR_FILE, NESTED = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "feature_extractor",
+)
 
 
 def _read_settings(name_or_path: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
@@ -445,6 +506,7 @@ def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
                 return
             content = {**content, NESTED: settings}
         write_atomically(folder / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
 
 # %% ../nbs/03_audio.ipynb #7767c19e
 class _Settings:
@@ -494,10 +556,14 @@ class _Settings:
         """
         kind = content.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
         if kind != "Wav2Vec2FeatureExtractor":
-            raise ValueError(f"feature_extractor_type={kind!r}: this model hears raw sound, so it must be 'Wav2Vec2FeatureExtractor'")
+            raise ValueError(
+                f"feature_extractor_type={kind!r}: this model hears raw sound, so it must be 'Wav2Vec2FeatureExtractor'"
+            )
         for name in overrides:
             if name not in cls.knobs:
-                raise ValueError(f"{name}= is no knob of a feature extractor{nearest(name, dict.fromkeys(cls.knobs))}")
+                raise ValueError(
+                    f"{name}= is no knob of a feature extractor{nearest(name, dict.fromkeys(cls.knobs))}"
+                )
         extractor = cls(**{**{knob: content[knob] for knob in cls.knobs if knob in content}, **overrides})
         known = {*cls.knobs, "feature_extractor_type"}
         extractor.unknown = {key: copy.deepcopy(value) for key, value in content.items() if key not in known}
@@ -518,6 +584,7 @@ class _Settings:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `preprocessor_config.json` (and the copy inside `processor_config.json`, where there is one)."""
         _write_settings(Path(save_directory), self.to_dict())
+
 
 # %% ../nbs/03_audio.ipynb #ffea7e85
 class Wav2Vec2FeatureExtractor(_Settings):
@@ -577,7 +644,9 @@ class Wav2Vec2FeatureExtractor(_Settings):
             )
         plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
         rows = [row[:kept] for row, (kept, _) in zip(rows, plan, strict=True)]
-        rows = [normalise(row) if self.do_normalize else row.copy() for row in rows]  # never the caller's memory
+        rows = [
+            normalise(row) if self.do_normalize else row.copy() for row in rows
+        ]  # never the caller's memory
         return self._fill({"input_values": rows}, plan, return_attention_mask, return_tensors)
 
     def pad(  # noqa: PLR0917
@@ -610,10 +679,15 @@ class Wav2Vec2FeatureExtractor(_Settings):
             return_tensors = "pt" if isinstance(columns["input_values"][0], torch.Tensor) else "np"
         rows = [_utterance(row, f"input_values {i}") for i, row in enumerate(columns["input_values"])]
         plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
-        columns = {key: rows if key == "input_values" else [_plain(v) for v in column] for key, column in columns.items()}
+        columns = {
+            key: rows if key == "input_values" else [_plain(v) for v in column]
+            for key, column in columns.items()
+        }
         for i, mask in enumerate(columns.get("attention_mask", [])):
             if np.shape(mask) != rows[i].shape:
-                raise ValueError(f"attention_mask {i} has shape {np.shape(mask)}, its input_values {rows[i].shape}")
+                raise ValueError(
+                    f"attention_mask {i} has shape {np.shape(mask)}, its input_values {rows[i].shape}"
+                )
         for key in {"input_values", "attention_mask"} & set(columns):
             columns[key] = [row[:kept] for row, (kept, _) in zip(columns[key], plan, strict=True)]
         return self._fill(columns, plan, return_attention_mask, return_tensors)
@@ -639,7 +713,9 @@ class Wav2Vec2FeatureExtractor(_Settings):
                 gap = plan[i][1] - plan[i][0]
                 sides = (gap, 0) if self.padding_side == "left" else (0, gap)
                 columns[key][i] = np.pad(row, sides, constant_values=value) if gap else row
-        return BatchFeature(columns if kind is None else {key: _stack(rows, key, kind) for key, rows in columns.items()})
+        return BatchFeature(
+            columns if kind is None else {key: _stack(rows, key, kind) for key, rows in columns.items()}
+        )
 
     def _check_rate(self, sampling_rate: int | None) -> None:
         """Refuse another rate; warn where none is given."""

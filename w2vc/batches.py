@@ -27,10 +27,32 @@ from .speech import SAMPLING_RATE, Segment, Speech, Utterance
 from .text import Wav2Vec2Processor
 
 # %% auto #0
-__all__ = ['mix_bits', 'sample_id', 'keyed_uniform', 'padding_share', 'bucket_batches', 'Draw', 'BucketSampler', 'keyed_crops',
-           'keyed_masks', 'keyed_negatives', 'Clip', 'SpeechDataset', 'keyed_noise', 'Collator', 'model_inputs',
-           'find_problems', 'PretrainingCollator', 'CTCCollator', 'label_names', 'turn_order', 'frame_targets',
-           'LabelCollator', 'data_loader']
+__all__ = [
+    "mix_bits",
+    "sample_id",
+    "keyed_uniform",
+    "padding_share",
+    "bucket_batches",
+    "Draw",
+    "BucketSampler",
+    "keyed_crops",
+    "keyed_masks",
+    "keyed_negatives",
+    "Clip",
+    "SpeechDataset",
+    "keyed_noise",
+    "Collator",
+    "model_inputs",
+    "find_problems",
+    "PretrainingCollator",
+    "CTCCollator",
+    "label_names",
+    "turn_order",
+    "frame_targets",
+    "LabelCollator",
+    "data_loader",
+]
+
 
 # %% ../nbs/48_batches.ipynb #0eaaf5a5
 def _signed(bits: int) -> int:
@@ -55,13 +77,16 @@ def mix_bits(x: Tensor) -> Tensor:
         int64, the same shape and device.
     """
     for shift, factor in _ROUNDS:
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # torch's >> keeps the sign; the mask removes it
+        x = (
+            x ^ (x >> shift & (1 << 64 - shift) - 1)
+        ) * factor  # torch's >> keeps the sign; the mask removes it
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def sample_id(name: str) -> int:
     """Turn a name into a number of 64 bits that is the same on every machine (`hash` differs from run to run)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
 
 # %% ../nbs/48_batches.ipynb #8ee9f098
 def _keys(seed: int, epoch: int, ids: Tensor, stream: str) -> Tensor:
@@ -102,10 +127,13 @@ def keyed_uniform(
         ValueError: Ids that are no int64, or another dtype.
     """
     if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise ValueError(f"ids is {ids.dtype} of shape {tuple(ids.shape)}; int64 [B] is needed (see sample_id)")
+        raise ValueError(
+            f"ids is {ids.dtype} of shape {tuple(ids.shape)}; int64 [B] is needed (see sample_id)"
+        )
     if dtype not in {torch.float32, torch.float64}:
         raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float64")
     return _uniform(_keys(seed, epoch, ids, stream)[:, None], torch.arange(n, device=ids.device), dtype)
+
 
 # %% ../nbs/48_batches.ipynb #ec81cca3
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
@@ -140,6 +168,7 @@ def _sorted_by_length(sizes: list[int], seed: int | None, epoch: int, blur: floa
         keys *= 1 + blur * keyed_uniform(seed, epoch, numbers, 1, stream="order", dtype=torch.float64)[:, 0]
     return keys.argsort(descending=True, stable=True).tolist()
 
+
 # %% ../nbs/48_batches.ipynb #0d8af6fb
 def _even_out(batches: list[list[int]], multiple_of: int, seed: int | None, epoch: int) -> list[list[int]]:
     """Bring the number of batches to a multiple: cut the largest in two; where all have one row, leave some out."""
@@ -149,11 +178,16 @@ def _even_out(batches: list[list[int]], multiple_of: int, seed: int | None, epoc
         if len(batch) > 1:
             batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         elif seed is None or len(batches) < multiple_of:
-            raise ValueError(f"{len(batches)} utterances, one a batch, cannot be dealt out evenly to {multiple_of} processes")
+            raise ValueError(
+                f"{len(batches)} utterances, one a batch, cannot be dealt out evenly to {multiple_of} processes"
+            )
         else:
-            u = keyed_uniform(seed, epoch, torch.arange(len(batches)), 1, stream="left out", dtype=torch.float64)[:, 0]
+            u = keyed_uniform(
+                seed, epoch, torch.arange(len(batches)), 1, stream="left out", dtype=torch.float64
+            )[:, 0]
             batches.pop(int(u.argmax()))
     return batches
+
 
 # %% ../nbs/48_batches.ipynb #cc77c465
 def bucket_batches(
@@ -201,8 +235,11 @@ def bucket_batches(
     if seed is None:
         return batches
     groups = torch.arange(len(batches) // multiple_of)
-    order = keyed_uniform(seed, epoch, groups, 1, stream="batches", dtype=torch.float64)[:, 0].argsort().tolist()
+    order = (
+        keyed_uniform(seed, epoch, groups, 1, stream="batches", dtype=torch.float64)[:, 0].argsort().tolist()
+    )
     return [batch for g in order for batch in batches[g * multiple_of : (g + 1) * multiple_of]]
+
 
 # %% ../nbs/48_batches.ipynb #c3675bed
 class Draw(NamedTuple):
@@ -210,6 +247,7 @@ class Draw(NamedTuple):
 
     epoch: int
     number: int
+
 
 # %% ../nbs/48_batches.ipynb #d3731ffa
 class _Dealer(Sampler[list[Draw]]):
@@ -226,7 +264,9 @@ class _Dealer(Sampler[list[Draw]]):
         rank: int | None = None,
     ) -> None:
         if processes < 1 or (rank is not None and not 0 <= rank < processes):
-            raise ValueError(f"rank={rank} must be None or lie in 0..{processes - 1}, below processes={processes}")
+            raise ValueError(
+                f"rank={rank} must be None or lie in 0..{processes - 1}, below processes={processes}"
+            )
         self.lengths = _checked_lengths(lengths, max_samples, max_rows)
         self.max_samples, self.max_rows, self.seed = max_samples, max_rows, seed
         self.processes, self.rank = processes, rank
@@ -237,7 +277,9 @@ class _Dealer(Sampler[list[Draw]]):
         """Return all batches of this epoch, of all processes."""
         if self._plan is None or self._plan[0] != self.epoch:
             bounds: dict[str, Any] = {"max_rows": self.max_rows, "multiple_of": self.processes}
-            batches = bucket_batches(self.lengths, self.max_samples, seed=self.seed, epoch=self.epoch, **bounds)
+            batches = bucket_batches(
+                self.lengths, self.max_samples, seed=self.seed, epoch=self.epoch, **bounds
+            )
             self._plan = (self.epoch, batches)
         return self._plan[1]
 
@@ -257,6 +299,7 @@ class _Dealer(Sampler[list[Draw]]):
         mine = slice(first, None) if self.rank is None else slice(first + self.rank, None, self.processes)
         for batch in self.plan()[mine]:
             yield [Draw(epoch, i) for i in batch]
+
 
 # %% ../nbs/48_batches.ipynb #8ffb437c
 class BucketSampler(_Dealer):
@@ -308,6 +351,7 @@ class BucketSampler(_Dealer):
             )
         self.set_epoch(int(state["epoch"]), int(state["position"]))
 
+
 # %% ../nbs/48_batches.ipynb #2e580dcd
 def keyed_crops(seed: int, epoch: int, ids: Tensor, lengths: Tensor, keep: Tensor | int) -> Tensor:
     """Choose where each utterance's crop begins: every place where it fits is equally likely.
@@ -324,6 +368,7 @@ def keyed_crops(seed: int, epoch: int, ids: Tensor, lengths: Tensor, keep: Tenso
     """
     u = keyed_uniform(seed, epoch, ids, 1, stream="crop", dtype=torch.float64)[:, 0]
     return (u * ((lengths - keep).clamp(min=0) + 1)).long()
+
 
 # %% ../nbs/48_batches.ipynb #e5b6c4bc
 def keyed_masks(
@@ -371,12 +416,15 @@ def keyed_masks(
     counts = span_counts(
         lengths, n_frames, epsilon, mask_prob=mask_prob, mask_length=mask_length, min_masks=min_masks
     )
-    counts = torch.minimum(counts, lengths // mask_length)  # the bound of the row alone, not of the padded batch
+    counts = torch.minimum(
+        counts, lengths // mask_length
+    )  # the bound of the row alone, not of the padded batch
     places = n_frames - mask_length + 1
     # 53 bits: how topk breaks a tie is left open, so it might depend on the padding or the device
     noise = keyed_uniform(seed, epoch, ids, places, stream="spans", dtype=torch.float64)
     most = min(n_frames // mask_length, max(min_masks, int(mask_prob * n_frames / mask_length + 1)))
     return spans_from_noise(noise, counts, lengths, mask_length, most)
+
 
 # %% ../nbs/48_batches.ipynb #ab2cf523
 def keyed_negatives(seed: int, epoch: int, ids: Tensor, mask: Tensor, num_negatives: int) -> Tensor:
@@ -406,6 +454,7 @@ def keyed_negatives(seed: int, epoch: int, ids: Tensor, mask: Tensor, num_negati
     positions = frame[:, None] * num_negatives + torch.arange(num_negatives, device=mask.device)  # [A, N]
     return negatives_from_noise(_uniform(keys[:, None], positions, torch.float32), mask)
 
+
 # %% ../nbs/48_batches.ipynb #e7b46f61
 @dataclass
 class Clip:
@@ -422,6 +471,7 @@ class Clip:
     audio: Samples
     epoch: int = 0
     problem: str = ""
+
 
 # %% ../nbs/48_batches.ipynb #5a58f73b
 class SpeechDataset(Dataset[Clip]):
@@ -463,6 +513,7 @@ class SpeechDataset(Dataset[Clip]):
         audio, problem = self._decode(utterance) if self._kept is None else self._kept[number]
         return Clip(utterance, audio, epoch, problem)
 
+
 # %% ../nbs/48_batches.ipynb #6e545d78
 def keyed_noise(seed: int, epoch: int, id: int, audio: Samples, snr_db: tuple[float, float]) -> Samples:
     """Add white noise, at a level drawn for this utterance and epoch.
@@ -483,6 +534,7 @@ def keyed_noise(seed: int, epoch: int, id: int, audio: Samples, snr_db: tuple[fl
     power = float(np.mean(np.square(audio, dtype=np.float64)))
     return np.asarray(audio + math.sqrt(power / 10 ** (ratio / 10)) * normal.numpy(), np.float32)
 
+
 # %% ../nbs/48_batches.ipynb #9c3d2608
 class _Checks:
     """What every collator is told, and which clips it takes."""
@@ -502,7 +554,9 @@ class _Checks:
         if not isinstance(config, Wav2Vec2ConformerConfig):
             raise ValueError(f"config is a {type(config).__name__}; the model's configuration comes first")
         if feature_extractor.padding_side != "right":
-            raise ValueError("feature_extractor.padding_side='left': the models need the padding on the right")
+            raise ValueError(
+                "feature_extractor.padding_side='left': the models need the padding on the right"
+            )
         for name, value, allowed in (("crop", crop, ("max", "shortest")), ("bad", bad, ("raise", "drop"))):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {allowed}")
@@ -510,7 +564,9 @@ class _Checks:
         self.crop, self.noise_db, self.bad, self.seed = crop, noise_db, bad, seed
         self.spec_augment = spec_augment
         self.width, self.hop = receptive_field(config.conv_kernel, config.conv_stride)
-        self.crop_samples = None if crop_seconds is None else round(crop_seconds * feature_extractor.sampling_rate)
+        self.crop_samples = (
+            None if crop_seconds is None else round(crop_seconds * feature_extractor.sampling_rate)
+        )
         if self.crop_samples is not None and self.crop_samples < self.width:
             raise ValueError(f"crop_seconds={crop_seconds} is shorter than one frame, {self.width} samples")
 
@@ -523,7 +579,11 @@ class _Checks:
         if clip.problem:
             return clip.problem
         n_samples = len(clip.audio)
-        return "" if n_samples >= self.width else f"its {n_samples} samples are fewer than the {self.width} of a frame"
+        return (
+            ""
+            if n_samples >= self.width
+            else f"its {n_samples} samples are fewer than the {self.width} of a frame"
+        )
 
     def _usable(self, clips: Sequence[Clip]) -> tuple[list[Clip], list[str]]:
         """Part the clips into usable ones and descriptions of the others."""
@@ -533,8 +593,11 @@ class _Checks:
         if named and (self.bad == "raise" or not good):
             remedy = "repair them, leave them out (find_problems lists them)"
             remedy += ", or pass bad='drop'" if self.bad == "raise" else ""
-            raise ValueError(f"{len(named)} of {len(clips)} utterances cannot be used ({'; '.join(named[:3])}): {remedy}")
+            raise ValueError(
+                f"{len(named)} of {len(clips)} utterances cannot be used ({'; '.join(named[:3])}): {remedy}"
+            )
         return good, named
+
 
 # %% ../nbs/48_batches.ipynb #5eda43e6
 class Collator(_Checks):
@@ -578,11 +641,16 @@ class Collator(_Checks):
         rows = [clip.audio[a : a + n] for clip, a, n in zip(clips, starts, lengths, strict=True)]
         if self.noise_db is not None:
             rows = [
-                keyed_noise(self.seed, epoch, int(id), row, self.noise_db) for id, row in zip(ids, rows, strict=True)
+                keyed_noise(self.seed, epoch, int(id), row, self.noise_db)
+                for id, row in zip(ids, rows, strict=True)
             ]
         extractor = self.feature_extractor
         padded = extractor(
-            rows, padding=True, return_tensors="pt", return_attention_mask=False, sampling_rate=extractor.sampling_rate
+            rows,
+            padding=True,
+            return_tensors="pt",
+            return_attention_mask=False,
+            sampling_rate=extractor.sampling_rate,
         )
         config = self.config
         n_frames = conv_output_lengths(keep, config.conv_kernel, config.conv_stride)
@@ -616,6 +684,7 @@ class Collator(_Checks):
             n_frames: frames of each row, `[B]`.
         """
 
+
 # %% ../nbs/48_batches.ipynb #1f27beec
 _FACTS = ("ids", "epoch", "lengths", "n_frames", "n_masked", "n_labels", "label_lengths", "texts", "dropped")
 
@@ -630,6 +699,7 @@ def find_problems(speech: Speech, collator: Collator) -> dict[str, str]:
     dataset = SpeechDataset(speech)
     found = {utterance.id: collator.problem(dataset[i]) for i, utterance in enumerate(speech)}
     return {name: why for name, why in found.items() if why}
+
 
 # %% ../nbs/48_batches.ipynb #0b6669db
 class PretrainingCollator(Collator):
@@ -673,6 +743,7 @@ class PretrainingCollator(Collator):
         batch["sampled_negative_indices"] = keyed_negatives(self.seed, epoch, ids, mask, self.num_negatives)
         batch["n_masked"] = int(mask.sum())
 
+
 # %% ../nbs/48_batches.ipynb #734f2a7d
 class CTCCollator(Collator):
     """Batches for learning to write: audio and the numbers of the letters.
@@ -715,6 +786,7 @@ class CTCCollator(Collator):
         batch["n_labels"] = sum(map(len, rows))
         batch["texts"] = [clip.utterance.text for clip in clips]
 
+
 # %% ../nbs/48_batches.ipynb #47bba856
 def label_names(speech: Speech, target: str | Callable[[Utterance], Any]) -> dict[int, str]:
     """Number all labels that occur, in alphabetical order: an `id2label` for the config.
@@ -726,7 +798,11 @@ def label_names(speech: Speech, target: str | Callable[[Utterance], Any]) -> dic
     found: set[str] = set()
     for utterance in speech:
         value = target(utterance) if callable(target) else getattr(utterance, target)
-        found |= {value} if isinstance(value, str) else {v.label if isinstance(v, Segment) else str(v) for v in value}
+        found |= (
+            {value}
+            if isinstance(value, str)
+            else {v.label if isinstance(v, Segment) else str(v) for v in value}
+        )
     return dict(enumerate(sorted(found)))
 
 
@@ -736,9 +812,16 @@ def turn_order(utterance: Utterance) -> list[Segment]:
     number = {name: f"speaker {i + 1}" for i, name in enumerate(dict.fromkeys(turn.label for turn in turns))}
     return [Segment(number[turn.label], turn.start, turn.end) for turn in turns]
 
+
 # %% ../nbs/48_batches.ipynb #09fca666
 def frame_targets(
-    segments: Sequence[Segment], label2id: dict[str, int], n_frames: int, hop: float, middle: float, *, many: bool
+    segments: Sequence[Segment],
+    label2id: dict[str, int],
+    n_frames: int,
+    hop: float,
+    middle: float,
+    *,
+    many: bool,
 ) -> Tensor:
     """Say for each frame which labelled segments cover its middle.
 
@@ -765,8 +848,11 @@ def frame_targets(
     if many:
         return active
     if bool((active.sum(1) > 1).any()):
-        raise ValueError("segments overlap, and a frame has one label; use problem_type='multi_label_classification'")
+        raise ValueError(
+            "segments overlap, and a frame has one label; use problem_type='multi_label_classification'"
+        )
     return torch.where(active.any(1), active.argmax(1), -100)
+
 
 # %% ../nbs/48_batches.ipynb #80c1f5c7
 class LabelCollator(Collator):
@@ -831,7 +917,9 @@ class LabelCollator(Collator):
             return found
         try:
             if self.per == "frame":
-                n_frames = conv_output_lengths(len(clip.audio), self.config.conv_kernel, self.config.conv_stride)
+                n_frames = conv_output_lengths(
+                    len(clip.audio), self.config.conv_kernel, self.config.conv_stride
+                )
                 self._frames(clip, 0, n_frames)
             else:
                 self.label(clip.utterance)
@@ -848,7 +936,9 @@ class LabelCollator(Collator):
         `[B, T, num_labels]` float32, with -100 for padding and for frames without a label.
         """
         if self.per == "frame":
-            rows = [self._frames(clip, a, n) for clip, a, n in zip(clips, starts, n_frames.tolist(), strict=True)]
+            rows = [
+                self._frames(clip, a, n) for clip, a, n in zip(clips, starts, n_frames.tolist(), strict=True)
+            ]
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
             labelled = batch["labels"][..., 0] if self.many else batch["labels"]
             batch["n_labels"] = int((labelled != -100).sum())
@@ -856,6 +946,7 @@ class LabelCollator(Collator):
         labels = torch.tensor([self.label(clip.utterance) for clip in clips])
         batch["labels"] = labels.float() if self.config.problem_type == "regression" else labels
         batch["n_labels"] = len(clips)
+
 
 # %% ../nbs/48_batches.ipynb #a2bcbace
 def data_loader(

@@ -19,10 +19,24 @@ from .model import ModelOutput, Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel
 
 # %% auto #0
-__all__ = ['REGRESSION', 'ONE_LABEL', 'MANY_LABELS', 'masked_mean', 'weighted_layer_sum', 'loss_kind', 'strange_labels',
-           'check_label_form', 'counted_labels', 'classification_loss', 'SequenceClassifierOutput',
-           'TokenClassifierOutput', 'FrameReader', 'Wav2Vec2ConformerForSequenceClassification',
-           'Wav2Vec2ConformerForAudioFrameClassification']
+__all__ = [
+    "REGRESSION",
+    "ONE_LABEL",
+    "MANY_LABELS",
+    "masked_mean",
+    "weighted_layer_sum",
+    "loss_kind",
+    "strange_labels",
+    "check_label_form",
+    "counted_labels",
+    "classification_loss",
+    "SequenceClassifierOutput",
+    "TokenClassifierOutput",
+    "FrameReader",
+    "Wav2Vec2ConformerForSequenceClassification",
+    "Wav2Vec2ConformerForAudioFrameClassification",
+]
+
 
 # %% ../nbs/44_classification.ipynb #2bea9759
 def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -40,6 +54,7 @@ def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         return hidden.mean(1, dtype=wide).to(hidden.dtype)
     total = hidden.masked_fill(~mask[..., None], 0).sum(1, dtype=wide)  # fill, not multiply: NaN * 0 is NaN
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden.dtype)
+
 
 # %% ../nbs/44_classification.ipynb #9a32b687
 def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -> Tensor:
@@ -67,6 +82,7 @@ def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -
     for share, state in zip(layer_weights.softmax(0, dtype=wide), hidden_states, strict=True):
         total = total + share * state  # one state at a time: a stack would copy all of them
     return total.to(hidden_states[0].dtype)
+
 
 # %% ../nbs/44_classification.ipynb #bc8d3bdd
 REGRESSION, ONE_LABEL, MANY_LABELS = "regression", "single_label_classification", "multi_label_classification"
@@ -101,10 +117,13 @@ def strange_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, st
         return ~((labels >= 0) & (labels <= 1)), "0 to 1, and -100 for what to ignore"
     if labels.dim() == 3:
         one_hot = ((labels == 1).sum(-1) == 1) & ((labels == 0).sum(-1) == n_labels - 1)
-        advice = f"set config.problem_type={MANY_LABELS!r} where several classes, or none, may be true at once"
+        advice = (
+            f"set config.problem_type={MANY_LABELS!r} where several classes, or none, may be true at once"
+        )
         return ~one_hot, f"one 1 among zeros, or -100 throughout for a frame to ignore; {advice}"
     allowed = f"0..{n_labels - 1} (num_labels={n_labels}), and -100 for what to ignore"
     return (labels < 0) | (labels >= n_labels), allowed
+
 
 # %% ../nbs/44_classification.ipynb #5190bb6a
 def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
@@ -125,7 +144,8 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
     places, full = tuple(shape[:-1]), tuple(shape)
     numbers, one_hot = kind == ONE_LABEL, kind == ONE_LABEL and len(full) == 3
     allowed = {
-        ONE_LABEL: f"class numbers (integers) of shape {places}" + f" or one-hot labels of shape {full}" * one_hot,
+        ONE_LABEL: f"class numbers (integers) of shape {places}"
+        + f" or one-hot labels of shape {full}" * one_hot,
         MANY_LABELS: f"0 or 1 for each class, of shape {full}",
         REGRESSION: f"numbers of shape {places if full[-1] == 1 else full}",
     }[kind] + f" for problem_type {kind!r}"
@@ -138,10 +158,15 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
         hint = "; frames are counted after the adapter, if there is one, by model._get_feat_extract_output_lengths"
         raise ValueError(f"labels: got shape {came}, expected {allowed}{hint if len(full) == 3 else ''}")
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if labels.is_complex() or (fits_numbers and not whole) or (kind == REGRESSION and labels.dtype == torch.bool):
+    if (
+        labels.is_complex()
+        or (fits_numbers and not whole)
+        or (kind == REGRESSION and labels.dtype == torch.bool)
+    ):
         raise ValueError(f"labels: got dtype {labels.dtype}, expected {allowed}")
     labels = labels if labels.is_floating_point() else labels.long()
     return labels.reshape(places if fits_numbers else full)
+
 
 # %% ../nbs/44_classification.ipynb #83e2dd8a
 def counted_labels(labels: Tensor, n_labels: int, kind: str, mask: Tensor | None = None) -> Tensor:
@@ -171,8 +196,11 @@ def counted_labels(labels: Tensor, n_labels: int, kind: str, mask: Tensor | None
         strange, allowed = strange_labels(labels, n_labels, kind)
         if (strange & counts).any():
             where = (strange & counts).nonzero()[0].tolist()
-            raise ValueError(f"labels{where} = {labels[tuple(where)].tolist()} is refused: allowed are {allowed}")
+            raise ValueError(
+                f"labels{where} = {labels[tuple(where)].tolist()} is refused: allowed are {allowed}"
+            )
     return counts
+
 
 # %% ../nbs/44_classification.ipynb #52c33c0c
 def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
@@ -203,6 +231,7 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor 
         targets = labels.to(logits.dtype).masked_fill(~counts, 0)  # a NaN there would reach the gradient
         each = distance(logits, targets, reduction="none").masked_fill(~counts, 0)
     return each.sum() / counts.sum().clamp(min=1)
+
 
 # %% ../nbs/44_classification.ipynb #3043ae90
 @dataclass(eq=False)
@@ -237,6 +266,7 @@ class TokenClassifierOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
+
 
 # %% ../nbs/44_classification.ipynb #a4c6fa9d
 class FrameReader(PreTrainedModel):
@@ -279,20 +309,29 @@ class FrameReader(PreTrainedModel):
         base, config = self.wav2vec2_conformer, self.config
         weights = self.layer_weights if config.use_weighted_layer_sum else None
         if config.use_weighted_layer_sum and weights is None:
-            raise refuse("use_weighted_layer_sum", True, "set when the model is built: it has no layer_weights")
+            raise refuse(
+                "use_weighted_layer_sum", True, "set when the model is built: it has no layer_weights"
+            )
         keep = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = base(input_values, attention_mask, None, output_attentions, keep or weights is not None, True)
+        output = base(
+            input_values, attention_mask, None, output_attentions, keep or weights is not None, True
+        )
         frames = output.last_hidden_state
         if weights is not None:
             frames = weighted_layer_sum(output.hidden_states, weights)
             output.hidden_states = output.hidden_states if keep else None
             if base.adapter is not None:
                 samples = None if attention_mask is None else valid_lengths(attention_mask)
-                n_real = None if samples is None else base._get_feat_extract_output_lengths(samples, add_adapter=False)
+                n_real = (
+                    None
+                    if samples is None
+                    else base._get_feat_extract_output_lengths(samples, add_adapter=False)
+                )
                 frames = base.adapter(frames, n_real)
         if attention_mask is None:
             return output, frames, None
         return output, frames, self._get_feature_vector_attention_mask(frames.shape[1], attention_mask)
+
 
 # %% ../nbs/44_classification.ipynb #8bd0afd3
 class Wav2Vec2ConformerForSequenceClassification(FrameReader):
@@ -333,12 +372,15 @@ class Wav2Vec2ConformerForSequenceClassification(FrameReader):
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
         """
-        base, frames, mask = self.read_frames(input_values, attention_mask, output_attentions, output_hidden_states)
+        base, frames, mask = self.read_frames(
+            input_values, attention_mask, output_attentions, output_hidden_states
+        )
         logits = self.classifier(masked_mean(self.projector(frames), mask))
         loss = None if labels is None else classification_loss(logits, labels, loss_kind(self.config))
         output = SequenceClassifierOutput(loss, logits, base.hidden_states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
+
 
 # %% ../nbs/44_classification.ipynb #1955df57
 class Wav2Vec2ConformerForAudioFrameClassification(FrameReader):
@@ -379,7 +421,9 @@ class Wav2Vec2ConformerForAudioFrameClassification(FrameReader):
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
         """
-        base, frames, mask = self.read_frames(input_values, attention_mask, output_attentions, output_hidden_states)
+        base, frames, mask = self.read_frames(
+            input_values, attention_mask, output_attentions, output_hidden_states
+        )
         logits = self.classifier(frames)
         loss = None
         if labels is not None:

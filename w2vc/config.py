@@ -25,13 +25,56 @@ from torch import Tensor
 from torch.nn import functional
 
 # %% auto #0
-__all__ = ['Rule', 'ACTIVATIONS', 'Activation', 'CHECKS', 'JOURNAL', 'COMMIT', 'ConfigType', 'TINY', 'LARGE', 'refuse', 'integer',
-           'number', 'flag', 'one_of', 'sizes', 'label_map', 'nearest', 'activation_name', 'get_activation', 'knob',
-           'CheckedKnobs', 'FeatureKnobs', 'EncoderKnobs', 'MaskingKnobs', 'PretrainingKnobs', 'HeadKnobs',
-           'SwitchKnobs', 'check_heads', 'check_layer_tuples', 'check_groups', 'check_classes', 'AllKnobs',
-           'fresh_name', 'flush_to_disk', 'write_atomically', 'pending_save', 'finish_save', 'write_together',
-           'hub_problem', 'find_on_hub', 'lacks', 'find_file', 'pin_revision', 'read_json', 'SavedKnobs',
-           'accept_knobs', 'Wav2Vec2ConformerConfig', 'parameter_counts']
+__all__ = [
+    "Rule",
+    "ACTIVATIONS",
+    "Activation",
+    "CHECKS",
+    "JOURNAL",
+    "COMMIT",
+    "ConfigType",
+    "TINY",
+    "LARGE",
+    "refuse",
+    "integer",
+    "number",
+    "flag",
+    "one_of",
+    "sizes",
+    "label_map",
+    "nearest",
+    "activation_name",
+    "get_activation",
+    "knob",
+    "CheckedKnobs",
+    "FeatureKnobs",
+    "EncoderKnobs",
+    "MaskingKnobs",
+    "PretrainingKnobs",
+    "HeadKnobs",
+    "SwitchKnobs",
+    "check_heads",
+    "check_layer_tuples",
+    "check_groups",
+    "check_classes",
+    "AllKnobs",
+    "fresh_name",
+    "flush_to_disk",
+    "write_atomically",
+    "pending_save",
+    "finish_save",
+    "write_together",
+    "hub_problem",
+    "find_on_hub",
+    "lacks",
+    "find_file",
+    "pin_revision",
+    "read_json",
+    "SavedKnobs",
+    "accept_knobs",
+    "Wav2Vec2ConformerConfig",
+    "parameter_counts",
+]
 
 # %% ../nbs/02_config.ipynb #a33272c5
 Rule = Callable[[str, Any], Any]  # (knob, value) -> the value in its normal form, or a ValueError
@@ -69,6 +112,7 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
 
     return check
 
+
 # %% ../nbs/02_config.ipynb #627bb11c
 def flag(knob: str, value: Any) -> bool:
     """A rule: True or False, and nothing that only behaves like one."""
@@ -98,6 +142,7 @@ def sizes(knob: str, value: Any) -> tuple[int, ...]:
     except ValueError:
         raise refuse(knob, value, allowed) from None
 
+
 # %% ../nbs/02_config.ipynb #27b4dfc4
 def label_map(knob: str, value: Any) -> dict[Any, Any] | None:
     """A rule for `id2label` (number to name) and `label2id` (name to number): both ways one to one."""
@@ -117,6 +162,7 @@ def label_map(knob: str, value: Any) -> dict[Any, Any] | None:
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(value):
         raise refuse(knob, value, allowed)
     return dict(enumerate(names)) if to_name else {name: i for i, name in enumerate(names)}
+
 
 # %% ../nbs/02_config.ipynb #eeef3a8a
 def nearest(name: object, known: Mapping[str, object]) -> str:
@@ -155,6 +201,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+
 # %% ../nbs/02_config.ipynb #cc0e3436
 def activation_name(knob: str, value: Any) -> Any:
     """A rule: a key of `ACTIVATIONS`, or a callable."""
@@ -173,6 +220,7 @@ def get_activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Te
         ValueError: The name is unknown; the message names the nearest.
     """
     return ACTIVATIONS[name] if isinstance(name := activation_name("activation", activation), str) else name
+
 
 # %% ../nbs/02_config.ipynb #88e6b928
 def knob(default: Any, rule: Rule, doc: str) -> Any:
@@ -213,6 +261,7 @@ class CheckedKnobs:
 Activation = str | Callable[[Tensor], Tensor]
 _share = number(0, 1)  # probabilities and shares
 
+
 # %% ../nbs/02_config.ipynb #6101fab9
 @dataclass(kw_only=True, eq=False, repr=False)
 class FeatureKnobs(CheckedKnobs):
@@ -232,6 +281,7 @@ class FeatureKnobs(CheckedKnobs):
     )
     feat_proj_dropout: float = knob(0.0, _share, "dropout after the projection to the width D; 0..1")
     feat_quantizer_dropout: float = knob(0.0, _share, "dropout on the features for the quantizer; 0..1")
+
 
 # %% ../nbs/02_config.ipynb #08b672c1
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -257,9 +307,12 @@ class EncoderKnobs(CheckedKnobs):
         "relative", one_of("relative", "rotary", None), "how attention knows distances; None: not at all"
     )
     rotary_embedding_base: int = knob(10000, integer(), "rotary: speed of the first plane over the last's")
-    max_source_positions: int = knob(5000, integer(), "relative: frames to prepare for; longer inputs still work")
+    max_source_positions: int = knob(
+        5000, integer(), "relative: frames to prepare for; longer inputs still work"
+    )
     num_conv_pos_embeddings: int = knob(128, integer(), "kernel of a layer that is saved, and never run")
     num_conv_pos_embedding_groups: int = knob(16, integer(), "groups of that layer; must divide hidden_size")
+
 
 # %% ../nbs/02_config.ipynb #0b53bc12
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -287,6 +340,7 @@ class PretrainingKnobs(CheckedKnobs):
     contrastive_logits_temperature: float = knob(0.1, number(above=True), "cosines are divided by this; > 0")
     diversity_loss_weight: float = knob(0.1, number(), "weight of the codebook-use term in the loss; >= 0")
 
+
 # %% ../nbs/02_config.ipynb #7af73dfb
 @dataclass(kw_only=True, eq=False, repr=False)
 class HeadKnobs(CheckedKnobs):
@@ -297,7 +351,9 @@ class HeadKnobs(CheckedKnobs):
     bos_token_id: int | None = knob(1, integer(0, none=True), "start token; unused by the model")
     eos_token_id: int | None = knob(2, integer(0, none=True), "end token; unused by the model")
     final_dropout: float = knob(0.1, _share, "dropout before the CTC head's projection; 0..1")
-    ctc_loss_reduction: str = knob("sum", one_of("sum", "mean", "none"), "how a batch's CTC losses are joined")
+    ctc_loss_reduction: str = knob(
+        "sum", one_of("sum", "mean", "none"), "how a batch's CTC losses are joined"
+    )
     ctc_zero_infinity: bool = knob(False, flag, "count impossible alignments as loss 0 instead of infinity")
     use_weighted_layer_sum: bool = knob(False, flag, "classifiers read a learned mixture of all layers")
     classifier_proj_size: int = knob(256, integer(), "width between the encoder and the classifier")
@@ -309,7 +365,9 @@ class HeadKnobs(CheckedKnobs):
     adapter_kernel_size: int = knob(3, integer(), "width of the adapter's convolutions, in frames")
     adapter_stride: int = knob(2, integer(), "step of the adapter's convolutions, in frames")
     num_adapter_layers: int = knob(3, integer(), "number of the adapter's convolutions")
-    output_hidden_size: int = knob(None, integer(none=True), "width after the adapter; None: follows hidden_size")
+    output_hidden_size: int = knob(
+        None, integer(none=True), "width after the adapter; None: follows hidden_size"
+    )
     num_labels: int = knob(2, integer(), "number of classes of a classification head")
     id2label: dict[int, str] = knob(None, label_map, "class names by number; None: LABEL_0, …")  # noqa: RUF009
     label2id: dict[str, int] = knob(None, label_map, "class numbers by name; None: from id2label")  # noqa: RUF009
@@ -319,6 +377,7 @@ class HeadKnobs(CheckedKnobs):
         "which loss a classification head uses; None: by num_labels",
     )
 
+
 # %% ../nbs/02_config.ipynb #024d6dd4
 @dataclass(kw_only=True, eq=False, repr=False)
 class SwitchKnobs(CheckedKnobs):
@@ -327,9 +386,14 @@ class SwitchKnobs(CheckedKnobs):
     output_attentions: bool = knob(False, flag, "return the attention maps")
     output_hidden_states: bool = knob(False, flag, "return the output of every layer")
     return_dict: bool = knob(True, flag, "return a named output instead of a tuple")
-    attn_implementation: str = knob("sdpa", one_of("sdpa", "eager"), "attention kernel: changes speed, not results")
+    attn_implementation: str = knob(
+        "sdpa", one_of("sdpa", "eager"), "attention kernel: changes speed, not results"
+    )
     padding_invariant: bool = knob(True, flag, "padding never changes a result; False: as in transformers")
-    hidden_states_pre_norm: bool = knob(False, flag, "hidden_states ends before the last norm (transformers 5)")
+    hidden_states_pre_norm: bool = knob(
+        False, flag, "hidden_states ends before the last norm (transformers 5)"
+    )
+
 
 # %% ../nbs/02_config.ipynb #c2d4be65
 def check_heads(c: AllKnobs) -> None:
@@ -338,7 +402,9 @@ def check_heads(c: AllKnobs) -> None:
     if width % heads:
         raise refuse("num_attention_heads", heads, f"a divisor of hidden_size={width}")
     if positions == "relative" and width % 2:
-        raise refuse("hidden_size", width, "even for position_embeddings_type='relative': sines and cosines in pairs")
+        raise refuse(
+            "hidden_size", width, "even for position_embeddings_type='relative': sines and cosines in pairs"
+        )
     if positions == "rotary" and width // heads % 2:
         allowed = f"such that {width} / num_attention_heads is even for position_embeddings_type='rotary'"
         raise refuse("num_attention_heads", heads, allowed)
@@ -352,6 +418,7 @@ def check_layer_tuples(c: AllKnobs) -> None:
             if len(getattr(c, other)) != len(getattr(c, first)):
                 layers = len(getattr(c, first))
                 raise refuse(other, getattr(c, other), f"as long as {first}, which has {layers} layers")
+
 
 # %% ../nbs/02_config.ipynb #534e376b
 def check_groups(c: AllKnobs) -> None:
@@ -373,12 +440,19 @@ def check_classes(c: AllKnobs) -> None:
     if len(c.id2label) != c.num_labels:
         raise refuse("num_labels", c.num_labels, f"the number of names in id2label, {len(c.id2label)}")
     if c.label2id != {name: i for i, name in c.id2label.items()}:
-        raise refuse("label2id", c.label2id, f"the inverse of id2label={c.id2label!r}; assign one and the other follows")
+        raise refuse(
+            "label2id",
+            c.label2id,
+            f"the inverse of id2label={c.id2label!r}; assign one and the other follows",
+        )
     if c.problem_type == "single_label_classification" and c.num_labels == 1:
-        raise refuse("problem_type", c.problem_type, "'regression' or None for num_labels=1: one class is no choice")
+        raise refuse(
+            "problem_type", c.problem_type, "'regression' or None for num_labels=1: one class is no choice"
+        )
 
 
 CHECKS = (check_heads, check_layer_tuples, check_groups, check_classes)
+
 
 # %% ../nbs/02_config.ipynb #a57bc596
 @dataclass(kw_only=True, repr=False)
@@ -428,6 +502,7 @@ class AllKnobs(SwitchKnobs, HeadKnobs, PretrainingKnobs, MaskingKnobs, EncoderKn
         turned += ["num_labels"] * (self.num_labels != 2 and "id2label" not in turned)
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in turned)})"
 
+
 # %% ../nbs/02_config.ipynb #52892cf2
 def fresh_name(path: Path) -> Path:
     """A new hidden name beside `path`, for a file that is not finished."""
@@ -466,6 +541,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.unlink(missing_ok=True)  # already gone, unless something failed
     flush_to_disk(path.parent)
 
+
 # %% ../nbs/02_config.ipynb #74e05eb5
 JOURNAL = "save-in-progress.json"
 
@@ -494,8 +570,14 @@ def finish_save(folder: Path) -> None:
         flush_to_disk(folder)
         (folder / JOURNAL).unlink(missing_ok=True)
 
+
 # %% ../nbs/02_config.ipynb #2dd04bdc
-def write_together(folder: str | os.PathLike[str], files: Mapping[str, bytes | Callable[[Path], Any]], *, remove: Iterable[str] = ()) -> None:
+def write_together(
+    folder: str | os.PathLike[str],
+    files: Mapping[str, bytes | Callable[[Path], Any]],
+    *,
+    remove: Iterable[str] = (),
+) -> None:
     """Write several files of a folder as one: cut at any instant, the folder holds all old or all new files.
 
     Every file is first written in full under a hidden name. Then a journal appears, which lists the renames still to
@@ -518,7 +600,9 @@ def write_together(folder: str | os.PathLike[str], files: Mapping[str, bytes | C
         for name, path in written.items():
             content = files[name]
             path.touch()
-            usual = path.stat().st_mode  # what this system lets others do with a new file; some writers are stricter
+            usual = (
+                path.stat().st_mode
+            )  # what this system lets others do with a new file; some writers are stricter
             path.write_bytes(content) if isinstance(content, bytes) else content(path)
             path.chmod(usual)
             flush_to_disk(path)
@@ -530,6 +614,7 @@ def write_together(folder: str | os.PathLike[str], files: Mapping[str, bytes | C
                 path.unlink(missing_ok=True)
         raise
     finish_save(folder)
+
 
 # %% ../nbs/02_config.ipynb #eaa695f1
 COMMIT = re.compile(r"[0-9a-f]{40}")  # the name of one state of a repository: it never changes its content
@@ -553,7 +638,9 @@ def hub_problem(repo: str, filename: str, revision: str | None, error: Exception
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo!r} has no revision {revision!r} on the hub: name one of its branches, tags or commits"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{repo!r} is neither a folder here nor a repository on the hub; if it is a private one, {log_in}"
+        return (
+            f"{repo!r} is neither a folder here nor a repository on the hub; if it is a private one, {log_in}"
+        )
     answered = isinstance(error.__cause__ or error, errors.HfHubHTTPError)
     if isinstance(error, errors.LocalEntryNotFoundError) and not answered:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT}: {said}"
@@ -563,6 +650,7 @@ def hub_problem(repo: str, filename: str, revision: str | None, error: Exception
             "go online once, or pass a folder"
         )
     return f"{repo!r} is no folder here, and the hub does not give {filename}: {said}"
+
 
 # %% ../nbs/02_config.ipynb #7b12e655
 def find_on_hub(repo: str, filename: str, revision: str | None = None) -> Path | None:
@@ -606,6 +694,7 @@ def find_on_hub(repo: str, filename: str, revision: str | None = None) -> Path |
             return None
         raise FileNotFoundError(hub_problem(repo, filename, revision, error)) from error
 
+
 # %% ../nbs/02_config.ipynb #92a1935f
 def lacks(name_or_path: str | os.PathLike[str], what: str) -> FileNotFoundError:
     """The error for a checkpoint without a file; it knows the looks of fairseq's checkpoints, which are files."""
@@ -613,11 +702,15 @@ def lacks(name_or_path: str | os.PathLike[str], what: str) -> FileNotFoundError:
     pickles = [path] if path.is_file() else sorted(path.glob("*.pt")) if path.is_dir() else []
     problem = "is a file, and a checkpoint is a folder" if path.is_file() else f"has no {what}"
     if any(pickle.suffix in {".pt", ".pth"} for pickle in pickles):
-        problem += f"; is {pickles[0].name} one of fairseq's checkpoints? w2vc.fairseq.load_fairseq reads those"
+        problem += (
+            f"; is {pickles[0].name} one of fairseq's checkpoints? w2vc.fairseq.load_fairseq reads those"
+        )
     return FileNotFoundError(f"{os.fspath(name_or_path)!r} {problem}")
 
 
-def find_file(name_or_path: str | os.PathLike[str], filename: str, *, revision: str | None = None) -> Path | None:
+def find_file(
+    name_or_path: str | os.PathLike[str], filename: str, *, revision: str | None = None
+) -> Path | None:
     """Find a file of a checkpoint, in a local folder or on the Hugging Face hub.
 
     Args:
@@ -637,12 +730,17 @@ def find_file(name_or_path: str | os.PathLike[str], filename: str, *, revision: 
         raise lacks(folder, filename)
     if os.fspath(name_or_path) and folder.is_dir():
         written = pending_save(folder).get(filename, filename)
-        names = [] if written is None else [written, filename]  # the second: already renamed when the cut came
+        names = (
+            [] if written is None else [written, filename]
+        )  # the second: already renamed when the cut came
         return next((folder / name for name in names if (folder / name).is_file()), None)
     if not isinstance(name_or_path, str) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
-        problem = f"{os.fspath(name_or_path)!r} is neither a folder here nor the name of a checkpoint on the hub"
+        problem = (
+            f"{os.fspath(name_or_path)!r} is neither a folder here nor the name of a checkpoint on the hub"
+        )
         raise FileNotFoundError(f"{problem}: it reads like a path, and nothing is there")
     return find_on_hub(name_or_path, filename, revision)
+
 
 # %% ../nbs/02_config.ipynb #2df0c2a5
 def pin_revision(
@@ -677,6 +775,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
+
 
 # %% ../nbs/02_config.ipynb #6836cc98
 class SavedKnobs(AllKnobs):
@@ -725,7 +824,9 @@ class SavedKnobs(AllKnobs):
         """`to_dict` as JSON text, keys sorted, in the layout of a config.json."""
         for name in ("hidden_act", "feat_extract_activation"):
             if not isinstance(value := getattr(self, name), str):
-                raise refuse(name, value, "the name of an activation to be saved: JSON cannot hold a function")
+                raise refuse(
+                    name, value, "the name of an activation to be saved: JSON cannot hold a function"
+                )
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -755,6 +856,7 @@ class SavedKnobs(AllKnobs):
             raise lacks(name_or_path, "config.json")
         return cls.from_dict(read_json(found), **overrides)
 
+
 # %% ../nbs/02_config.ipynb #4bbb3e7d
 ConfigType = TypeVar("ConfigType", bound=type)
 
@@ -780,6 +882,7 @@ def accept_knobs(config_class: ConfigType) -> ConfigType:
 
     cls.__init__ = init
     return config_class
+
 
 # %% ../nbs/02_config.ipynb #7a771176
 TINY: dict[str, Any] = dict(
@@ -819,6 +922,7 @@ class Wav2Vec2ConformerConfig(SavedKnobs):
         """The size of the released checkpoints (wav2vec2-conformer-rel-pos-large)."""
         return cls(**(LARGE | knobs))
 
+
 # %% ../nbs/02_config.ipynb #36027bd2
 def parameter_counts(config: Wav2Vec2ConformerConfig, *, pretraining: bool = False) -> dict[str, int]:
     """Count a model's parameters by formula, part by part, without building it.
@@ -831,11 +935,19 @@ def parameter_counts(config: Wav2Vec2ConformerConfig, *, pretraining: bool = Fal
         Part -> number of parameters; the parts of all L blocks are summed.
     """
     c = config
-    d, wide, last, layers, out = c.hidden_size, c.intermediate_size, c.conv_dim[-1], c.num_hidden_layers, c.output_hidden_size
+    d, wide, last, layers, out = (
+        c.hidden_size,
+        c.intermediate_size,
+        c.conv_dim[-1],
+        c.num_hidden_layers,
+        c.output_hidden_size,
+    )
     inputs = (1, *c.conv_dim[:-1])
     convolutions = sum(i * o * k for i, o, k in zip(inputs, c.conv_dim, c.conv_kernel, strict=True))
     normed = c.conv_dim if c.feat_extract_norm == "layer" else c.conv_dim[:1]  # scale and shift each
-    positions = d * d + 2 * d if c.position_embeddings_type == "relative" else 0  # linear_pos, pos_bias_u, pos_bias_v
+    positions = (
+        d * d + 2 * d if c.position_embeddings_type == "relative" else 0
+    )  # linear_pos, pos_bias_u, pos_bias_v
     counts = {
         "feature encoder": convolutions + c.conv_bias * sum(c.conv_dim) + 2 * sum(normed),
         "feature projection": 2 * last + last * d + d,
@@ -844,7 +956,9 @@ def parameter_counts(config: Wav2Vec2ConformerConfig, *, pretraining: bool = Fal
         "attention": layers * (4 * (d * d + d) + positions),
         "convolution": layers * (3 * d * d + d * c.conv_depthwise_kernel_size + 2 * d),
         "layer norms": layers * 5 * 2 * d + 2 * d,
-        "unused positions": d * d // c.num_conv_pos_embedding_groups * c.num_conv_pos_embeddings + c.num_conv_pos_embeddings + d,
+        "unused positions": d * d // c.num_conv_pos_embedding_groups * c.num_conv_pos_embeddings
+        + c.num_conv_pos_embeddings
+        + d,
     }
     if c.add_adapter:
         entry = d * out + out + 2 * out if out != d else 0

@@ -20,8 +20,16 @@ from .convolution import ConvolutionModule
 from .positions import ConvolutionalPositions, Positions, make_positions
 
 # %% auto #0
-__all__ = ['FeedForward', 'ConformerBlock', 'skip_layer', 'several_processes', 'keep_buffers', 'recompute_contexts',
-           'ConformerEncoder']
+__all__ = [
+    "FeedForward",
+    "ConformerBlock",
+    "skip_layer",
+    "several_processes",
+    "keep_buffers",
+    "recompute_contexts",
+    "ConformerEncoder",
+]
+
 
 # %% ../nbs/26_conformer.ipynb #b2b80b9a
 class FeedForward(nn.Module):
@@ -45,6 +53,7 @@ class FeedForward(nn.Module):
         """Map `[B, T, D]` to `[B, T, D]`, frame by frame."""
         inner = self.intermediate_dropout(self.activation(self.intermediate_dense(hidden)))  # [B, T, F]
         return self.output_dropout(self.output_dense(inner))  # [B, T, D]
+
 
 # %% ../nbs/26_conformer.ipynb #55c74797
 class ConformerBlock(nn.Module):
@@ -88,11 +97,14 @@ class ConformerBlock(nn.Module):
             The stream `[B, T, D]` and the maps `[B, H, T, T]` or None.
         """
         hidden = hidden + 0.5 * self.ffn1(self.ffn1_layer_norm(hidden))
-        update, maps = self.self_attn(self.self_attn_layer_norm(hidden), frame_mask, positions, output_attentions)
+        update, maps = self.self_attn(
+            self.self_attn_layer_norm(hidden), frame_mask, positions, output_attentions
+        )
         hidden = hidden + self.self_attn_dropout(update)
         hidden = hidden + self.conv_module(hidden, frame_mask)
         hidden = hidden + 0.5 * self.ffn2(self.ffn2_layer_norm(hidden))
         return self.final_layer_norm(hidden), maps
+
 
 # %% ../nbs/26_conformer.ipynb #c4731ea1
 def skip_layer(layerdrop: float, training: bool) -> bool:
@@ -108,6 +120,7 @@ def several_processes() -> bool:
     """Say whether several processes train together; each then waits for a gradient of every parameter from all others."""
     group = torch.distributed
     return group.is_available() and group.is_initialized() and group.get_world_size() > 1
+
 
 # %% ../nbs/26_conformer.ipynb #1b48bda4
 @contextmanager
@@ -126,6 +139,7 @@ def keep_buffers(module: nn.Module) -> Iterator[None]:
 def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts for `torch.utils.checkpoint`: the second run of `block` must not count its batch twice."""
     return nullcontext(), keep_buffers(block)
+
 
 # %% ../nbs/26_conformer.ipynb #66236d5f
 class ConformerEncoder(nn.Module):
@@ -173,7 +187,9 @@ class ConformerEncoder(nn.Module):
         if frame_mask is not None:
             if frame_mask.dtype != torch.bool or frame_mask.shape != hidden.shape[:2]:
                 got, want = list(frame_mask.shape), list(hidden.shape[:2])
-                raise ValueError(f"frame_mask is {frame_mask.dtype} {got}; it must be torch.bool {want}, True = real")
+                raise ValueError(
+                    f"frame_mask is {frame_mask.dtype} {got}; it must be torch.bool {want}, True = real"
+                )
             hidden = hidden.masked_fill(~frame_mask.unsqueeze(-1), 0.0)
         hidden = self.dropout(hidden)
         positions = None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
-__all__ = ['MaskedBatchNorm1d', 'ConvolutionModule']
+__all__ = ["MaskedBatchNorm1d", "ConvolutionModule"]
+
 
 # %% ../nbs/24_convolution.ipynb #08b25edf
 class MaskedBatchNorm1d(nn.BatchNorm1d):
@@ -63,6 +64,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         unbiased = variance * (count / (count - 1).clamp(min=1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             running.lerp_(new.to(running.dtype), step.to(running.dtype))
+
 
 # %% ../nbs/24_convolution.ipynb #b3c72afe
 class ConvolutionModule(nn.Module):

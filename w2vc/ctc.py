@@ -20,8 +20,18 @@ from .model import ModelOutput, Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel
 
 # %% auto #0
-__all__ = ['collapse', 'weave_blanks', 'pack_labels', 'frames_needed', 'ctc_loss', 'check_labels', 'check_feasible',
-           'CausalLMOutput', 'Wav2Vec2ConformerForCTC']
+__all__ = [
+    "collapse",
+    "weave_blanks",
+    "pack_labels",
+    "frames_needed",
+    "ctc_loss",
+    "check_labels",
+    "check_feasible",
+    "CausalLMOutput",
+    "Wav2Vec2ConformerForCTC",
+]
+
 
 # %% ../nbs/40_ctc.ipynb #39e8b415
 def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
@@ -33,12 +43,14 @@ def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
     """
     return [symbol for symbol, _ in groupby(int(s) for s in path) if symbol != blank]
 
+
 # %% ../nbs/40_ctc.ipynb #29315657
 def weave_blanks(labels: Tensor, blank: int = 0) -> Tensor:
     """Put a blank before, between and after labels: `[B, U]` -> `[B, 2U + 1]`, the states of the trellis."""
     states = labels.new_full((labels.shape[0], 2 * labels.shape[1] + 1), blank)
     states[:, 1::2] = labels
     return states
+
 
 # %% ../nbs/40_ctc.ipynb #b6a4efc0
 def pack_labels(labels: Tensor, blank: int = 0, ignored: int = -100) -> tuple[Tensor, Tensor]:
@@ -72,6 +84,7 @@ def frames_needed(labels: Tensor, n_labels: Tensor) -> Tensor:
     repeats = (labels[:, 1:] == labels[:, :-1]) & (places < n_labels[:, None])
     return n_labels + repeats.sum(1)
 
+
 # %% ../nbs/40_ctc.ipynb #c9353102
 _NEVER = -1e30  # log of "impossible"; a finite number, because minus infinity makes gradients NaN
 
@@ -97,7 +110,9 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     states = weave_blanks(labels, blank)  # [B, S]
     log_probs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
     emit = log_probs.gather(2, states[:, None].expand(-1, T, -1))  # [B, T, S]
-    skips = states != pad(states, (2, 0), value=blank)[:, :-2]  # a label unlike the last (blanks are all alike)
+    skips = (
+        states != pad(states, (2, 0), value=blank)[:, :-2]
+    )  # a label unlike the last (blanks are all alike)
     reach = torch.full_like(emit[:, 0], _NEVER)  # [B, S]: log probability of all ways to stand here
     reach[:, 0] = 0.0  # before the first frame we stand on the first blank
     for t in range(T):
@@ -108,6 +123,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     before = reach.gather(1, (2 * n_labels[:, None] - 1).clamp(min=0)).where(n_labels[:, None] > 0, _NEVER)
     loss = -torch.cat([last, before], 1).logsumexp(1)
     return loss.where(loss < -_NEVER / 2, float("inf"))
+
 
 # %% ../nbs/40_ctc.ipynb #0ae7ed7e
 def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
@@ -157,6 +173,7 @@ def check_feasible(labels: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
             "Leave them out, or set config.ctc_zero_infinity=True to count them as 0"
         )
 
+
 # %% ../nbs/40_ctc.ipynb #4c42f9ae
 @dataclass(eq=False)
 class CausalLMOutput(ModelOutput):
@@ -173,6 +190,7 @@ class CausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
+
 
 # %% ../nbs/40_ctc.ipynb #4ee57b07
 class Wav2Vec2ConformerForCTC(PreTrainedModel):
@@ -214,7 +232,9 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         on_host = labels.device.type == n_frames.device.type == "cpu"  # elsewhere each look makes us wait
         if on_host and not config.ctc_zero_infinity:
             check_feasible(labels, n_labels, n_frames)
-        with torch.autocast(logits.device.type, enabled=False):  # int64 labels also keep torch off cuDNN's kernel
+        with torch.autocast(
+            logits.device.type, enabled=False
+        ):  # int64 labels also keep torch off cuDNN's kernel
             return nn.functional.ctc_loss(
                 log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1),
                 labels.to(logits.device),

@@ -28,7 +28,17 @@ from .ctc import collapse
 from .text import VOCAB_FILE, Wav2Vec2CTCTokenizer, Wav2Vec2Processor, runs_of
 
 # %% auto #0
-__all__ = ['greedy', 'NGramModel', 'estimate_ngram', 'HotWords', 'TextScorer', 'Hypothesis', 'beam_search', 'CTCDecoder']
+__all__ = [
+    "greedy",
+    "NGramModel",
+    "estimate_ngram",
+    "HotWords",
+    "TextScorer",
+    "Hypothesis",
+    "beam_search",
+    "CTCDecoder",
+]
+
 
 # %% ../nbs/42_decoding.ipynb #cc7df889
 def _check_scores(logits: Any, dims: tuple[int, ...], blank: int) -> torch.Tensor:
@@ -38,7 +48,9 @@ def _check_scores(logits: Any, dims: tuple[int, ...], blank: int) -> torch.Tenso
         wanted = " or ".join({2: "(frames, symbols)", 3: "(batch, frames, symbols)"}[d] for d in dims)
         raise ValueError(f"logits: got shape {tuple(scores.shape)}, expected {wanted}")
     if not scores.is_floating_point():
-        raise ValueError(f"logits: got dtype {scores.dtype}, expected floats: a score for each symbol, not ids")
+        raise ValueError(
+            f"logits: got dtype {scores.dtype}, expected floats: a score for each symbol, not ids"
+        )
     if not 0 <= blank < scores.shape[-1]:
         raise ValueError(f"blank={blank} is refused: the logits have the symbols 0..{scores.shape[-1] - 1}")
     broken = scores.isnan() | (scores == math.inf) | (scores == -math.inf).all(-1, keepdim=True)
@@ -55,7 +67,9 @@ def _frame_counts(lengths: Any, n_rows: int, n_frames: int) -> list[int]:
     """Bring `lengths` to one int per row, and refuse what does not fit."""
     counts = [n_frames] * n_rows if lengths is None else torch.as_tensor(lengths).reshape(-1).tolist()
     if len(counts) != n_rows or not all(isinstance(n, int) and 0 <= n <= n_frames for n in counts):
-        raise ValueError(f"lengths={counts} is refused: it must hold {n_rows} whole numbers of frames in 0..{n_frames}")
+        raise ValueError(
+            f"lengths={counts} is refused: it must hold {n_rows} whole numbers of frames in 0..{n_frames}"
+        )
     return counts
 
 
@@ -79,6 +93,7 @@ def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
     labels = [collapse(path[:n], blank) for path, n in zip(paths, counts, strict=True)]
     return labels if scores.dim() == 3 else labels[0]
 
+
 # %% ../nbs/42_decoding.ipynb #a36fa348
 _UNK, _BOS, _EOS = "<unk>", "<s>", "</s>"  # any other word, beginning and end of a sentence
 _LN10 = math.log(10.0)
@@ -98,7 +113,9 @@ class NGramModel:
         ValueError: `logp` is empty.
     """
 
-    def __init__(self, logp: Mapping[tuple[str, ...], float], backoff: Mapping[tuple[str, ...], float]) -> None:
+    def __init__(
+        self, logp: Mapping[tuple[str, ...], float], backoff: Mapping[tuple[str, ...], float]
+    ) -> None:
         self.logp, self.backoff = dict(logp), dict(backoff)
         self.order = max(map(len, self.logp), default=0)
         if self.order == 0:
@@ -163,17 +180,22 @@ class NGramModel:
         data = _arpa_text(self).encode()
         write_atomically(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
 
+
 # %% ../nbs/42_decoding.ipynb #f696d0e3
 def _count_ngrams(texts: Iterable[str | Sequence[str]], order: int) -> Counter[tuple[str, ...]]:
     """Count all rows of up to `order` words that end in a word, or in the end of a sentence."""
     counts: Counter[tuple[str, ...]] = Counter()
     for number, text in enumerate(texts):
         tokens = text.split() if isinstance(text, str) else list(text)
-        odd = [token for token in tokens if token in {_BOS, _EOS} or not token or re.search(r"[ \t\r\n]", token)]
+        odd = [
+            token for token in tokens if token in {_BOS, _EOS} or not token or re.search(r"[ \t\r\n]", token)
+        ]
         if odd:
             raise ValueError(f"texts: number {number} contains {odd[0]!r}, which no n-gram can hold")
         said = (_BOS, *tokens, _EOS)
-        counts.update(said[end - n : end] for end in range(2, len(said) + 1) for n in range(1, min(order, end) + 1))
+        counts.update(
+            said[end - n : end] for end in range(2, len(said) + 1) for n in range(1, min(order, end) + 1)
+        )
     return counts
 
 
@@ -206,7 +228,10 @@ def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGra
         chance[gram] = (counts[gram] + kinds[past] * chance[gram[1:]]) / (seen[past] + kinds[past])
     del chance[()]
     logp: _Table = {gram: math.log(p) for gram, p in chance.items()} | {(_BOS,): -99.0 * _LN10}  # never said
-    return NGramModel(logp, {past: math.log(kinds[past] / (seen[past] + kinds[past])) for past in seen if past})
+    return NGramModel(
+        logp, {past: math.log(kinds[past] / (seen[past] + kinds[past])) for past in seen if past}
+    )
+
 
 # %% ../nbs/42_decoding.ipynb #2b700d11
 def _arpa_text(model: NGramModel) -> str:
@@ -232,25 +257,36 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
         try:
             for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
                 if number == 1 and line.startswith(b"mmap lm "):
-                    raise ValueError(f"{path} is a KenLM binary, which only KenLM reads: give the ARPA file that it was made from")
-                yield f"{path}, line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n")
+                    raise ValueError(
+                        f"{path} is a KenLM binary, which only KenLM reads: give the ARPA file that it was made from"
+                    )
+                yield (
+                    f"{path}, line {number}",
+                    line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n"),
+                )
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, line {number}: not UTF-8 text ({error.reason})") from None
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}, after line {number}: the archive is cut short or damaged ({error})") from None
+            raise ValueError(
+                f"{path}, after line {number}: the archive is cut short or damaged ({error})"
+            ) from None
 
 
 def _arpa_entry(line: str, order: int, where: str) -> tuple[tuple[str, ...], float, float]:
     """Read one n-gram: log10 probability, words, and perhaps a log10 back-off weight; gives natural logarithms."""
     fields = re.split("[ \t]+", line)  # by these two alone: other spaces may be parts of words
     if len(fields) not in {order + 1, order + 2}:
-        raise ValueError(f"{where}: {line!r} is no {order}-gram: a number, {order} words, and perhaps a number are needed")
+        raise ValueError(
+            f"{where}: {line!r} is no {order}-gram: a number, {order} words, and perhaps a number are needed"
+        )
     try:
         scores = [float(field) * _LN10 for field in (fields[0], *fields[order + 1 :])]
     except ValueError:
         raise ValueError(f"{where}: {line!r} has no number where one is needed") from None
     if not all(map(math.isfinite, scores)) or scores[0] > 0:
-        raise ValueError(f"{where}: {line!r}: log probabilities are finite and not above 0, weights are finite")
+        raise ValueError(
+            f"{where}: {line!r}: log probabilities are finite and not above 0, weights are finite"
+        )
     words = tuple(_UNK if word == "<UNK>" else word for word in fields[1 : order + 1])
     return words, scores[0], sum(scores[1:])
 
@@ -267,7 +303,9 @@ def _read_arpa(path: Path) -> tuple[_Table, _Table]:
         if mark is not None:
             expected = ["data", *(f"{n}-grams:" for n in range(1, len(counts) + 1)), "end"][order + 1]
             if order > 0 and found[order] != counts[order - 1]:
-                raise ValueError(f"{where}: {counts[order - 1]} {order}-grams are promised, {found[order]} came before")
+                raise ValueError(
+                    f"{where}: {counts[order - 1]} {order}-grams are promised, {found[order]} came before"
+                )
             if mark[1] != expected:
                 raise ValueError(f"{where}: \\{mark[1]} where \\{expected} is expected")
             if mark[1] == "end":
@@ -281,12 +319,19 @@ def _read_arpa(path: Path) -> tuple[_Table, _Table]:
         elif order > 0 and line:
             gram, score, toll = _arpa_entry(line, order, where)
             if gram in logp or (order > 1 and not all((word,) in logp for word in gram)):
-                raise ValueError(f"{where}: {' '.join(gram)!r} is there twice, or has a word that is no 1-gram")
+                raise ValueError(
+                    f"{where}: {' '.join(gram)!r} is there twice, or has a word that is no 1-gram"
+                )
             logp[gram], found[order] = score, found[order] + 1
             if toll:
                 backoff[gram] = toll
-    problem = "no ARPA file, it has no line \\data\\" if order < 0 else "the file ends without \\end\\: it is cut short"
+    problem = (
+        "no ARPA file, it has no line \\data\\"
+        if order < 0
+        else "the file ends without \\end\\: it is cut short"
+    )
     raise ValueError(f"{where}: {problem}")
+
 
 # %% ../nbs/42_decoding.ipynb #ec6de38d
 class HotWords:
@@ -306,7 +351,9 @@ class HotWords:
         self.bonus = {" ".join(word.split()): float(bonus) for word, bonus in pairs}
         for word, bonus in self.bonus.items():
             if not word or not 0 < bonus < math.inf:
-                raise ValueError(f"hotwords: {word!r} with the weight {bonus} is refused: a word and a number above 0 are needed")
+                raise ValueError(
+                    f"hotwords: {word!r} with the weight {bonus} is refused: a word and a number above 0 are needed"
+                )
         self.memory = max((word.count(" ") for word in self.bonus), default=0)  # words before the last one
         self.begun: dict[str, float] = {}  # the beginning of a hot-word -> the share that it has earned
         for word, bonus in self.bonus.items():
@@ -326,6 +373,7 @@ class HotWords:
     def _tails(self, words: tuple[str, ...], last: str) -> list[str]:
         """The last word with none, one, two, … words before it."""
         return [" ".join((*words[len(words) - n :], last)) for n in range(min(self.memory, len(words)) + 1)]
+
 
 # %% ../nbs/42_decoding.ipynb #0154d2e2
 class _Said(NamedTuple):
@@ -383,7 +431,9 @@ class _Words:
             self.known = self.known.intersection(known_words)
             self.sorted_known = sorted(self.known)
         if not all(map(math.isfinite, (self.alpha, self.beta, self.unknown))):
-            raise ValueError(f"alpha={alpha}, beta={beta}, unk_score_offset={unk_score_offset} must be finite numbers")
+            raise ValueError(
+                f"alpha={alpha}, beta={beta}, unk_score_offset={unk_score_offset} must be finite numbers"
+            )
         if unit not in {"word", "symbol"}:
             raise ValueError(f"unit={unit!r} is refused: it must be 'word' or 'symbol'")
         self._check_spelling()
@@ -391,21 +441,32 @@ class _Words:
     def _check_spelling(self) -> None:
         """Refuse a language model and hot-words that these symbols cannot spell: the result would be silently wrong."""
         if self.active and self.delimiter < 0 and (self.unit == "word" or self.hot.bonus):
-            raise ValueError("symbols: words need a word delimiter, and there is none (only unit='symbol' needs none)")
+            raise ValueError(
+                "symbols: words need a word delimiter, and there is none (only unit='symbol' needs none)"
+            )
         if self.model and self.boundary and not {(_BOS,), (_EOS,)} <= self.model.logp.keys():
             raise ValueError("language_model has no <s> or no </s>: pass score_boundary=False")
-        plain = [s for i, s in enumerate(self.symbols) if i != self.delimiter and not re.fullmatch(r"[<\[].+[>\]]", s)]
+        plain = [
+            s
+            for i, s in enumerate(self.symbols)
+            if i != self.delimiter and not re.fullmatch(r"[<\[].+[>\]]", s)
+        ]
         letters = frozenset("".join(plain))
         for word in self.hot.bonus:
             if strange := sorted(frozenset(word) - letters - {" "}):
-                raise ValueError(f"hotwords: {word!r} cannot be spelled, no symbol has {', '.join(map(repr, strange))}")
+                raise ValueError(
+                    f"hotwords: {word!r} cannot be spelled, no symbol has {', '.join(map(repr, strange))}"
+                )
         symbols = frozenset(self.symbols)
-        if self.model and not any(word in symbols if self.unit == "symbol" else letters.issuperset(word) for word in self.known):
+        if self.model and not any(
+            word in symbols if self.unit == "symbol" else letters.issuperset(word) for word in self.known
+        ):
             words, these = (", ".join(map(repr, some[:3])) for some in (self.sorted_known, plain))
             raise ValueError(
                 f"language_model: none of its words ({words}, …) is {'one' if self.unit == 'symbol' else 'spelled with some'} "
                 f"of the symbols ({these}, …): is one side in upper case, or unit={self.unit!r} wrong?"
             )
+
 
 # %% ../nbs/42_decoding.ipynb #21287b97
 class TextScorer(_Words):
@@ -473,6 +534,7 @@ class TextScorer(_Words):
         """Whether any known word begins so."""
         place = bisect_left(self.sorted_known, part)
         return place < len(self.sorted_known) and self.sorted_known[place].startswith(part)
+
 
 # %% ../nbs/42_decoding.ipynb #35c2e532
 _Floats = NDArray[np.float64]
@@ -579,6 +641,7 @@ class _Beam:
             self.added[row, symbol] = added[row, column]
         return np.where(wanted, added, -np.inf)
 
+
 # %% ../nbs/42_decoding.ipynb #f3006ea2
 def _extend_best(beam: _Beam, rows: _Ints, symbols: _Ints, frame: _Floats) -> tuple[_Floats, _Ints]:
     """The best single paths of prefixes in `rows` with one symbol more, and where each comes from."""
@@ -634,8 +697,13 @@ def _advance(beam: _Beam, frame: _Floats, symbols: _Ints, width: int, floor: flo
     said = symbols[(kept[new] - n) % columns]
     best, source = _extend_best(beam, rows[new], said, frame)
     added = longer.ravel()[kept[new] - n]
-    grown = iter([beam.child(row, symbol) for row, symbol in zip(rows[new].tolist(), said.tolist(), strict=True)])
-    prefixes = [next(grown) if is_new else beam.prefixes[row] for row, is_new in zip(rows.tolist(), new.tolist(), strict=True)]
+    grown = iter(
+        [beam.child(row, symbol) for row, symbol in zip(rows[new].tolist(), said.tolist(), strict=True)]
+    )
+    prefixes = [
+        next(grown) if is_new else beam.prefixes[row]
+        for row, is_new in zip(rows.tolist(), new.tolist(), strict=True)
+    ]
     beam.sums, beam.bests, back, beam.added = sums[rows], bests[rows], back[rows], beam.added[rows]
     beam.sums[new, 0] = beam.bests[new, 0] = -np.inf
     beam.sums[new, 1], beam.bests[new, 1], back[new, 1] = added, best, source
@@ -652,6 +720,7 @@ def _best_path(beam: _Beam, place: int) -> tuple[int, ...]:
         path.append(int(last[place]) if column else beam.blank)
         place, column = divmod(int(back[place, column]), 2)
     return tuple(reversed(path))
+
 
 # %% ../nbs/42_decoding.ipynb #cdccd102
 @dataclass(frozen=True, repr=False)
@@ -687,7 +756,9 @@ class Hypothesis:
 
     def __repr__(self) -> str:
         parts = "".join(f", {name} {x:.2f}" for name, x in (("lm", self.lm), ("hot", self.hot)) if x)
-        return f"Hypothesis({self.text or self.ids!r}: {self.total:.2f} = acoustic {self.acoustic:.2f}{parts})"
+        return (
+            f"Hypothesis({self.text or self.ids!r}: {self.total:.2f} = acoustic {self.acoustic:.2f}{parts})"
+        )
 
 
 def _finish(beam: _Beam, n_best: int, distinct: bool) -> list[Hypothesis]:
@@ -700,7 +771,11 @@ def _finish(beam: _Beam, n_best: int, distinct: bool) -> list[Hypothesis]:
     for _, ids, place, acoustic, said in sorted(found, key=lambda entry: entry[:2]):
         if len(hypotheses) == n_best:
             break
-        text = "".join(" " if i == scorer.delimiter else scorer.symbols[i] for i in ids) if scorer.symbols else ""
+        text = (
+            "".join(" " if i == scorer.delimiter else scorer.symbols[i] for i in ids)
+            if scorer.symbols
+            else ""
+        )
         key = tuple(text.split()) if distinct else ids
         if key not in hypotheses:
             path = _best_path(beam, place)
@@ -709,13 +784,16 @@ def _finish(beam: _Beam, n_best: int, distinct: bool) -> list[Hypothesis]:
             hypotheses[key] = Hypothesis(ids, path, frames, acoustic, said.lm, said.hot, text.strip())
     return list(hypotheses.values())
 
+
 # %% ../nbs/42_decoding.ipynb #21059d8c
 def _log_probs(logits: Any, blank: int, normalise: bool) -> _Floats:
     """Make log probabilities of scores: `[T, V]`, float64, on the host."""
     scores = _check_scores(logits, (2,), blank).to("cpu", torch.float64)
     if not normalise:
         if scores.numel() and scores.max() > 1e-4:
-            raise ValueError(f"logits: {float(scores.max()):.3g} is no log probability, those are at most 0: pass normalise=True")
+            raise ValueError(
+                f"logits: {float(scores.max()):.3g} is no log probability, those are at most 0: pass normalise=True"
+            )
         return scores.numpy()
     if len(scores) and (scores >= 0).all() and ((scores.sum(-1) - 1).abs() < 1e-3).all():
         raise ValueError("logits: each frame sums to 1, so these are probabilities: pass their logarithm")
@@ -769,7 +847,11 @@ def beam_search(
         ValueError: Scores of another shape, NaN, or probabilities; an impossible knob; text to score without symbols; or
             both a scorer and what would make one.
     """
-    for name, value in (("beam_width", beam_width), ("n_best", n_best), ("top_k", 1 if top_k is None else top_k)):
+    for name, value in (
+        ("beam_width", beam_width),
+        ("n_best", n_best),
+        ("top_k", 1 if top_k is None else top_k),
+    ):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is refused: it must be a whole number from 1 up")
     for name, limit in (("token_min_logp", token_min_logp), ("beam_prune_logp", beam_prune_logp)):
@@ -777,7 +859,9 @@ def beam_search(
             raise ValueError(f"{name}={limit!r} is refused: it must be a log probability, at most 0, or None")
     if scorer is None:
         if symbols is None and any(value is not None for value in text.values()):
-            raise ValueError(f"symbols= is needed: {', '.join(text)} score text, and numbers alone spell none")
+            raise ValueError(
+                f"symbols= is needed: {', '.join(text)} score text, and numbers alone spell none"
+            )
         scorer = TextScorer(symbols or [], **text)
     elif symbols is not None or text:
         both = ", ".join([*(["symbols"] if symbols is not None else []), *text])
@@ -790,8 +874,15 @@ def beam_search(
         kept = _considered(frame, token_min_logp, top_k)
         audible = np.full(len(frame) + 1, -np.inf)
         audible[kept] = frame[kept]
-        _advance(beam, audible, kept[kept != blank], beam_width, -math.inf if beam_prune_logp is None else beam_prune_logp)
+        _advance(
+            beam,
+            audible,
+            kept[kept != blank],
+            beam_width,
+            -math.inf if beam_prune_logp is None else beam_prune_logp,
+        )
     return _finish(beam, n_best, distinct)
+
 
 # %% ../nbs/42_decoding.ipynb #f46facc9
 _ALPHABET_FILE, _LM_FOLDER = "alphabet.json", "language_model"
@@ -808,30 +899,48 @@ def _check_alphabet(tokenizer: Wav2Vec2CTCTokenizer, content: Mapping[str, Any])
     """Refuse an `alphabet.json` that is not the tokenizer's: every word would be spelled wrong."""
     labels = content.get("labels")
     if not isinstance(labels, list) or content.get("is_bpe"):
-        raise ValueError(f"{_ALPHABET_FILE}: 'labels' must be a list of symbols, with 'is_bpe' false: CTC spells with characters")
+        raise ValueError(
+            f"{_ALPHABET_FILE}: 'labels' must be a list of symbols, with 'is_bpe' false: CTC spells with characters"
+        )
     own, needed = _alphabet_of(tokenizer), max(tokenizer.encoder.values()) + 1
-    wrong = [(i, a, b) for i, (a, b) in enumerate(zip(own, labels, strict=False)) if b not in {a, tokenizer.decoder.get(i)}]
+    wrong = [
+        (i, a, b)
+        for i, (a, b) in enumerate(zip(own, labels, strict=False))
+        if b not in {a, tokenizer.decoder.get(i)}
+    ]
     if wrong or len(labels) < needed:
         some = "; ".join(f"symbol {i} is {b!r} there and {a!r} here" for i, a, b in wrong[:3])
-        raise ValueError(f"{_ALPHABET_FILE} is not the tokenizer's: {some or f'{len(labels)} symbols there, {needed} here'}")
+        raise ValueError(
+            f"{_ALPHABET_FILE} is not the tokenizer's: {some or f'{len(labels)} symbols there, {needed} here'}"
+        )
 
 
-def _find_language_model(name_or_path: str | os.PathLike[str], revision: str | None) -> tuple[NGramModel | None, dict[str, Any]]:
+def _find_language_model(
+    name_or_path: str | os.PathLike[str], revision: str | None
+) -> tuple[NGramModel | None, dict[str, Any]]:
     """Open what `language_model/` of a checkpoint holds: the model, and knobs for it."""
     attrs = find_file(name_or_path, f"{_LM_FOLDER}/attrs.json", revision=revision)
     folder = Path(name_or_path) / _LM_FOLDER
     if attrs is not None and not folder.is_dir():  # on the hub, where the other names are not known
         import huggingface_hub
 
-        root = huggingface_hub.snapshot_download(str(name_or_path), revision=revision, allow_patterns=f"{_LM_FOLDER}/*")
+        root = huggingface_hub.snapshot_download(
+            str(name_or_path), revision=revision, allow_patterns=f"{_LM_FOLDER}/*"
+        )
         folder = Path(root) / _LM_FOLDER
     if not folder.is_dir():
         return None, {}
     knobs = {} if attrs is None else read_json(attrs)
-    files = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._" and path.name not in {"attrs.json", "unigrams.txt"}]
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name[0] not in "._" and path.name not in {"attrs.json", "unigrams.txt"}
+    ]
     arpa = [path for path in files if path.suffix in {".arpa", ".gz"}] or files
     if len(arpa) != 1:
-        raise ValueError(f"{folder} must hold one ARPA file, and holds {', '.join(path.name for path in arpa) or 'none'}")
+        raise ValueError(
+            f"{folder} must hold one ARPA file, and holds {', '.join(path.name for path in arpa) or 'none'}"
+        )
     if (folder / "unigrams.txt").is_file():
         knobs["known_words"] = (folder / "unigrams.txt").read_text(encoding="utf-8").split("\n")
     return NGramModel.from_arpa(arpa[0]), knobs
@@ -840,7 +949,13 @@ def _find_language_model(name_or_path: str | os.PathLike[str], revision: str | N
 class _DecoderParts:
     """The vocabulary, model and knobs of a decoder; see `CTCDecoder`."""
 
-    search_knobs: ClassVar[tuple[str, ...]] = ("beam_width", "token_min_logp", "top_k", "beam_prune_logp", "normalise")
+    search_knobs: ClassVar[tuple[str, ...]] = (
+        "beam_width",
+        "token_min_logp",
+        "top_k",
+        "beam_prune_logp",
+        "normalise",
+    )
     text_knobs: ClassVar[tuple[str, ...]] = (
         "alpha", "beta", "unk_score_offset", "score_boundary", "unit", "known_words", "hotwords", "hotword_weight",
     )  # fmt: skip
@@ -853,7 +968,9 @@ class _DecoderParts:
     ) -> None:
         self.tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Wav2Vec2Processor) else tokenizer
         if not isinstance(self.tokenizer, Wav2Vec2CTCTokenizer):
-            raise ValueError(f"tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor, not a {type(tokenizer).__name__}")
+            raise ValueError(
+                f"tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor, not a {type(tokenizer).__name__}"
+            )
         if self.tokenizer.pad_token_id is None:
             raise ValueError("tokenizer has no pad_token, which is the blank of CTC")
         if isinstance(language_model, (str, os.PathLike)):
@@ -880,6 +997,7 @@ class _DecoderParts:
         search = {name: value for name, value in knobs.items() if name in self.search_knobs}
         return TextScorer(symbols, delimiter, self.language_model, **text), search
 
+
 # %% ../nbs/42_decoding.ipynb #9bdddc0f
 class CTCDecoder(_DecoderParts):
     """Turns logits into text: a vocabulary, a beam search, and what is known about the language.
@@ -895,7 +1013,9 @@ class CTCDecoder(_DecoderParts):
         ValueError: An unknown knob, or what those two refuse.
     """
 
-    def decode(self, logits: Any, length: int | None = None, *, n_best: int | None = None, **knobs: Any) -> Any:
+    def decode(
+        self, logits: Any, length: int | None = None, *, n_best: int | None = None, **knobs: Any
+    ) -> Any:
         """Decode one utterance.
 
         Args:
@@ -916,7 +1036,9 @@ class CTCDecoder(_DecoderParts):
         fewest, most = max([*self.tokenizer.encoder.values(), blank, scorer.delimiter]) + 1, len(self.symbols)
         if not fewest <= scores.shape[1] <= most:
             sizes = "" if fewest == most else f"{fewest} to "
-            raise ValueError(f"logits: got {scores.shape[1]} symbols per frame, and the vocabulary has {sizes}{most}")
+            raise ValueError(
+                f"logits: got {scores.shape[1]} symbols per frame, and the vocabulary has {sizes}{most}"
+            )
         (count,) = _frame_counts(length, 1, len(scores))
         options: dict[str, Any] = {"blank": blank, "scorer": scorer, "distinct": True, **search}
         found = beam_search(scores[:count], n_best=1 if n_best is None else n_best, **options)
@@ -931,13 +1053,22 @@ class CTCDecoder(_DecoderParts):
 
     def _read(self, hypothesis: Hypothesis) -> Hypothesis:
         """Let the tokenizer read the best path: the text by its rules, and where its parts are."""
-        read = self.tokenizer.decode(list(hypothesis.path), output_char_offsets=True, output_word_offsets=True)
+        read = self.tokenizer.decode(
+            list(hypothesis.path), output_char_offsets=True, output_word_offsets=True
+        )
         gap = re.escape(self.tokenizer.replace_word_delimiter_char)
         text = re.sub(f"({gap})+", r"\1", read.text) if gap else read.text
-        return replace(hypothesis, text=text, char_offsets=tuple(read.char_offsets), word_offsets=tuple(read.word_offsets))
+        return replace(
+            hypothesis,
+            text=text,
+            char_offsets=tuple(read.char_offsets),
+            word_offsets=tuple(read.word_offsets),
+        )
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **knobs: Any) -> Self:
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **knobs: Any
+    ) -> Self:
         """Open the tokenizer of a checkpoint, and its language model where it has one.
 
         The model is looked for where transformers' `Wav2Vec2ProcessorWithLM` keeps it, in `language_model/`: an ARPA file,
@@ -972,7 +1103,9 @@ class CTCDecoder(_DecoderParts):
             raise ValueError(f"unit={scorer.unit!r}: these files hold models of words only")
         self.tokenizer.save_pretrained(save_directory)
         content = {"labels": _alphabet_of(self.tokenizer), "is_bpe": False}
-        write_atomically(Path(save_directory) / _ALPHABET_FILE, (json.dumps(content, ensure_ascii=False) + "\n").encode())
+        write_atomically(
+            Path(save_directory) / _ALPHABET_FILE, (json.dumps(content, ensure_ascii=False) + "\n").encode()
+        )
         if self.language_model is not None:
             defaults = {"alpha": 0.5, "beta": 1.5, "unk_score_offset": -10.0, "score_boundary": True}
             attrs = {name: self.knobs.get(name, value) for name, value in defaults.items()}
@@ -981,4 +1114,6 @@ class CTCDecoder(_DecoderParts):
                 "unigrams.txt": "".join(f"{word}\n" for word in scorer.sorted_known).encode(),
                 "lm.arpa": self.language_model.to_arpa,
             }
-            write_together(Path(save_directory) / _LM_FOLDER, files, remove=("*.arpa", "*.arpa.gz", "*.bin", "*.binary"))
+            write_together(
+                Path(save_directory) / _LM_FOLDER, files, remove=("*.arpa", "*.arpa.gz", "*.bin", "*.binary")
+            )

@@ -24,8 +24,19 @@ from .text import Wav2Vec2Processor
 from .training import read_metrics
 
 # %% auto #0
-__all__ = ['CURVES', 'TRIALS', 'load_demo', 'demo_curves', 'measure_demo', 'demo_figures', 'pack_run', 'pack_curves',
-           'model_card', 'write_figures']
+__all__ = [
+    "CURVES",
+    "TRIALS",
+    "load_demo",
+    "demo_curves",
+    "measure_demo",
+    "demo_figures",
+    "pack_run",
+    "pack_curves",
+    "model_card",
+    "write_figures",
+]
+
 
 # %% ../nbs/54_demo.ipynb #2cc5da3a
 def load_demo(head: str | None = None, *, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -49,8 +60,18 @@ def load_demo(head: str | None = None, *, device: torch.device | str | None = No
     folder = demo_folder(head)
     return model_class(folder).from_pretrained(folder, dtype=torch.float32, device=device)
 
+
 # %% ../nbs/54_demo.ipynb #c36f48ed
-CURVES = ("pretraining", "ctc", "labels_15min", "labels_15min_scratch", "collapse", "keyword", "speaker", "frame")
+CURVES = (
+    "pretraining",
+    "ctc",
+    "labels_15min",
+    "labels_15min_scratch",
+    "collapse",
+    "keyword",
+    "speaker",
+    "frame",
+)
 
 
 def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
@@ -68,6 +89,7 @@ def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
     if run not in CURVES:
         raise refuse("run", run, f"one of {', '.join(CURVES)}")
     return read_metrics(demo_folder().parent / "curves" / f"{run}.jsonl", kind)
+
 
 # %% ../nbs/54_demo.ipynb #df89519e
 TRIALS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {  # head -> title -> set, split, filter
@@ -97,7 +119,11 @@ TRIALS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {  # head -> tit
 
 
 def measure_demo(
-    heads: Iterable[str] = tuple(TRIALS), *, sets: Iterable[str] | None = None, draws: int = 1000, progress: bool = False
+    heads: Iterable[str] = tuple(TRIALS),
+    *,
+    sets: Iterable[str] | None = None,
+    draws: int = 1000,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Measure the demo checkpoint on speech that it never heard: the figures of the model card.
 
@@ -133,6 +159,7 @@ def demo_figures() -> dict[str, Any]:
     """The figures that come with the checkpoint, as `measure_demo` gives them."""
     return dict(read_json(demo_folder().parent / "figures.json"))
 
+
 # %% ../nbs/54_demo.ipynb #57c3aa7c
 def pack_run(run: str | os.PathLike[str], head: str | None = None) -> None:
     """Put a finished run into the package: the weights in fp16, the curves, and of a frozen encoder's head the head alone.
@@ -142,7 +169,9 @@ def pack_run(run: str | os.PathLike[str], head: str | None = None) -> None:
         head: As in `load_demo`.
     """
     run, folder = Path(run), demo_folder(head)
-    source = run / ("best" if (run / "best" / "config.json").exists() else "last")  # without a validation set nothing is best
+    source = run / (
+        "best" if (run / "best" / "config.json").exists() else "last"
+    )  # without a validation set nothing is best
     model = model_class(source).from_pretrained(source, dtype=torch.float16)
     if head in {None, "ctc"}:
         model.save_pretrained(folder)
@@ -164,6 +193,7 @@ def pack_curves(run: str | os.PathLike[str], name: str, lines: int = 50) -> None
     left_out = {"samples", "gradients", "clipped", "skipped", "dropped", "waiting", "audio"}
     text = "".join(json.dumps({k: v for k, v in r.items() if k not in left_out}) + "\n" for r in kept)
     write_together(demo_folder().parent / "curves", {f"{name}.jsonl": text.encode()})
+
 
 # %% ../nbs/54_demo.ipynb #29ada381
 _CARD = """---
@@ -235,15 +265,25 @@ def model_card(figures: dict[str, Any]) -> str:
     for head, sets in figures.items():
         if head not in TRIALS:
             continue
-        rows += [f"### `{head}/`", "", "| set | figure | value | 95 % interval | |", "| --- | --- | --- | --- | --- |"]
+        rows += [
+            f"### `{head}/`",
+            "",
+            "| set | figure | value | 95 % interval | |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for title, report in sets.items():
             for name, found in report["measures"].items():
-                numbers = [math.nan if found[key] is None else float(found[key]) for key in ("value", "low", "high")]
+                numbers = [
+                    math.nan if found[key] is None else float(found[key]) for key in ("value", "low", "high")
+                ]
                 measure = Measure(numbers[0], numbers[1], numbers[2], found["note"], found["percent"])
                 value, interval = measure.texts()
                 rows.append(f"| {title} | {name} | {value} | {interval} | {measure.note} |")
         rows.append("")
-    few = {name: min(r["cer"] for r in demo_curves(name, "valid")) for name in ("labels_15min", "labels_15min_scratch")}
+    few = {
+        name: min(r["cer"] for r in demo_curves(name, "valid"))
+        for name in ("labels_15min", "labels_15min_scratch")
+    }
     comparison = (
         "### What pre-training is worth\n\nCTC with a quarter of an hour of labels (recipe `demo_few_labels`, 800 steps): character error rate on the dev voices of `synthetic` "
         f"{100 * few['labels_15min']:.1f} % from the pre-trained weights, {100 * few['labels_15min_scratch']:.1f} % from random ones.\n"
@@ -254,6 +294,7 @@ def model_card(figures: dict[str, Any]) -> str:
     return _CARD.format(
         millions=millions, choices=config.num_negatives + 1, about=about, tables="\n".join(rows), comparison=comparison
     )  # fmt: skip
+
 
 # %% ../nbs/54_demo.ipynb #38f0d456
 def write_figures(figures: dict[str, Any]) -> None:

@@ -48,14 +48,58 @@ from .text import Wav2Vec2Processor
 from .transcription import Decoder, transcribe
 
 # %% auto #0
-__all__ = ['Floats', 'Found', 'HEADS', 'JUDGES', 'EditCounts', 'plain_text', 'count_edits', 'word_error_rate',
-           'character_error_rate', 'log_mel_frames', 'score_pairs', 'error_curve', 'OperatingPoint', 'equal_error_rate',
-           'min_dcf', 'DiarizationErrors', 'activity_turns', 'diarization_error_rate', 'cross_table', 'accuracy',
-           'fit_softmax', 'mutual_information', 'CodeMeasures', 'measure_codes', 'cluster_frames', 'code_phone_report',
-           'utterance_batches', 'phone_rows', 'PhoneFrames', 'phone_frames', 'PhoneProbe', 'phone_probe',
-           'contrastive_sums', 'contrastive_report', 'Interval', 'bootstrap', 'Measure', 'Report', 'Trial', 'ratio',
-           'judge_ctc', 'judge_sequences', 'judge_frames', 'judge_speakers', 'judge_pretraining', 'model_class',
-           'hub_speech', 'open_speech', 'evaluate']
+__all__ = [
+    "Floats",
+    "Found",
+    "HEADS",
+    "JUDGES",
+    "EditCounts",
+    "plain_text",
+    "count_edits",
+    "word_error_rate",
+    "character_error_rate",
+    "log_mel_frames",
+    "score_pairs",
+    "error_curve",
+    "OperatingPoint",
+    "equal_error_rate",
+    "min_dcf",
+    "DiarizationErrors",
+    "activity_turns",
+    "diarization_error_rate",
+    "cross_table",
+    "accuracy",
+    "fit_softmax",
+    "mutual_information",
+    "CodeMeasures",
+    "measure_codes",
+    "cluster_frames",
+    "code_phone_report",
+    "utterance_batches",
+    "phone_rows",
+    "PhoneFrames",
+    "phone_frames",
+    "PhoneProbe",
+    "phone_probe",
+    "contrastive_sums",
+    "contrastive_report",
+    "Interval",
+    "bootstrap",
+    "Measure",
+    "Report",
+    "Trial",
+    "ratio",
+    "judge_ctc",
+    "judge_sequences",
+    "judge_frames",
+    "judge_speakers",
+    "judge_pretraining",
+    "model_class",
+    "hub_speech",
+    "open_speech",
+    "evaluate",
+]
+
 
 # %% ../nbs/52_evaluation.ipynb #9c515fb9
 def _library(name: str) -> Any:
@@ -103,6 +147,7 @@ class EditCounts:
     def __add__(self, other: EditCounts) -> EditCounts:
         return EditCounts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
+
 # %% ../nbs/52_evaluation.ipynb #d86dc702
 def plain_text(text: str) -> str:
     """Reduce a text to what can be heard: lower case, one kind of apostrophe, no punctuation; hyphens part words.
@@ -135,11 +180,16 @@ def count_edits(
         ValueError: Not one hypothesis for each reference, or another unit.
     """
     if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses: one for each is needed")
+        raise ValueError(
+            f"{len(references)} references and {len(hypotheses)} hypotheses: one for each is needed"
+        )
     if unit not in {"word", "char"}:
         raise ValueError(f"unit={unit!r} must be 'word' or 'char'")
     jiwer = _library("jiwer")
-    sides = [[" ".join((normalise(t) if normalise else t).split()) for t in side] for side in (references, hypotheses)]
+    sides = [
+        [" ".join((normalise(t) if normalise else t).split()) for t in side]
+        for side in (references, hypotheses)
+    ]
     found = (jiwer.process_words if unit == "word" else jiwer.process_characters)(*sides)
     counts = []
     for chunks in found.alignments:
@@ -148,6 +198,7 @@ def count_edits(
             sizes[c.type] += max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx)
         counts.append(EditCounts(sizes["equal"], sizes["substitute"], sizes["delete"], sizes["insert"]))
     return counts
+
 
 # %% ../nbs/52_evaluation.ipynb #65b572a8
 def _total_edits(references: Any, hypotheses: Any, unit: str, normalise: Any) -> EditCounts:
@@ -184,6 +235,7 @@ def character_error_rate(
     """All character edits of a set over all its characters, spaces included; otherwise as `word_error_rate`."""
     return _total_edits(references, hypotheses, "char", normalise)
 
+
 # %% ../nbs/52_evaluation.ipynb #5ab269c4
 def log_mel_frames(
     audio: Samples, *, bands: int = 40, width: int = 400, hop: int = 320, rate: int = SAMPLING_RATE
@@ -205,10 +257,13 @@ def log_mel_frames(
     edges = 700 * (10 ** (mel / 2595) - 1)  # Hz
     bins = np.linspace(0, rate / 2, size // 2 + 1)
     low, peak, high = (edges[i : i + bands, None] for i in range(3))
-    triangles = np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clip(0)  # [bands, bins]
+    triangles = np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clip(
+        0
+    )  # [bands, bins]
     windows = np.lib.stride_tricks.sliding_window_view(audio, width)[::hop] * np.hanning(width)
     power = np.abs(np.fft.rfft(windows, size)) ** 2
     return np.asarray(np.log(power @ triangles.T + 1e-6), np.float32)
+
 
 # %% ../nbs/52_evaluation.ipynb #569c9664
 def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[Floats, NDArray[np.bool_]]:
@@ -224,6 +279,7 @@ def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[Floats, ND
     unit = normalize(embeddings.detach().cpu().double(), dim=1)
     names = np.asarray(speakers)
     return (unit @ unit.T).numpy(), names[:, None] == names
+
 
 # %% ../nbs/52_evaluation.ipynb #1e49c93b
 Floats = NDArray[np.float64]
@@ -247,12 +303,17 @@ def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Floats, Flo
     """
     values, truth = np.asarray(scores, np.float64).ravel(), np.asarray(same).astype(bool).ravel()
     if len(values) != len(truth) or np.isnan(values).any():
-        raise ValueError(f"scores: {len(values)}, {np.isnan(values).sum()} of them NaN, for {len(truth)} answers in same")
+        raise ValueError(
+            f"scores: {len(values)}, {np.isnan(values).sum()} of them NaN, for {len(truth)} answers in same"
+        )
     if truth.all() or not truth.any():
         raise ValueError(f"same: {truth.sum()} of {len(truth)} pairs are of one voice; both kinds are needed")
     thresholds, place = np.unique(values, return_inverse=True)
-    miss, silent = (np.bincount(place[kind], minlength=len(thresholds)).cumsum() / kind.sum() for kind in (truth, ~truth))
+    miss, silent = (
+        np.bincount(place[kind], minlength=len(thresholds)).cumsum() / kind.sum() for kind in (truth, ~truth)
+    )
     return np.append(thresholds, np.inf), np.append(0.0, miss), 1 - np.append(0.0, silent)
+
 
 # %% ../nbs/52_evaluation.ipynb #9cc61f41
 class OperatingPoint(NamedTuple):
@@ -281,7 +342,12 @@ def equal_error_rate(scores: ArrayLike, same: ArrayLike) -> OperatingPoint:
 
 
 def min_dcf(
-    scores: ArrayLike, same: ArrayLike, p_target: float = 0.05, *, cost_miss: float = 1.0, cost_alarm: float = 1.0
+    scores: ArrayLike,
+    same: ArrayLike,
+    p_target: float = 0.05,
+    *,
+    cost_miss: float = 1.0,
+    cost_alarm: float = 1.0,
 ) -> OperatingPoint:
     """The smallest expected cost over all thresholds: NIST's minimum detection cost, normalised (SRE plan, 2016).
 
@@ -295,12 +361,15 @@ def min_dcf(
         cost_alarm: Price of a false alarm.
     """
     if not (0 < p_target < 1 and cost_miss > 0 and cost_alarm > 0):
-        raise ValueError(f"p_target={p_target} must lie between 0 and 1, cost_miss={cost_miss}, cost_alarm={cost_alarm} above 0")
+        raise ValueError(
+            f"p_target={p_target} must lie between 0 and 1, cost_miss={cost_miss}, cost_alarm={cost_alarm} above 0"
+        )
     thresholds, miss, alarm = error_curve(scores, same)
     price_miss, price_alarm = cost_miss * p_target, cost_alarm * (1 - p_target)
     costs = (price_miss * miss + price_alarm * alarm) / min(price_miss, price_alarm)
     k = int(np.argmin(costs))
     return OperatingPoint(float(costs[k]), float(thresholds[k]))
+
 
 # %% ../nbs/52_evaluation.ipynb #071a2c99
 @dataclass(frozen=True)
@@ -336,7 +405,11 @@ class DiarizationErrors:
 
 
 def activity_turns(
-    activity: ArrayLike | Tensor, labels: Sequence[str] | None = None, *, hop: float = 0.02, middle: float = 0.0125
+    activity: ArrayLike | Tensor,
+    labels: Sequence[str] | None = None,
+    *,
+    hop: float = 0.02,
+    middle: float = 0.0125,
 ) -> list[Segment]:
     """Join the frames in which a speaker is active to turns; a frame reaches half a hop around its middle.
 
@@ -356,8 +429,12 @@ def activity_turns(
     turns = []
     for name, column in zip(names, changes.T, strict=True):
         starts, ends = np.flatnonzero(column == 1), np.flatnonzero(column == -1)
-        turns += [Segment(name, float(first + a * hop), float(first + b * hop)) for a, b in zip(starts, ends, strict=True)]
+        turns += [
+            Segment(name, float(first + a * hop), float(first + b * hop))
+            for a, b in zip(starts, ends, strict=True)
+        ]
     return sorted(turns, key=lambda turn: (turn.start, turn.label))
+
 
 # %% ../nbs/52_evaluation.ipynb #ec216c33
 def _active(turns: Sequence[Segment], middles: Floats) -> tuple[list[str], NDArray[np.bool_]]:
@@ -406,8 +483,11 @@ def diarization_error_rate(
         {found_names[j]: true_names[i] for i, j in zip(*pairs, strict=True) if together[i, j] > 0},
     )
 
+
 # %% ../nbs/52_evaluation.ipynb #ac5fc1e8
-def cross_table(rows: ArrayLike, columns: ArrayLike, shape: tuple[int, int] | None = None) -> NDArray[np.int64]:
+def cross_table(
+    rows: ArrayLike, columns: ArrayLike, shape: tuple[int, int] | None = None
+) -> NDArray[np.int64]:
     """Count pairs of numbers: a confusion matrix (truth, answer), or codes and phones.
 
     Args:
@@ -417,7 +497,9 @@ def cross_table(rows: ArrayLike, columns: ArrayLike, shape: tuple[int, int] | No
     """
     a, b = np.asarray(rows, np.int64).ravel(), np.asarray(columns, np.int64).ravel()
     if len(a) != len(b) or (len(a) and min(a.min(), b.min()) < 0):
-        raise ValueError(f"rows and columns hold {len(a)} and {len(b)} numbers; as many, and none below 0, are needed")
+        raise ValueError(
+            f"rows and columns hold {len(a)} and {len(b)} numbers; as many, and none below 0, are needed"
+        )
     height, width = shape or (int(a.max(initial=-1)) + 1, int(b.max(initial=-1)) + 1)
     if len(a) and (a.max() >= height or b.max() >= width):
         raise ValueError(f"shape={(height, width)} is too small for numbers up to {a.max()} and {b.max()}")
@@ -428,8 +510,11 @@ def accuracy(table: NDArray[np.int64]) -> float:
     """Share of right answers in a square `cross_table`; NaN without answers."""
     return float(np.trace(table) / table.sum()) if table.sum() else math.nan
 
+
 # %% ../nbs/52_evaluation.ipynb #ca6d5df3
-def fit_softmax(features: Tensor, classes: Tensor, n_classes: int, *, penalty: float = 1.0, steps: int = 100) -> Tensor:
+def fit_softmax(
+    features: Tensor, classes: Tensor, n_classes: int, *, penalty: float = 1.0, steps: int = 100
+) -> Tensor:
     """Fit a linear classifier: softmax regression by L-BFGS from zero, so always with the same result.
 
     Args:
@@ -445,7 +530,9 @@ def fit_softmax(features: Tensor, classes: Tensor, n_classes: int, *, penalty: f
     with torch.inference_mode(False), torch.enable_grad():
         inputs = torch.cat([features, features.new_ones(len(features), 1)], 1)
         weights = inputs.new_zeros(n_classes, inputs.shape[1]).requires_grad_()
-        optimizer = torch.optim.LBFGS([weights], max_iter=steps, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [weights], max_iter=steps, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+        )
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -456,6 +543,7 @@ def fit_softmax(features: Tensor, classes: Tensor, n_classes: int, *, penalty: f
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weights.detach()
+
 
 # %% ../nbs/52_evaluation.ipynb #c9de607a
 def _bits(counts: NDArray[Any]) -> float:
@@ -500,12 +588,22 @@ def measure_codes(codes: ArrayLike, phones: ArrayLike, *, seed: int = 0, shuffle
     table = cross_table(numbers, phones)
     total, whole = table.sum(), _bits(table.sum(0))
     rng = np.random.default_rng(seed)
-    lucky = [mutual_information(cross_table(numbers, rng.permutation(phones), table.shape)) for _ in range(shuffles)]
-    known, chance = ((x / whole if whole else 0.0) for x in (mutual_information(table), float(np.mean(lucky))))
-    return CodeMeasures(len(names), known, chance, float(table.max(1).sum() / total), float(table.max(0).sum() / total))
+    lucky = [
+        mutual_information(cross_table(numbers, rng.permutation(phones), table.shape))
+        for _ in range(shuffles)
+    ]
+    known, chance = (
+        (x / whole if whole else 0.0) for x in (mutual_information(table), float(np.mean(lucky)))
+    )
+    return CodeMeasures(
+        len(names), known, chance, float(table.max(1).sum() / total), float(table.max(0).sum() / total)
+    )
+
 
 # %% ../nbs/52_evaluation.ipynb #4d9195c1
-def cluster_frames(features: NDArray[Any], n_clusters: int, *, seed: int = 0, steps: int = 20) -> NDArray[np.int64]:
+def cluster_frames(
+    features: NDArray[Any], n_clusters: int, *, seed: int = 0, steps: int = 20
+) -> NDArray[np.int64]:
     """Give each frame the number of its cluster: k-means by scipy, started from frames drawn at random.
 
     Args:
@@ -515,11 +613,14 @@ def cluster_frames(features: NDArray[Any], n_clusters: int, *, seed: int = 0, st
         steps: Rounds of k-means.
     """
     points = (features - features.mean(0)) / (features.std(0) + 1e-6)
-    start = points[np.random.default_rng(seed).choice(len(points), min(n_clusters, len(points)), replace=False)]
+    start = points[
+        np.random.default_rng(seed).choice(len(points), min(n_clusters, len(points)), replace=False)
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a cluster may run empty
         _, labels = _library("scipy.cluster.vq").kmeans2(points, start, iter=steps, minit="matrix")
     return np.asarray(labels, np.int64)
+
 
 # %% ../nbs/52_evaluation.ipynb #8d863293
 def code_phone_report(
@@ -546,21 +647,31 @@ def code_phone_report(
     table = np.asarray(codes)
     numbers = np.unique(np.asarray(phones), return_inverse=True)[1]
     if table.ndim != 2 or len(table) != len(numbers) or not len(table):
-        raise ValueError(f"codes have shape {table.shape} for {len(numbers)} phones; (frames, groups) is needed")
+        raise ValueError(
+            f"codes have shape {table.shape} for {len(numbers)} phones; (frames, groups) is needed"
+        )
     joint = np.unique(table, axis=0, return_inverse=True)[1].ravel()
     report = {f"group {g}": measure_codes(column, numbers, seed=seed) for g, column in enumerate(table.T)}
     report["joint"] = measure_codes(joint, numbers, seed=seed)
     if features is not None:
-        sizes = {n_codes or max(report[f"group {g}"].used for g in range(table.shape[1])), report["joint"].used}
+        sizes = {
+            n_codes or max(report[f"group {g}"].used for g in range(table.shape[1])),
+            report["joint"].used,
+        }
         for size in sorted(sizes):
-            report[f"k-means {size}"] = measure_codes(cluster_frames(features, size, seed=seed), numbers, seed=seed)
+            report[f"k-means {size}"] = measure_codes(
+                cluster_frames(features, size, seed=seed), numbers, seed=seed
+            )
     return report
+
 
 # %% ../nbs/52_evaluation.ipynb #296498fb
 class _Utterances(Collator):
     """Batches that carry their utterances along."""
 
-    def add(self, batch: BatchFeature, clips: Sequence[Clip], starts: Sequence[int], ids: Tensor, n_frames: Tensor) -> None:
+    def add(
+        self, batch: BatchFeature, clips: Sequence[Clip], starts: Sequence[int], ids: Tensor, n_frames: Tensor
+    ) -> None:
         """Add `utterances`."""
         batch["utterances"] = [clip.utterance for clip in clips]
 
@@ -622,6 +733,7 @@ class PhoneFrames(NamedTuple):
     mel: NDArray[np.float32]
     ids: NDArray[np.str_]
 
+
 # %% ../nbs/52_evaluation.ipynb #2d555330
 def phone_frames(
     model: Wav2Vec2ConformerForPreTraining,
@@ -644,14 +756,19 @@ def phone_frames(
             features = base.feature_extractor(sound, valid_lengths(batch["attention_mask"]))
             codes = model.quantizer.codes(base.feature_projection(features)[1]).cpu().numpy()
             waves = sound.cpu().numpy()
-            for row, (u, n, size) in enumerate(zip(batch["utterances"], batch["n_frames"], batch["lengths"], strict=True)):
+            for row, (u, n, size) in enumerate(
+                zip(batch["utterances"], batch["n_frames"], batch["lengths"], strict=True)
+            ):
                 phones = np.array(phone_rows(u, n, model.config), dtype=str)
                 known = phones != ""
                 mel = log_mel_frames(waves[row, :size], width=width, hop=hop)
-                parts.append((codes[row, :n][known], phones[known], mel[:n][known], np.full(known.sum(), u.id)))
+                parts.append(
+                    (codes[row, :n][known], phones[known], mel[:n][known], np.full(known.sum(), u.id))
+                )
     if not sum(len(part[1]) for part in parts):
         raise ValueError(f"no phones are known in {speech!r}")
     return PhoneFrames(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
 
 # %% ../nbs/52_evaluation.ipynb #0a30434e
 @dataclass(frozen=True)
@@ -682,6 +799,7 @@ class PhoneProbe:
         """The layer with the most right frames."""
         return self.layers[int(self.right.sum(1).argmax())]
 
+
 # %% ../nbs/52_evaluation.ipynb #ed4e5dc2
 class _States(NamedTuple):
     """States of the frames whose phone is known: one table per layer."""
@@ -693,7 +811,11 @@ class _States(NamedTuple):
 
 
 def _layer_states(
-    model: PreTrainedModel, speech: Speech, extractor: Wav2Vec2FeatureExtractor | None, every: int, batch_seconds: float
+    model: PreTrainedModel,
+    speech: Speech,
+    extractor: Wav2Vec2FeatureExtractor | None,
+    every: int,
+    batch_seconds: float,
 ) -> _States:
     """Run the model and keep every n-th frame of all layers."""
     layers: list[list[Tensor]] = []
@@ -701,7 +823,9 @@ def _layer_states(
     base: Any = model.base_model
     with listening(model):
         for batch in utterance_batches(model, speech, extractor, batch_seconds=batch_seconds):
-            output = base(batch["input_values"], batch["attention_mask"], output_hidden_states=True, return_dict=True)
+            output = base(
+                batch["input_values"], batch["attention_mask"], output_hidden_states=True, return_dict=True
+            )
             states = [output.extract_features, *output.hidden_states]
             layers = layers or [[] for _ in states]
             for row, (u, n) in enumerate(zip(batch["utterances"], batch["n_frames"], strict=True)):
@@ -710,8 +834,13 @@ def _layer_states(
                 labels.append((phones[known], *(np.full(known.sum(), name) for name in (u.id, u.speaker))))
                 for kept, state in zip(layers, states, strict=True):
                     kept.append(state[row, :n:every].float().cpu()[torch.from_numpy(known)])
-    columns = [np.concatenate(column) for column in zip(*labels, strict=True)] if labels else [np.array([], str)] * 3
+    columns = (
+        [np.concatenate(column) for column in zip(*labels, strict=True)]
+        if labels
+        else [np.array([], str)] * 3
+    )
     return _States([torch.from_numpy(torch.cat(kept).numpy().copy()) for kept in layers], *columns)
+
 
 # %% ../nbs/52_evaluation.ipynb #33b51023
 def _fold_right(train: _States, test: _States, i: int, device: torch.device) -> NDArray[np.bool_]:
@@ -727,7 +856,9 @@ def _fold_right(train: _States, test: _States, i: int, device: torch.device) -> 
 def _only(states: _States, keep: NDArray[np.bool_]) -> _States:
     """The frames to keep."""
     mask = torch.from_numpy(keep)
-    return _States([layer[mask] for layer in states.layers], states.phones[keep], states.ids[keep], states.speakers[keep])
+    return _States(
+        [layer[mask] for layer in states.layers], states.phones[keep], states.ids[keep], states.speakers[keep]
+    )
 
 
 def phone_probe(
@@ -756,7 +887,11 @@ def phone_probe(
     """
     shared = set() if train is None else set(speech.speakers) & set(train.speakers)
     if shared or (train is None and len(speech.speakers) < 2):
-        problem = f"{sorted(shared)[:3]} speak in both sets" if shared else f"{len(speech.speakers)} speaker(s) in speech"
+        problem = (
+            f"{sorted(shared)[:3]} speak in both sets"
+            if shared
+            else f"{len(speech.speakers)} speaker(s) in speech"
+        )
         raise ValueError(f"the probe must learn on some speakers and be asked about others: {problem}")
     rate = SAMPLING_RATE / math.prod(model.config.conv_stride)
     options: Any = (extractor, math.ceil(speech.seconds * rate / max_frames), batch_seconds)
@@ -765,11 +900,15 @@ def phone_probe(
         raise ValueError(f"no phones are known in {speech!r}")
     if train is None:
         # A B B A B A A B …: names often alternate in something, here in the accent
-        second = np.isin(states.speakers, [name for i, name in enumerate(speech.speakers) if i.bit_count() % 2])
+        second = np.isin(
+            states.speakers, [name for i, name in enumerate(speech.speakers) if i.bit_count() % 2]
+        )
         folds = [(_only(states, side), ~side) for side in (second, ~second)]
     else:
         every = math.ceil(train.seconds * rate / max_frames)
-        folds = [(_layer_states(model, train, extractor, every, batch_seconds), np.ones(len(states.phones), bool))]
+        folds = [
+            (_layer_states(model, train, extractor, every, batch_seconds), np.ones(len(states.phones), bool))
+        ]
     right = np.zeros((len(states.layers), len(states.phones)), bool)
     for learned, asked in folds:
         for i in range(len(right)):
@@ -778,7 +917,10 @@ def phone_probe(
     counts = np.stack([np.bincount(owner, row, len(ids)) for row in right]).astype(np.int64)
     names = ("latent frames", "encoder input", *(f"block {i}" for i in range(1, len(right) - 1)))
     common = np.unique(states.phones, return_counts=True)[1].max() / len(states.phones)
-    return PhoneProbe(names, counts, np.bincount(owner, minlength=len(ids)), tuple(ids.tolist()), float(common))
+    return PhoneProbe(
+        names, counts, np.bincount(owner, minlength=len(ids)), tuple(ids.tolist()), float(common)
+    )
+
 
 # %% ../nbs/52_evaluation.ipynb #247ee13e
 def contrastive_sums(
@@ -805,7 +947,11 @@ def contrastive_sums(
         mask_length=plan.mask_length, min_masks=plan.min_masks, seed=recipe.run.seed, bad="drop",
     )  # fmt: skip
     longest = max(collator.row_samples(u.n_samples) for u in speech) / SAMPLING_RATE + 0.01
-    bounds: Any = {"max_seconds": max(data.batch_seconds, longest), "max_rows": data.batch_rows, "seed": recipe.run.seed}
+    bounds: Any = {
+        "max_seconds": max(data.batch_seconds, longest),
+        "max_rows": data.batch_rows,
+        "seed": recipe.run.seed,
+    }
     found: dict[str, Sums] = {}
     with listening(model):
         for batch in data_loader(speech, collator, **bounds):
@@ -816,11 +962,19 @@ def contrastive_sums(
             states = model.project_hid(base.last_hidden_state)
             vectors, _, codes = model.quantizer(base.extract_features, mask, return_codes=True)
             targets = model.project_q(vectors.to(model.project_q.weight.dtype))
-            scores = model.quantizer.logits(base.extract_features).view(*mask.shape, config.num_codevector_groups, -1)
+            scores = model.quantizer.logits(base.extract_features).view(
+                *mask.shape, config.num_codevector_groups, -1
+            )
             for row, name in enumerate(batch["ids"]):
                 one = slice(row, row + 1)
                 sums = code_sums(scores[one], mask[one])
-                parts = (states[one], targets[one], batch["sampled_negative_indices"][one], mask[one], codes[one])
+                parts = (
+                    states[one],
+                    targets[one],
+                    batch["sampled_negative_indices"][one],
+                    mask[one],
+                    codes[one],
+                )
                 sums |= choice_sums(*parts, config.contrastive_logits_temperature)
                 found[name] = {key: value.cpu() for key, value in sums.items()}
     return found
@@ -835,6 +989,7 @@ def contrastive_report(
     """Contrastive accuracy, codes in use and twins of a whole set: `health.describe_codes` of all `contrastive_sums`."""
     rows = list(contrastive_sums(model, speech, extractor, recipe).values())
     return describe_codes({key: torch.stack([row[key] for row in rows]).sum(0) for key in rows[0]})
+
 
 # %% ../nbs/52_evaluation.ipynb #eba761ce
 class Interval(NamedTuple):
@@ -876,9 +1031,15 @@ def bootstrap(
         ValueError: No values, not a group for each of them, or an impossible level.
     """
     rows = np.asarray(values)
-    owners = np.arange(len(rows)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
+    owners = (
+        np.arange(len(rows))
+        if groups is None
+        else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
+    )
     if not len(rows) or len(owners) != len(rows) or not 0 < level < 1 or n < 1:
-        raise ValueError(f"{len(rows)} values, {len(owners)} groups, n={n}, level={level}: values, a group for each, n above 0 and a level between 0 and 1 are needed")
+        raise ValueError(
+            f"{len(rows)} values, {len(owners)} groups, n={n}, level={level}: values, a group for each, n above 0 and a level between 0 and 1 are needed"
+        )
     members = [np.flatnonzero(owners == g) for g in range(int(owners.max()) + 1)]
     value = float(statistic(rows))
     if len(members) < 2:
@@ -887,12 +1048,24 @@ def bootstrap(
     def again(chosen: NDArray[Any]) -> float:
         return float(statistic(rows[np.concatenate([members[int(g)] for g in chosen])]))
 
-    options: Any = {"n_resamples": n, "vectorized": False, "method": "percentile", "random_state": np.random.default_rng(seed)}
+    options: Any = {
+        "n_resamples": n,
+        "vectorized": False,
+        "method": "percentile",
+        "random_state": np.random.default_rng(seed),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # draws without a figure
-        drawn = _library("scipy.stats").bootstrap((np.arange(len(members)),), again, **options).bootstrap_distribution
-        low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]) - centred * (np.nanmean(drawn) - value)
+        drawn = (
+            _library("scipy.stats")
+            .bootstrap((np.arange(len(members)),), again, **options)
+            .bootstrap_distribution
+        )
+        low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]) - centred * (
+            np.nanmean(drawn) - value
+        )
     return Interval(value, float(low), float(high))
+
 
 # %% ../nbs/52_evaluation.ipynb #be9a1ffa
 @dataclass(frozen=True)
@@ -920,7 +1093,9 @@ class Measure:
         """The value and the interval as text."""
         factor, unit, digits = (100, " %", 2) if self.percent else (1, "", 3)
         low, high = (f"{factor * x:.{digits}f}" for x in (self.low, self.high))
-        return f"{factor * self.value:.{digits}f}{unit}", "" if math.isnan(self.low) else f"{low} to {high}{unit}"
+        return f"{factor * self.value:.{digits}f}{unit}", "" if math.isnan(
+            self.low
+        ) else f"{low} to {high}{unit}"
 
 
 class Report(Mapping[str, Measure]):
@@ -934,7 +1109,11 @@ class Report(Mapping[str, Measure]):
     """
 
     def __init__(
-        self, about: dict[str, Any], measures: dict[str, Measure], details: dict[str, Any] | None = None, notes: Iterable[str] = ()
+        self,
+        about: dict[str, Any],
+        measures: dict[str, Measure],
+        details: dict[str, Any] | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
         self.about, self.measures, self.details, self.notes = about, measures, details or {}, list(notes)
 
@@ -953,18 +1132,27 @@ class Report(Mapping[str, Measure]):
     def table(self) -> str:
         """The figures as text, one a line, with intervals and notes."""
         a = self.about
-        lines = [f"{a['model']} on {a['speech']}: {a['utterances']} utterances, {a['minutes']} min, {a['speakers']} speaker(s)"]
+        lines = [
+            f"{a['model']} on {a['speech']}: {a['utterances']} utterances, {a['minutes']} min, {a['speakers']} speaker(s)"
+        ]
         rows = [(name, *m.texts(), m.note) for name, m in self.measures.items()]
         head = ("", "value", f"{100 * a['level']:g} % interval", "")
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(3)]
         for name, value, interval, note in [head, *rows]:
-            lines.append(f"{name:{widths[0]}}  {value:>{widths[1]}}  {interval:>{widths[2]}}  {note}".rstrip())
+            lines.append(
+                f"{name:{widths[0]}}  {value:>{widths[1]}}  {interval:>{widths[2]}}  {note}".rstrip()
+            )
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in plain types, ready for JSON; what is not finite becomes None."""
-        measures = {name: {"value": m.value, "low": m.low, "high": m.high, "note": m.note, "percent": m.percent} for name, m in self.measures.items()}
-        plain = _plain_types({"about": self.about, "measures": measures, "details": self.details, "notes": self.notes})
+        measures = {
+            name: {"value": m.value, "low": m.low, "high": m.high, "note": m.note, "percent": m.percent}
+            for name, m in self.measures.items()
+        }
+        plain = _plain_types(
+            {"about": self.about, "measures": measures, "details": self.details, "notes": self.notes}
+        )
         json.dumps(plain, allow_nan=False)  # would raise here, and not where it is written
         return dict(plain)
 
@@ -980,6 +1168,7 @@ def _plain_types(x: Any) -> Any:
     if isinstance(x, np.generic):
         x = x.item()
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
 
 # %% ../nbs/52_evaluation.ipynb #aada95b9
 @dataclass
@@ -1010,7 +1199,12 @@ class Trial:
         return found
 
     def measure(
-        self, utterances: Sequence[Utterance], rows: ArrayLike, statistic: Callable[[Any], float], note: str = "", **options: Any
+        self,
+        utterances: Sequence[Utterance],
+        rows: ArrayLike,
+        statistic: Callable[[Any], float],
+        note: str = "",
+        **options: Any,
     ) -> Measure:
         """A figure with its interval, from a row for each utterance; `options` are those of `bootstrap`."""
         groups = [u.speaker for u in utterances] if self.by == "speaker" else None
@@ -1038,6 +1232,7 @@ class Trial:
         watch: Callable[[int], Any] = bar.update
         return watch
 
+
 # %% ../nbs/52_evaluation.ipynb #3b2f5c39
 Found = tuple[dict[str, Measure], dict[str, Any]]  # figures, details
 
@@ -1060,12 +1255,21 @@ def judge_ctc(trial: Trial) -> Found:
     if not known:
         raise ValueError(f"no text is known in {trial.speech!r}")
     if len(known) < len(trial.speech):
-        trial.notes.append(f"{len(trial.speech) - len(known)} of {len(trial.speech)} utterances left out: their text is not known")
-    options: Any = {"chunk_seconds": trial.chunk_seconds, "batch_seconds": trial.batch_seconds, "decoder": trial.decoder}
+        trial.notes.append(
+            f"{len(trial.speech) - len(known)} of {len(trial.speech)} utterances left out: their text is not known"
+        )
+    options: Any = {
+        "chunk_seconds": trial.chunk_seconds,
+        "batch_seconds": trial.batch_seconds,
+        "decoder": trial.decoder,
+    }
     heard = _each(known, trial.watch(len(known)))
     said = [t.text for t in transcribe(heard, trial.model, trial.processor, timestamps=None, **options)]
     meant, kinds = [u.text for u in known], [u.kind for u in known]
-    edits = {name: count_edits(meant, said, unit, trial.normalise) for name, unit in (("WER", "word"), ("CER", "char"))}
+    edits = {
+        name: count_edits(meant, said, unit, trial.normalise)
+        for name, unit in (("WER", "word"), ("CER", "char"))
+    }
     figures = {}
     for kind in (None, *(sorted(set(kinds)) if len(set(kinds)) > 1 else ())):
         chosen = [i for i, k in enumerate(kinds) if kind in {None, k}]
@@ -1081,6 +1285,7 @@ def judge_ctc(trial: Trial) -> Found:
     ]
     return figures, {"transcripts": listed}
 
+
 # %% ../nbs/52_evaluation.ipynb #5d169ce9
 def _guess_target(trial: Trial, choices: Sequence[str]) -> str:
     """Find the attribute of the utterances that the labels of a model stand for."""
@@ -1090,7 +1295,9 @@ def _guess_target(trial: Trial, choices: Sequence[str]) -> str:
     hits = {name: sum(getattr(u, name) in labels for u in trial.speech) for name in choices}
     best = max(hits, key=hits.__getitem__)
     if not hits[best]:
-        raise ValueError(f"target is missing: the labels {list(labels)[:5]} occur in none of {', '.join(choices)} of {trial.speech!r}")
+        raise ValueError(
+            f"target is missing: the labels {list(labels)[:5]} occur in none of {', '.join(choices)} of {trial.speech!r}"
+        )
     return best
 
 
@@ -1098,24 +1305,37 @@ def judge_sequences(trial: Trial) -> Found:
     """Share of utterances that get the right label, and which is taken for which."""
     config = trial.model.config
     if loss_kind(config) != ONE_LABEL:
-        raise ValueError(f"problem_type={loss_kind(config)!r} has no measure here; only one label for each utterance has")
+        raise ValueError(
+            f"problem_type={loss_kind(config)!r} has no measure here; only one label for each utterance has"
+        )
     name = _guess_target(trial, ("text", "speaker", "language", "kind"))
     known = [u for u in trial.speech if getattr(u, name) in config.label2id]
     if len(known) < len(trial.speech):
-        trial.notes.append(f"{len(trial.speech) - len(known)} of {len(trial.speech)} utterances left out: their {name} is no label of the model")
+        trial.notes.append(
+            f"{len(trial.speech) - len(known)} of {len(trial.speech)} utterances left out: their {name} is no label of the model"
+        )
     asked: list[Utterance] = []
     said: list[int] = []
     with listening(trial.model):
         for batch in trial.batches(Speech(known)):
             asked += batch["utterances"]
-            said += trial.model(batch["input_values"], batch["attention_mask"], return_dict=True).logits.argmax(-1).tolist()
+            said += (
+                trial.model(batch["input_values"], batch["attention_mask"], return_dict=True)
+                .logits.argmax(-1)
+                .tolist()
+            )
     truth = [config.label2id[getattr(u, name)] for u in asked]
     table = cross_table(truth, said, (config.num_labels, config.num_labels))
     right = np.array(truth) == np.array(said)
     common = table.sum(1).max() / table.sum()
     note = f"{right.sum():,} of {len(right):,} by {name}; the commonest label alone: {100 * common:.1f} %"
     names = [config.id2label[i] for i in range(config.num_labels)]
-    return {"accuracy": trial.measure(asked, right, np.mean, note)}, {"labels": names, "confusion": table, "target": name}
+    return {"accuracy": trial.measure(asked, right, np.mean, note)}, {
+        "labels": names,
+        "confusion": table,
+        "target": name,
+    }
+
 
 # %% ../nbs/52_evaluation.ipynb #9fe269df
 def judge_frames(trial: Trial) -> Found:
@@ -1123,8 +1343,12 @@ def judge_frames(trial: Trial) -> Found:
     config = trial.model.config
     labels = [config.id2label[i] for i in range(config.num_labels)]
     if loss_kind(config) not in {ONE_LABEL, MANY_LABELS}:
-        raise ValueError(f"problem_type={loss_kind(config)!r} has no measure here; frames with one label or several have")
-    turns = trial.target == "turns" or (trial.target is None and all(label.startswith("speaker ") for label in labels))
+        raise ValueError(
+            f"problem_type={loss_kind(config)!r} has no measure here; frames with one label or several have"
+        )
+    turns = trial.target == "turns" or (
+        trial.target is None and all(label.startswith("speaker ") for label in labels)
+    )
     target = "turns" if turns else trial.target or "phones"
     width, hop = receptive_field(config.conv_kernel, config.conv_stride)
     grid: Any = {"hop": hop / SAMPLING_RATE, "middle": width / 2 / SAMPLING_RATE}
@@ -1133,7 +1357,12 @@ def judge_frames(trial: Trial) -> Found:
     errors: list[DiarizationErrors] = []
     with listening(trial.model):
         for batch in trial.batches(trial.speech.filter(lambda u: bool(getattr(u, target)))):
-            logits = trial.model(batch["input_values"], batch["attention_mask"], return_dict=True).logits.float().cpu().numpy()
+            logits = (
+                trial.model(batch["input_values"], batch["attention_mask"], return_dict=True)
+                .logits.float()
+                .cpu()
+                .numpy()
+            )
             for u, n, scores in zip(batch["utterances"], batch["n_frames"], logits, strict=True):
                 truth = _frame_activity(turn_order(u) if turns else getattr(u, target), labels, n, **grid)
                 many = loss_kind(config) == MANY_LABELS
@@ -1145,17 +1374,25 @@ def judge_frames(trial: Trial) -> Found:
                     errors.append(diarization_error_rate(u.turns, activity_turns(said, labels, **grid)))
     if not asked:
         raise ValueError(f"target={target!r}: nothing is known of it in {trial.speech!r}")
-    figures = {"frame accuracy": trial.measure(asked, right, ratio, f"of {sum(n for _, n in right):,} frames, by {target}")}
+    figures = {
+        "frame accuracy": trial.measure(
+            asked, right, ratio, f"of {sum(n for _, n in right):,} frames, by {target}"
+        )
+    }
     if errors:
         total = sum(errors, DiarizationErrors())
         parts = {key: getattr(total, key) / total.total for key in ("missed", "false_alarm", "confusion")}
         note = ", ".join(f"{key.replace('_', ' ')} {100 * share:.1f} %" for key, share in parts.items())
         rows = [(e.rate * e.total, e.total) for e in errors]
-        figures["DER"] = trial.measure(asked, rows, ratio, f"{note} of {total.total:.0f} s, no collar, overlaps scored")
+        figures["DER"] = trial.measure(
+            asked, rows, ratio, f"{note} of {total.total:.0f} s, no collar, overlaps scored"
+        )
     return figures, {"labels": labels, "target": target}
 
 
-def _frame_activity(segments: Sequence[Segment], labels: Sequence[str], n_frames: int, hop: float, middle: float) -> NDArray[np.bool_]:
+def _frame_activity(
+    segments: Sequence[Segment], labels: Sequence[str], n_frames: int, hop: float, middle: float
+) -> NDArray[np.bool_]:
     """Say for each frame which labels are true in its middle, `[T, labels]`; labels that the model has not are passed over."""
     times = np.arange(n_frames) * hop + middle
     on = np.zeros((n_frames, len(labels)), bool)
@@ -1164,22 +1401,31 @@ def _frame_activity(segments: Sequence[Segment], labels: Sequence[str], n_frames
             on[(times >= segment.start) & (times < segment.end), labels.index(segment.label)] = True
     return on
 
+
 # %% ../nbs/52_evaluation.ipynb #cec48d88
 def judge_speakers(trial: Trial) -> Found:
     """Equal error rate and minimum detection costs over all pairs of utterances."""
     least = fewest_samples(trial.model.config)
     known = [u for u in trial.speech if u.speaker and "+" not in u.speaker and u.n_samples >= least]
     if len(known) < len(trial.speech):
-        trial.notes.append(f"{len(trial.speech) - len(known)} of {len(trial.speech)} utterances left out: no one speaker, or shorter than {least / SAMPLING_RATE:.2f} s")
+        trial.notes.append(
+            f"{len(trial.speech) - len(known)} of {len(trial.speech)} utterances left out: no one speaker, or shorter than {least / SAMPLING_RATE:.2f} s"
+        )
     asked: list[Utterance] = []
     vectors: list[Tensor] = []
     with listening(trial.model):
         for batch in trial.batches(Speech(known)):
             asked += batch["utterances"]
-            vectors.append(trial.model(batch["input_values"], batch["attention_mask"], return_dict=True).embeddings.float().cpu())
+            vectors.append(
+                trial.model(batch["input_values"], batch["attention_mask"], return_dict=True)
+                .embeddings.float()
+                .cpu()
+            )
     scores, same = score_pairs(torch.cat(vectors), [u.speaker for u in asked])
 
-    def judged(chosen: NDArray[Any], figure: Callable[..., OperatingPoint] = equal_error_rate, **options: Any) -> float:
+    def judged(
+        chosen: NDArray[Any], figure: Callable[..., OperatingPoint] = equal_error_rate, **options: Any
+    ) -> float:
         a, b = (chosen[side] for side in np.triu_indices(len(chosen), 1))
         pairs = a != b  # drawn twice, an utterance is not compared with itself
         a, b = a[pairs], b[pairs]
@@ -1192,18 +1438,25 @@ def judge_speakers(trial: Trial) -> Found:
     if not 0 < friends < n_pairs:
         raise ValueError(f"{friends} of {n_pairs} pairs are of one speaker; both kinds are needed")
     note = f"{friends:,} pairs of one speaker, {n_pairs - friends:,} of two"
-    figures = {"EER": trial.measure(asked, everyone, judged, note, n=min(trial.draws, max(100, 10**7 // n_pairs)))}
+    figures = {
+        "EER": trial.measure(asked, everyone, judged, note, n=min(trial.draws, max(100, 10**7 // n_pairs)))
+    }
     for p in (0.01, 0.05):
-        figures[f"minDCF {p}"] = Measure(judged(everyone, min_dcf, p_target=p), note="1 = as good as one answer for all", percent=False)
+        figures[f"minDCF {p}"] = Measure(
+            judged(everyone, min_dcf, p_target=p), note="1 = as good as one answer for all", percent=False
+        )
     upper = np.triu_indices(len(asked), 1)
     return figures, {"threshold": equal_error_rate(scores[upper], same[upper]).threshold}
+
 
 # %% ../nbs/52_evaluation.ipynb #20bc28dd
 def _judge_codes(trial: Trial) -> Found:
     """What the codes tell about the phones, against k-means with as many."""
     frames = phone_frames(trial.model, trial.speech, trial.extractor, batch_seconds=trial.batch_seconds)  # type: ignore[arg-type]
     n_groups, n_codes = frames.codes.shape[1], trial.model.config.num_codevectors_per_group
-    rows = code_phone_report(frames.codes, frames.phones.tolist(), frames.mel, n_codes=n_codes, seed=trial.seed)
+    rows = code_phone_report(
+        frames.codes, frames.phones.tolist(), frames.mel, n_codes=n_codes, seed=trial.seed
+    )
     groups = [rows[f"group {g}"] for g in range(n_groups)]
     ids, owner = np.unique(frames.ids, return_inverse=True)
     phones = np.unique(frames.phones, return_inverse=True)[1]
@@ -1219,11 +1472,19 @@ def _judge_codes(trial: Trial) -> Found:
     by_name = {u.id: u for u in trial.speech}
     chance = np.mean([g.chance for g in groups])
     note = f"a group of {n_codes}; k-means {n_codes}: {100 * rows[f'k-means {n_codes}'].known:.1f} %, shuffled {100 * chance:.1f} %"
-    figures = {"I(code; phone) / H(phone)": trial.measure([by_name[i] for i in ids.tolist()], np.arange(len(ids)), known, note, centred=True)}
+    figures = {
+        "I(code; phone) / H(phone)": trial.measure(
+            [by_name[i] for i in ids.tolist()], np.arange(len(ids)), known, note, centred=True
+        )
+    }
     joint = rows["joint"]
     like = f"k-means {joint.used}: {100 * rows[f'k-means {joint.used}'].known:.1f} %, shuffled {100 * joint.chance:.1f} %"
-    figures["the same, groups joined"] = Measure(joint.known, note=f"{joint.used} pairs of codes used; {like}")
-    figures["phone purity"] = Measure(float(np.mean([g.phone_purity for g in groups])), note="commonest phone of each code, a group")
+    figures["the same, groups joined"] = Measure(
+        joint.known, note=f"{joint.used} pairs of codes used; {like}"
+    )
+    figures["phone purity"] = Measure(
+        float(np.mean([g.phone_purity for g in groups])), note="commonest phone of each code, a group"
+    )
     return figures, {"codes": {name: row._asdict() for name, row in rows.items()}}
 
 
@@ -1237,6 +1498,7 @@ def _judge_layers(trial: Trial) -> Found:
     figure = trial.measure([by_name[i] for i in probe.ids], rows, ratio, note)
     return {"phone probe": figure}, {"probe": probe.accuracy}
 
+
 # %% ../nbs/52_evaluation.ipynb #cb421f0f
 def judge_pretraining(trial: Trial) -> Found:
     """Contrastive accuracy, codes in use, twins; with phones, what codes and layers know of them."""
@@ -1246,16 +1508,25 @@ def judge_pretraining(trial: Trial) -> Found:
         sums = contrastive_sums(model, trial.speech, trial.extractor, trial.recipe)
         by_name = {u.id: u for u in trial.speech}
         asked = [by_name[name] for name in sums]
-        columns = {key: np.stack([row[key].numpy() for row in sums.values()]) for key in next(iter(sums.values()))}
+        columns = {
+            key: np.stack([row[key].numpy() for row in sums.values()]) for key in next(iter(sums.values()))
+        }
         total = describe_codes({key: torch.from_numpy(np.asarray(c.sum(0))) for key, c in columns.items()})
-        pairs = {key: np.stack([columns[a], columns[b]], 1) for key, a, b in (("hits", "hits", "questions"), ("twins", "twins", "answers"))}
+        pairs = {
+            key: np.stack([columns[a], columns[b]], 1)
+            for key, a, b in (("hits", "hits", "questions"), ("twins", "twins", "answers"))
+        }
         n = model.config.num_negatives
-        note = f"of {columns['questions'].sum():,.0f} hidden frames, {n} negatives; chance {100 / (1 + n):.1f} %"
+        note = (
+            f"of {columns['questions'].sum():,.0f} hidden frames, {n} negatives; chance {100 / (1 + n):.1f} %"
+        )
         figures["contrastive accuracy"] = trial.measure(asked, pairs["hits"], ratio, note)
         groups = ", ".join(f"{p:.1f}" for p in total["hard_perplexity_groups"])
         note = f"hard perplexity {groups} of {model.config.num_codevectors_per_group}; {total['dead_codes']} codes never best"
         figures["codes in use"] = trial.measure(asked, columns["hard"], _used, note, centred=True)
-        figures["twins"] = trial.measure(asked, pairs["twins"], ratio, "negatives that are identical to the positive")
+        figures["twins"] = trial.measure(
+            asked, pairs["twins"], ratio, "negatives that are identical to the positive"
+        )
         details["contrastive"] = total
     if any(u.phones for u in trial.speech):
         judges = [_judge_codes] if figures else []
@@ -1267,7 +1538,9 @@ def judge_pretraining(trial: Trial) -> Found:
     else:
         trial.notes.append("no phones are known: nothing is said of codes and layers")
     if not figures:
-        raise ValueError(f"a {type(model).__name__} without a head is measured by its phones, and {trial.speech!r} has none of two speakers")
+        raise ValueError(
+            f"a {type(model).__name__} without a head is measured by its phones, and {trial.speech!r} has none of two speakers"
+        )
     return figures, details
 
 
@@ -1275,6 +1548,7 @@ def _used(counts: NDArray[Any]) -> float:
     """Hard perplexity over the number of codes, from counts of many utterances."""
     table = counts.sum(0)
     return float(sum(2 ** _bits(group) for group in table) / table.size)
+
 
 # %% ../nbs/52_evaluation.ipynb #b93e6421
 HEADS: dict[str, type[PreTrainedModel]] = {  # a tensor that only this head has -> its class
@@ -1287,7 +1561,9 @@ HEADS: dict[str, type[PreTrainedModel]] = {  # a tensor that only this head has 
 }
 
 
-def model_class(model: str | os.PathLike[str], architecture: str | None = None, *, revision: str | None = None) -> type[PreTrainedModel]:
+def model_class(
+    model: str | os.PathLike[str], architecture: str | None = None, *, revision: str | None = None
+) -> type[PreTrainedModel]:
     """Find the class that fits a checkpoint: the one that its config.json names, or else the one that its tensors need.
 
     Args:
@@ -1307,7 +1583,9 @@ def model_class(model: str | os.PathLike[str], architecture: str | None = None, 
     if architecture is None:
         names = read_checkpoint(model, revision=revision, device="meta")
         architecture = next(
-            cls.__name__ for part, cls in HEADS.items() if any(name.startswith(part) for name in names) or not part
+            cls.__name__
+            for part, cls in HEADS.items()
+            if any(name.startswith(part) for name in names) or not part
         )
     if architecture not in classes:
         raise ValueError(f"architecture={architecture!r}: allowed are {', '.join(classes)}")
@@ -1327,9 +1605,13 @@ JUDGES: dict[type[PreTrainedModel], Callable[[Trial], Found]] = {
 def _processor_of(folder: str | os.PathLike[str], cls: type[PreTrainedModel], revision: str | None) -> Any:
     """The processor or feature extractor that lies beside a checkpoint."""
     kind: Any = Wav2Vec2Processor if cls is Wav2Vec2ConformerForCTC else Wav2Vec2FeatureExtractor
-    if kind is Wav2Vec2FeatureExtractor and find_file(folder, "preprocessor_config.json", revision=revision) is None:
+    if (
+        kind is Wav2Vec2FeatureExtractor
+        and find_file(folder, "preprocessor_config.json", revision=revision) is None
+    ):
         return None
     return kind.from_pretrained(folder, revision=revision)
+
 
 # %% ../nbs/52_evaluation.ipynb #bd313157
 @dataclass(frozen=True)
@@ -1354,7 +1636,15 @@ def _from_row(row: Mapping[str, Any], number: int) -> Utterance:
         "id": ("id",), "text": ("text", "transcription", "sentence"), "speaker": ("speaker_id", "speaker"), "language": ("language",), "kind": ("kind",),
     }.items()}  # fmt: skip
     name = first["id"] or f"row {number}"
-    return Utterance(name, _Cell(cell, size), SAMPLING_RATE, first["text"], first["speaker"], first["language"], kind=first["kind"])
+    return Utterance(
+        name,
+        _Cell(cell, size),
+        SAMPLING_RATE,
+        first["text"],
+        first["speaker"],
+        first["language"],
+        kind=first["kind"],
+    )
 
 
 def hub_speech(name: str, split: str = "test", limit: int | None = None) -> Speech:
@@ -1391,14 +1681,22 @@ def open_speech(name: str | os.PathLike[str], split: str | None = None, limit: i
         speech = hub_speech(text.removeprefix("hf:"), split or "test", limit)
     else:
         folder = Path(text).expanduser()
-        whole = split is None and folder.exists() and not (folder / "test").is_dir() and not (folder / "speech.json").is_file()
+        whole = (
+            split is None
+            and folder.exists()
+            and not (folder / "test").is_dir()
+            and not (folder / "speech.json").is_file()
+        )
         speech = load_speech(text, "all" if whole else split or "test")
     if not len(speech):
         raise ValueError(f"{text}: there is no utterance in it")
     if limit is not None and len(speech) > limit:
-        chosen = sorted(random.Random(0).sample(range(len(speech)), limit))  # every n-th might be the same speaker
+        chosen = sorted(
+            random.Random(0).sample(range(len(speech)), limit)
+        )  # every n-th might be the same speaker
         speech = Speech((speech[i] for i in chosen), speech.name, speech.split, speech.about)
     return speech
+
 
 # %% ../nbs/52_evaluation.ipynb #1f893a47
 def evaluate(
@@ -1437,7 +1735,9 @@ def evaluate(
         speech = open_speech(speech, split, limit)
     twice = [name for name, count in Counter(u.id for u in speech).items() if count > 1]
     if twice:
-        raise ValueError(f"speech: {len(twice)} name(s) belong to several utterances, such as {twice[:3]}: give each its own id")
+        raise ValueError(
+            f"speech: {len(twice)} name(s) belong to several utterances, such as {twice[:3]}: give each its own id"
+        )
     if isinstance(model, str | os.PathLike):
         cls = model_class(model, revision=revision)
         processor = _processor_of(model, cls, revision) if processor is None else processor
@@ -1445,7 +1745,9 @@ def evaluate(
     judge = next((judge for cls, judge in JUDGES.items() if isinstance(model, cls)), None)
     trial = Trial(model, speech, processor, **options)
     if judge is None or not len(speech) or trial.by not in {"utterance", "speaker"}:
-        raise ValueError(f"model is a {type(model).__name__}, speech has {len(speech)} utterances, by={trial.by!r}: allowed are {', '.join(cls.__name__ for cls in JUDGES)}, at least one utterance, and 'utterance' or 'speaker'")
+        raise ValueError(
+            f"model is a {type(model).__name__}, speech has {len(speech)} utterances, by={trial.by!r}: allowed are {', '.join(cls.__name__ for cls in JUDGES)}, at least one utterance, and 'utterance' or 'speaker'"
+        )
     measures, details = judge(trial)
     about = {
         "model": type(model).__name__, "parameters": model.num_parameters(), "speech": f"{speech.name} {speech.split}".strip(),

@@ -29,13 +29,38 @@ from .speech import Segment, Utterance, frame_labels
 from .viz import Picture, Sound, figure, plot_matrix, render, timeline
 
 # %% auto #0
-__all__ = ['LOOK', 'TOOLS', 'as_utterance', 'frame_clock', 'attention_maps', 'attention_distance', 'attention_entropy',
-           'diagonality', 'same_label_share', 'distance_only', 'offset_profile', 'head_summary', 'plot_heads',
-           'scope_css', 'save_page', 'Explorer', 'squeeze_map', 'gray_png', 'sound_uri', 'clip_data',
-           'spectrogram_bytes', 'slider', 'attention_explorer', 'position_profile']
+__all__ = [
+    "LOOK",
+    "TOOLS",
+    "as_utterance",
+    "frame_clock",
+    "attention_maps",
+    "attention_distance",
+    "attention_entropy",
+    "diagonality",
+    "same_label_share",
+    "distance_only",
+    "offset_profile",
+    "head_summary",
+    "plot_heads",
+    "scope_css",
+    "save_page",
+    "Explorer",
+    "squeeze_map",
+    "gray_png",
+    "sound_uri",
+    "clip_data",
+    "spectrogram_bytes",
+    "slider",
+    "attention_explorer",
+    "position_profile",
+]
+
 
 # %% ../nbs/60_attention.ipynb #56b1dd95
-def as_utterance(audio: Any, segments: Mapping[str, Sequence[Segment]] | Sequence[Segment] | None = None) -> Utterance:
+def as_utterance(
+    audio: Any, segments: Mapping[str, Sequence[Segment]] | Sequence[Segment] | None = None
+) -> Utterance:
     """Make an `Utterance` of whatever sound is given, with its words and phones if they are known.
 
     Args:
@@ -56,6 +81,7 @@ def as_utterance(audio: Any, segments: Mapping[str, Sequence[Segment]] | Sequenc
         known = {row: tuple(Segment(*segment) for segment in given.get(row, ())) for row in known}
     return Utterance(name, samples, rate, text, words=known["words"], phones=known["phones"])
 
+
 # %% ../nbs/60_attention.ipynb #f8548c44
 def frame_clock(model: PreTrainedModel, rate: int = 16_000) -> tuple[float, float]:
     """Say when a frame is: seconds from one frame to the next, and the middle of frame 0 in seconds."""
@@ -63,7 +89,13 @@ def frame_clock(model: PreTrainedModel, rate: int = 16_000) -> tuple[float, floa
     return hop / rate, width / 2 / rate
 
 
-def attention_maps(model: PreTrainedModel, audio: Any, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
+def attention_maps(
+    model: PreTrainedModel,
+    audio: Any,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Tensor:
     """Let a model listen to one recording, and keep what every head looked at.
 
     Args:
@@ -80,8 +112,13 @@ def attention_maps(model: PreTrainedModel, audio: Any, *, layers: Sequence[int] 
     """
     base = model.base_model
     config = model.config
-    layers, heads = _choose("layers", layers, config.num_hidden_layers), _choose("heads", heads, config.num_attention_heads)
-    samples = torch.from_numpy(normalise(as_utterance(audio).audio))[None].to(model.device, model.dtype)  # [1, S]
+    layers, heads = (
+        _choose("layers", layers, config.num_hidden_layers),
+        _choose("heads", heads, config.num_attention_heads),
+    )
+    samples = torch.from_numpy(normalise(as_utterance(audio).audio))[None].to(
+        model.device, model.dtype
+    )  # [1, S]
     with listening(base):
         maps = base(samples, output_attentions=True).attentions  # L of [1, H, T, T]
     return torch.stack([maps[layer][0, heads].float().cpu() for layer in layers])
@@ -96,6 +133,7 @@ def _choose(name: str, wanted: Sequence[int] | None, n: int) -> list[int]:
     if not chosen or not good or len(set(chosen)) < len(chosen):
         raise refuse(name, wanted, f"different whole numbers from 0 to {n - 1}: the model has {n}")
     return chosen
+
 
 # %% ../nbs/60_attention.ipynb #803ac80e
 def attention_distance(maps: Tensor, hop: float = 0.02) -> Tensor:
@@ -133,6 +171,7 @@ def diagonality(maps: Tensor, reach: int = 2) -> Tensor:
     """
     return maps.triu(-reach).tril(reach).sum(-1).mean(-1)
 
+
 # %% ../nbs/60_attention.ipynb #53c0dc2c
 def same_label_share(maps: Tensor, labels: Sequence[str]) -> Tensor:
     """Measure the share of weight that goes to frames with the label of the frame that looks: `[..., T, T]` to `[...]`.
@@ -147,8 +186,14 @@ def same_label_share(maps: Tensor, labels: Sequence[str]) -> Tensor:
     n_frames = maps.shape[-1]
     known = [i for i, label in enumerate(labels) if label]
     if len(labels) != n_frames or not known:
-        raise refuse("labels", f"{len(labels)} labels, {len(known)} not empty", f"{n_frames} labels, one per frame, some not empty")
-    same = torch.tensor([[mine == other for other in labels] for mine in labels], device=maps.device)  # [T, T]
+        raise refuse(
+            "labels",
+            f"{len(labels)} labels, {len(known)} not empty",
+            f"{n_frames} labels, one per frame, some not empty",
+        )
+    same = torch.tensor(
+        [[mine == other for other in labels] for mine in labels], device=maps.device
+    )  # [T, T]
     return (maps * same).sum(-1)[..., known].mean(-1)
 
 
@@ -178,8 +223,11 @@ def offset_profile(maps: Tensor, reach: int = 50) -> Tensor:
     means = [maps.diagonal(o, -2, -1).mean(-1) for o in range(-reach, reach + 1)]
     return torch.stack(means, dim=-1)
 
+
 # %% ../nbs/60_attention.ipynb #67b1018a
-def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float = 0.02, reach: int = 2) -> dict[str, Tensor]:
+def head_summary(
+    maps: Tensor, labels: Sequence[str] | None = None, hop: float = 0.02, reach: int = 2
+) -> dict[str, Tensor]:
     """Sum every head up: `distance` (ms), `entropy` (1 = equal weights), `near`, `same` and `by_chance`, each `[L, H]`.
 
     `same` is the share of weight on frames with the same label, `by_chance` that of `distance_only(maps)`: what the
@@ -191,13 +239,22 @@ def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float =
         hop: Seconds from one frame to the next.
         reach: Near is at most so many frames away.
     """
-    found = {"distance": attention_distance(maps, hop), "entropy": attention_entropy(maps), "near": diagonality(maps, reach)}
+    found = {
+        "distance": attention_distance(maps, hop),
+        "entropy": attention_entropy(maps),
+        "near": diagonality(maps, reach),
+    }
     if labels is not None and any(labels):
-        found["same"], found["by_chance"] = same_label_share(maps, labels), same_label_share(distance_only(maps), labels)
+        found["same"], found["by_chance"] = (
+            same_label_share(maps, labels),
+            same_label_share(distance_only(maps), labels),
+        )
     return found
 
 
-def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Any:
+def plot_heads(
+    summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+) -> Any:
     """Draw `head_summary` as one picture: one small table per number, one row a layer, one column a head.
 
     Args:
@@ -208,20 +265,36 @@ def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = 
     Returns:
         The figure, for `show`.
     """
-    titles = {"distance": "mean distance (ms)", "entropy": "entropy (1 = equal weights)", "near": "share of weight near (%)", "excess": "same label, above chance (points)"}
-    tables = {name: summary[name] * (100 if name == "near" else 1) for name in ("distance", "entropy", "near")}
+    titles = {
+        "distance": "mean distance (ms)",
+        "entropy": "entropy (1 = equal weights)",
+        "near": "share of weight near (%)",
+        "excess": "same label, above chance (points)",
+    }
+    tables = {
+        name: summary[name] * (100 if name == "near" else 1) for name in ("distance", "entropy", "near")
+    }
     if "same" in summary:
         tables["excess"] = 100 * (summary["same"] - summary["by_chance"])
     n_layers, n_heads = tables["distance"].shape
     fig, axes = figure(2, 2, height=1.2 + 2 * (0.5 + 0.3 * n_layers))
     for ax, (name, table) in zip(axes.flat, tables.items(), strict=False):
         form = ".2f" if name == "entropy" else ".0f" if name == "distance" else ".1f"
-        plot_matrix(table, ax, "head", "layer", title=titles[name], values=form, center=0 if name == "excess" else None)
+        plot_matrix(
+            table,
+            ax,
+            "head",
+            "layer",
+            title=titles[name],
+            values=form,
+            center=0 if name == "excess" else None,
+        )
         ax.set_xticks(range(n_heads), list(heads or range(n_heads)))
         ax.set_yticks(range(n_layers), list(layers or range(n_layers)))
     if "same" not in summary:
         axes[1, 1].set_axis_off()
     return fig
+
 
 # %% ../nbs/60_attention.ipynb #0df85f5c
 LOOK = """
@@ -267,6 +340,7 @@ def scope_css(css: str, name: str) -> str:
         dark = f"{_DARK[0]} {{{rules}}}\n@media (prefers-color-scheme: dark) {{ {_DARK[1]} {{{rules}}} }}"
         return scope_css(before, name) + dark.replace("&", f".{name}") + scope_css(rest, name)
     return css.replace("&", f".{name}")
+
 
 # %% ../nbs/60_attention.ipynb #20efa99d
 TOOLS = r"""
@@ -401,6 +475,7 @@ function tools(box, live, table) {
 }
 """
 
+
 # %% ../nbs/60_attention.ipynb #f5a6a476
 def _script(value: Any) -> str:
     """Write a value so that it can stand in a script of a page."""
@@ -457,10 +532,11 @@ def save_page(path: str | Path, parts: Sequence[Explorer | str], *, title: str) 
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>:root{{color-scheme:light dark}}body{{margin:0 auto;max-width:1010px;padding:8px;"
         "font:16px/1.5 system-ui,sans-serif;background:#fff;color:#1b222c}@media (prefers-color-scheme:dark){body{background:#0e1115;"
-        f'color:#e9ecf0}}}}</style></head>\n<body>\n<main>\n{inside}\n</main>\n</body></html>\n'
+        f"color:#e9ecf0}}}}</style></head>\n<body>\n<main>\n{inside}\n</main>\n</body></html>\n"
     )
     write_atomically(path, page.encode())
     return Path(path)
+
 
 # %% ../nbs/60_attention.ipynb #34472812
 class Explorer:
@@ -485,7 +561,17 @@ class Explorer:
         ValueError: If the title, or a description of the picture of 25 characters or more, is missing.
     """
 
-    def __init__(self, title: str, body: str, script: str, data: Any, *, fallback: Picture, css: str = "", note: str = "") -> None:
+    def __init__(
+        self,
+        title: str,
+        body: str,
+        script: str,
+        data: Any,
+        *,
+        fallback: Picture,
+        css: str = "",
+        note: str = "",
+    ) -> None:
         if not title.strip():
             raise refuse("title", title, "a few words that name what can be explored")
         if len(fallback.alt.strip()) < 25:
@@ -530,6 +616,7 @@ def _weight(size: int) -> str:
     """Write a number of bytes for people."""
     return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{round(size / 1000)} kB"
 
+
 # %% ../nbs/60_attention.ipynb #2964048a
 def squeeze_map(weights: Tensor) -> tuple[np.ndarray, float]:
     """Round a map to 8 bits: `[T, T]` to bytes `[T, T]` and the largest weight; `largest * (byte / 255)²` is about the weight.
@@ -540,6 +627,7 @@ def squeeze_map(weights: Tensor) -> tuple[np.ndarray, float]:
     largest = max(float(weights.max()), 1e-12)
     return np.round(255 * np.sqrt(weights.double().clamp(min=0).numpy() / largest)).astype(np.uint8), largest
 
+
 # %% ../nbs/60_attention.ipynb #339c6f62
 def gray_png(values: np.ndarray) -> str:
     """Pack numbers 0..255 into an 8-bit gray PNG, as a data address; `w.pixels` in the page gets them back exactly.
@@ -548,7 +636,9 @@ def gray_png(values: np.ndarray) -> str:
         values: `[rows, columns]` uint8.
     """
     if values.dtype != np.uint8 or values.ndim != 2 or not values.size:
-        raise refuse("values", f"{values.dtype} {list(values.shape)}", "a uint8 array [rows, columns], not empty")
+        raise refuse(
+            "values", f"{values.dtype} {list(values.shape)}", "a uint8 array [rows, columns], not empty"
+        )
     rows, columns = values.shape
     lines = min((zlib.compress(_png_lines(values, paeth), 9) for paeth in (False, True)), key=len)
 
@@ -567,7 +657,9 @@ def _png_lines(values: np.ndarray, paeth: bool) -> bytes:
         left, above, corner = near[1:, :-1], near[:-1, 1:], near[:-1, :-1]
         by_left, by_above, by_corner = (np.abs(left + above - corner - x) for x in (left, above, corner))
         rest = np.where(by_above <= by_corner, above, corner)
-        values = (values - np.where((by_left <= by_above) & (by_left <= by_corner), left, rest)).astype(np.uint8)
+        values = (values - np.where((by_left <= by_above) & (by_left <= by_corner), left, rest)).astype(
+            np.uint8
+        )
     return np.insert(values, 0, 4 if paeth else 0, axis=1).tobytes()
 
 
@@ -594,11 +686,15 @@ def clip_data(utterance: Utterance) -> dict[str, Any]:
         "spectrogram": gray_png(spectrogram_bytes(audio, rate)),
     }  # fmt: skip
     for row in ("words", "phones"):
-        data[row] = [[str(s.label), round(float(s.start), 3), round(float(s.end), 3)] for s in getattr(utterance, row)]
+        data[row] = [
+            [str(s.label), round(float(s.start), 3), round(float(s.end), 3)] for s in getattr(utterance, row)
+        ]
     return data
 
 
-def spectrogram_bytes(audio: np.ndarray, rate: int, *, hop: float = 0.008, decibels: float = 60) -> np.ndarray:
+def spectrogram_bytes(
+    audio: np.ndarray, rate: int, *, hop: float = 0.008, decibels: float = 60
+) -> np.ndarray:
     """Measure loudness over time and frequency: `[128, columns]` uint8, high frequencies on top, 255 = the loudest.
 
     Args:
@@ -617,6 +713,7 @@ def spectrogram_bytes(audio: np.ndarray, rate: int, *, hop: float = 0.008, decib
     level = np.clip((decibel - decibel.max()) / decibels + 1, 0, 1) * 255
     rounded: np.ndarray = (level.astype(np.uint8) // 4) * 4 + 3
     return rounded
+
 
 # %% ../nbs/60_attention.ipynb #b94394c8
 _SLIDE_BODY = '<p class="slide"><label><span></span> <input type="range" min="0" step="1"></label> <output></output></p><img class="shown" alt="">'
@@ -654,12 +751,22 @@ def slider(title: str, label: str, pictures: Mapping[str, Picture], *, start: in
         ValueError: Fewer than two pictures, no label, or no such start.
     """
     if len(pictures) < 2 or not label.strip():
-        raise refuse("pictures", f"{len(pictures)} pictures, label {label!r}", "two pictures or more, and a label for the slider")
+        raise refuse(
+            "pictures",
+            f"{len(pictures)} pictures, label {label!r}",
+            "two pictures or more, and a label for the slider",
+        )
     if not 0 <= start < len(pictures):
         raise refuse("start", start, f"0 to {len(pictures) - 1}")
-    pages = [[name, _uri("image/png", picture.png), picture.alt, picture.width] for name, picture in pictures.items()]
+    pages = [
+        [name, _uri("image/png", picture.png), picture.alt, picture.width]
+        for name, picture in pictures.items()
+    ]
     data = {"label": label, "pages": pages, "start": start}
-    return Explorer(title, _SLIDE_BODY, _SLIDE_JS, data, fallback=list(pictures.values())[start], css=_SLIDE_CSS)
+    return Explorer(
+        title, _SLIDE_BODY, _SLIDE_JS, data, fallback=list(pictures.values())[start], css=_SLIDE_CSS
+    )
+
 
 # %% ../nbs/60_attention.ipynb #cbf16c56
 _PICK_CSS = """
@@ -975,26 +1082,47 @@ def attention_explorer(model: PreTrainedModel, audio: Any, *, segments: Mapping[
     """
     utterance = as_utterance(audio, segments)
     config = model.config
-    layers, heads = _choose("layers", layers, config.num_hidden_layers), _choose("heads", heads, config.num_attention_heads)
+    layers, heads = (
+        _choose("layers", layers, config.num_hidden_layers),
+        _choose("heads", heads, config.num_attention_heads),
+    )
     hop, middle = frame_clock(model, utterance.sampling_rate)
     pixels = round(utterance.seconds / hop) ** 2 * len(layers) * len(heads)
     if pixels > _MOST_PIXELS:
-        raise refuse("audio", f"{utterance.seconds:.1f} s x {len(layers)} layers x {len(heads)} heads", "a shorter recording, or fewer layers= and heads=: this would be a page of over 20 MB")
+        raise refuse(
+            "audio",
+            f"{utterance.seconds:.1f} s x {len(layers)} layers x {len(heads)} heads",
+            "a shorter recording, or fewer layers= and heads=: this would be a page of over 20 MB",
+        )
     start = start or (layers[0], heads[0])
     if start[0] not in layers or start[1] not in heads:
         raise refuse("start", start, f"a layer of {layers} and a head of {heads}")
     maps = attention_maps(model, utterance, layers=layers, heads=heads)
     first = layers.index(start[0]), heads.index(start[1])
-    data = _pack_maps(maps, utterance, hop, middle) | {"layers": layers, "heads": heads, "start": first[0] * len(heads) + first[1]}
+    data = _pack_maps(maps, utterance, hop, middle) | {
+        "layers": layers,
+        "heads": heads,
+        "start": first[0] * len(heads) + first[1],
+    }
     title = f"Attention: {utterance.text or utterance.id}"
     note = "Maps are 8-bit images: a weight is the largest of its map times (byte / 255)². Brightness is the byte, so it grows with the root of the weight."
-    return Explorer(title, _PICK_BODY, _PICK_JS, data, fallback=_still(maps[first], utterance, hop, start), css=_PICK_CSS, note=note)
+    return Explorer(
+        title,
+        _PICK_BODY,
+        _PICK_JS,
+        data,
+        fallback=_still(maps[first], utterance, hop, start),
+        css=_PICK_CSS,
+        note=note,
+    )
 
 
 def _pack_maps(maps: Tensor, utterance: Utterance, hop: float, middle: float) -> dict[str, Any]:
     """Write maps, their summary and the recording for the page."""
     n_frames = maps.shape[-1]
-    labels = ["" if label == "sil" else label for label in frame_labels(utterance.phones, n_frames, hop, middle)]
+    labels = [
+        "" if label == "sil" else label for label in frame_labels(utterance.phones, n_frames, hop, middle)
+    ]
     summary = head_summary(maps, labels, hop)
     squeezed = [squeeze_map(each) for each in maps.flatten(0, 1)]
     return {
@@ -1007,9 +1135,20 @@ def _pack_maps(maps: Tensor, utterance: Utterance, hop: float, middle: float) ->
 def _still(weights: Tensor, utterance: Utterance, hop: float, head: tuple[int, int]) -> Picture:
     """Draw one map under its sound, for where scripts do not run."""
     rows = {name: part for name, part in (("words", utterance.words), ("phones", utterance.phones)) if part}
-    fig = timeline(utterance.audio, utterance.sampling_rate, segments=rows or None, attention={f"layer {head[0]}, head {head[1]}": weights.sqrt()}, hop=hop, spectrogram=False)
+    fig = timeline(
+        utterance.audio,
+        utterance.sampling_rate,
+        segments=rows or None,
+        attention={f"layer {head[0]}, head {head[1]}": weights.sqrt()},
+        hop=hop,
+        spectrogram=False,
+    )
     text = f"“{utterance.text}”" if utterance.text else f"the recording {utterance.id}"
-    return render(fig, f"Waveform and attention map of layer {head[0]}, head {head[1]} for {text}, on one time axis; bright is a large weight.")
+    return render(
+        fig,
+        f"Waveform and attention map of layer {head[0]}, head {head[1]} for {text}, on one time axis; bright is a large weight.",
+    )
+
 
 # %% ../nbs/60_attention.ipynb #6e6811aa
 def position_profile(model: PreTrainedModel, reach: int = 50) -> Tensor:
@@ -1030,7 +1169,11 @@ def position_profile(model: PreTrainedModel, reach: int = 50) -> Tensor:
     """
     config = model.config
     if config.position_embeddings_type != "relative":
-        raise refuse("model", f"position_embeddings_type={config.position_embeddings_type!r}", '"relative", the only kind with position parameters')
+        raise refuse(
+            "model",
+            f"position_embeddings_type={config.position_embeddings_type!r}",
+            '"relative", the only kind with position parameters',
+        )
     table = RelativePositions(config)(reach + 1, model.device, torch.float32)  # [2 reach + 1, D]
     profiles = []
     for attention in (part for part in model.base_model.modules() if isinstance(part, SelfAttention)):

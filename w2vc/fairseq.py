@@ -29,14 +29,58 @@ from .pretraining import Wav2Vec2ConformerForPreTraining
 from .text import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
 
 # %% auto #0
-__all__ = ['LITERAL_OPCODES', 'FRESH_OPCODES', 'STORAGE_TYPES', 'KEY_MAP', 'TUNED_PREFIX', 'SAME_MEANING', 'FAIRSEQ_DEFAULTS',
-           'NEEDED', 'NEEDED_TO_PRETRAIN', 'NEEDED_FOR_CTC', 'TRAINING_ONLY', 'TUNED_SETTINGS', 'OLD_FILES', 'Inert',
-           'PickleStack', 'move_things', 'put_into', 'gather_things', 'StoredNumbers', 'StoredTensor', 'stored_numbers',
-           'plain_call', 'record_things', 'read_pickle', 'check_start', 'find_root', 'check_stored', 'read_stored',
-           'read_torch_file', 'contents_of', 'plain_data', 'conv_layers', 'our_name', 'our_tensors', 'FairseqSettings',
-           'check_settings', 'section_of', 'find_settings', 'our_knobs', 'our_config', 'FairseqCheckpoint',
-           'saved_symbols', 'story_gaps', 'add_identity', 'read_fairseq', 'load_fairseq', 'read_dictionary',
-           'ctc_tokenizer', 'convert_fairseq']
+__all__ = [
+    "LITERAL_OPCODES",
+    "FRESH_OPCODES",
+    "STORAGE_TYPES",
+    "KEY_MAP",
+    "TUNED_PREFIX",
+    "SAME_MEANING",
+    "FAIRSEQ_DEFAULTS",
+    "NEEDED",
+    "NEEDED_TO_PRETRAIN",
+    "NEEDED_FOR_CTC",
+    "TRAINING_ONLY",
+    "TUNED_SETTINGS",
+    "OLD_FILES",
+    "Inert",
+    "PickleStack",
+    "move_things",
+    "put_into",
+    "gather_things",
+    "StoredNumbers",
+    "StoredTensor",
+    "stored_numbers",
+    "plain_call",
+    "record_things",
+    "read_pickle",
+    "check_start",
+    "find_root",
+    "check_stored",
+    "read_stored",
+    "read_torch_file",
+    "contents_of",
+    "plain_data",
+    "conv_layers",
+    "our_name",
+    "our_tensors",
+    "FairseqSettings",
+    "check_settings",
+    "section_of",
+    "find_settings",
+    "our_knobs",
+    "our_config",
+    "FairseqCheckpoint",
+    "saved_symbols",
+    "story_gaps",
+    "add_identity",
+    "read_fairseq",
+    "load_fairseq",
+    "read_dictionary",
+    "ctc_tokenizer",
+    "convert_fairseq",
+]
+
 
 # %% ../nbs/47_fairseq.ipynb #433c9660
 @dataclass(eq=False)
@@ -76,6 +120,7 @@ class PickleStack:
         items, self.top = self.top, self.below.pop()
         return items
 
+
 # %% ../nbs/47_fairseq.ipynb #6831393e
 LITERAL_OPCODES = frozenset({
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
@@ -113,6 +158,7 @@ def move_things(stack: PickleStack, name: str, arg: Any) -> bool:
         case _:
             return name in {"PROTO", "FRAME"}  # which version, and how long: no need to know
     return True
+
 
 # %% ../nbs/47_fairseq.ipynb #750c039b
 def put_into(container: Any, items: list[Any]) -> Any:
@@ -167,6 +213,7 @@ def gather_things(stack: PickleStack, name: str) -> bool:
             return False
     return True
 
+
 # %% ../nbs/47_fairseq.ipynb #83eba7a7
 @dataclass(frozen=True)
 class StoredNumbers:
@@ -216,6 +263,7 @@ def plain_call(name: str, args: Any) -> Any:
             return {}
     return Inert(name, args if isinstance(args, tuple) else (args,))
 
+
 # %% ../nbs/47_fairseq.ipynb #e4558687
 def record_things(stack: PickleStack, name: str, arg: Any) -> bool:
     """Opcodes that would import a name, call it, or set attributes: it is only written down; False: another opcode."""
@@ -229,7 +277,9 @@ def record_things(stack: PickleStack, name: str, arg: Any) -> bool:
             top.append(Inert(arg.replace(" ", ".", 1)))
         case "STACK_GLOBAL":
             last, first = top.pop(), top.pop()
-            top.append(Inert(f"{first}.{last}" if isinstance(first, str) and isinstance(last, str) else "no name"))
+            top.append(
+                Inert(f"{first}.{last}" if isinstance(first, str) and isinstance(last, str) else "no name")
+            )
         case "REDUCE" | "NEWOBJ":
             args, made = top.pop(), top.pop()
             top.append(called(made, args))
@@ -249,6 +299,7 @@ def record_things(stack: PickleStack, name: str, arg: Any) -> bool:
         case _:
             return False
     return True
+
 
 # %% ../nbs/47_fairseq.ipynb #092a1fc6
 def read_pickle(program: bytes) -> Any:
@@ -272,9 +323,12 @@ def read_pickle(program: bytes) -> Any:
         name = opcode.name
         if name == "STOP":
             break
-        if not (move_things(stack, name, arg) or gather_things(stack, name) or record_things(stack, name, arg)):
+        if not (
+            move_things(stack, name, arg) or gather_things(stack, name) or record_things(stack, name, arg)
+        ):
             raise ValueError(f"it uses the opcode {name}")
     return stack.top.pop()
+
 
 # %% ../nbs/47_fairseq.ipynb #8b556095
 def check_start(start: bytes) -> None:
@@ -313,6 +367,7 @@ def find_root(archive: zipfile.ZipFile, n_bytes: int) -> str:
         raise ValueError("its numbers are in the byte order of another kind of machine")
     return roots[0]
 
+
 # %% ../nbs/47_fairseq.ipynb #4a5ff0f8
 def check_stored(name: str, tensor: Any) -> None:
     """Refuse a stored tensor that reaches beyond its numbers, or repeats them.
@@ -321,11 +376,19 @@ def check_stored(name: str, tensor: Any) -> None:
         ValueError: Names the tensor.
     """
     if not isinstance(tensor, StoredTensor):
-        raise ValueError(f"{name} is no tensor, but {tensor if isinstance(tensor, Inert) else type(tensor).__name__}")
+        raise ValueError(
+            f"{name} is no tensor, but {tensor if isinstance(tensor, Inert) else type(tensor).__name__}"
+        )
     numbers = (tensor.numbers.count, tensor.offset, *tensor.size, *tensor.strides)
-    plain = len(tensor.size) == len(tensor.strides) <= 8 and all(isinstance(n, int) and n >= 0 for n in numbers)
+    plain = len(tensor.size) == len(tensor.strides) <= 8 and all(
+        isinstance(n, int) and n >= 0 for n in numbers
+    )
     count = math.prod(tensor.size) if plain else 0
-    reach = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.strides, strict=True)) if count else -1
+    reach = (
+        tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.strides, strict=True))
+        if count
+        else -1
+    )
     if not plain or count > tensor.numbers.count or reach >= tensor.numbers.count:
         raise ValueError(f"{name} does not fit into its {tensor.numbers.count} stored numbers")
 
@@ -354,14 +417,19 @@ def read_stored(archive: zipfile.ZipFile, root: str, stored: Mapping[str, Any]) 
             data = bytearray(archive.read(f"{root}data/{numbers.key}"))  # the archive checks its sum
             if len(data) != numbers.count * numbers.dtype.itemsize:
                 raise ValueError(f"{name} has {len(data)} bytes for {numbers.count} numbers")
-            rows[numbers] = torch.frombuffer(data, dtype=numbers.dtype) if data else torch.empty(0, dtype=numbers.dtype)
+            rows[numbers] = (
+                torch.frombuffer(data, dtype=numbers.dtype) if data else torch.empty(0, dtype=numbers.dtype)
+            )
         view = rows[numbers].as_strided(tensor.size, tensor.strides, tensor.offset)
         whole = fresh and view.is_contiguous() and view.numel() == numbers.count
         tensors[name] = view if whole else view.clone(memory_format=torch.contiguous_format)
     return tensors
 
+
 # %% ../nbs/47_fairseq.ipynb #a3792f05
-def read_torch_file(path: str | os.PathLike[str], part: str = "model") -> tuple[dict[Any, Any], dict[str, Tensor]]:
+def read_torch_file(
+    path: str | os.PathLike[str], part: str = "model"
+) -> tuple[dict[Any, Any], dict[str, Tensor]]:
     """Read a checkpoint that `torch.save` wrote, whatever it holds, without running anything in it.
 
     Args:
@@ -395,13 +463,16 @@ def read_torch_file(path: str | os.PathLike[str], part: str = "model") -> tuple[
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is refused: it is damaged or cut short ({why})") from None
 
+
 # %% ../nbs/47_fairseq.ipynb #d3848711
 def contents_of(record: Inert) -> Any:
     """What an inert record holds: the content of an OmegaConf node, the public attributes of any other object.
 
     Of an object without attributes (a choice out of a list, say) it is the value that it was made from.
     """
-    states = record.state if isinstance(record.state, tuple) else (record.state,)  # a pair, if there are slots
+    states = (
+        record.state if isinstance(record.state, tuple) else (record.state,)
+    )  # a pair, if there are slots
     attributes = {key: value for state in states if isinstance(state, dict) for key, value in state.items()}
     for key in ("_content", "_val"):  # OmegaConf: of a dict or a list, of a single value
         if key in attributes:
@@ -438,6 +509,7 @@ def plain_data(value: Any, most: int = 100_000) -> Any:
 
     return unwrap(value, 0)
 
+
 # %% ../nbs/47_fairseq.ipynb #269a4152
 def conv_layers(text: Any) -> list[tuple[int, int, int]]:
     """Read fairseq's list of convolutions, such as "[(512, 10, 5)] + [(512, 3, 2)] * 4", without `eval`.
@@ -460,18 +532,28 @@ def conv_layers(text: Any) -> list[tuple[int, int, int]]:
                 if isinstance(sign, ast.Add) and isinstance(one, list) and isinstance(two, list):
                     return (one + two)[:101]
                 times, part = (one, two) if isinstance(two, list) else (two, one)
-                if isinstance(sign, ast.Mult) and isinstance(part, list) and isinstance(times, int) and times <= 100:
+                if (
+                    isinstance(sign, ast.Mult)
+                    and isinstance(part, list)
+                    and isinstance(times, int)
+                    and times <= 100
+                ):
                     return (part * times)[:101]
         raise ValueError
 
     try:
-        layers = read(ast.parse(text.strip(), mode="eval").body) if isinstance(text, str) and len(text) < 2000 else []
+        layers = (
+            read(ast.parse(text.strip(), mode="eval").body)
+            if isinstance(text, str) and len(text) < 2000
+            else []
+        )
         if 0 < len(layers) <= 100 and all(isinstance(n, int) and n > 0 for one in layers for n in one):
             return [(channels, kernel, stride) for channels, kernel, stride in layers]
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         pass
     allowed = "a list of (channels, kernel, stride), such as '[(512, 10, 5)] + [(512, 3, 2)] * 4'"
     raise ValueError(f"conv_feature_layers={str(text)[:80]!r} must be {allowed}")
+
 
 # %% ../nbs/47_fairseq.ipynb #014916d1
 _SAME = (
@@ -490,7 +572,11 @@ KEY_MAP: dict[str, str] = {  # fairseq's name -> ours
     "post_extract_proj": f"{BASE}.feature_projection.projection",
     "encoder.pos_conv.0": f"{BASE}.encoder.pos_conv_embed.conv",
     "encoder.layers.*.self_attn.rotary_emb": f"{BASE}.encoder.embed_positions",
-    **{f"encoder.layers.*.ffn{n}.{k}": f"{BASE}.encoder.layers.*.ffn{n}{v}" for n in (1, 2) for k, v in _FFN.items()},
+    **{
+        f"encoder.layers.*.ffn{n}.{k}": f"{BASE}.encoder.layers.*.ffn{n}{v}"
+        for n in (1, 2)
+        for k, v in _FFN.items()
+    },
     **{f"encoder.layers.*.{name}": f"{BASE}.encoder.layers.*.{name}" for name in _SAME},
     "encoder.layer_norm": f"{BASE}.encoder.layer_norm",
     "quantizer.vars": "quantizer.codevectors",
@@ -532,12 +618,15 @@ def our_tensors(theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
         elif ours.endswith(".inv_freq"):
             speeds = tensors.setdefault(ours, tensor.float())
             if not torch.equal(speeds, tensor.float()):
-                causes.append(f"{name} differs from the first layer's: here all layers share their rotary speeds")
+                causes.append(
+                    f"{name} differs from the first layer's: here all layers share their rotary speeds"
+                )
         elif ours in tensors:
             causes.append(f"{name} is a second {ours}")
         else:
             tensors[ours] = tensor
     return tensors, unused, causes
+
 
 # %% ../nbs/47_fairseq.ipynb #bc4ff478
 SAME_MEANING: dict[str, str] = {  # fairseq's setting -> our knob
@@ -565,6 +654,7 @@ FAIRSEQ_DEFAULTS: dict[str, Any] = {  # what fairseq takes for a setting that a 
     "mask_channel_before": False, "feature_grad_mult": 1.0, "negatives_from_everywhere": False,
     "cross_sample_negatives": 0, "codebook_negatives": 0,
 }  # fmt: skip
+
 
 # %% ../nbs/47_fairseq.ipynb #00a7470f
 @dataclass
@@ -597,11 +687,17 @@ class FairseqSettings:
         self.causes.extend([] if cause in self.causes else [cause])
         return default
 
+
 # %% ../nbs/47_fairseq.ipynb #1c8315a6
-NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {  # setting -> what it must be, why nothing else can be carried over
+NEEDED: dict[
+    str, tuple[tuple[Any, ...], str]
+] = {  # setting -> what it must be, why nothing else can be carried over
     "layer_type": (("conformer",), "other layers are another model"),
     "attn_type": (("espnet",), "fairseq's other attention has other weights"),
-    "pos_enc_type": (("rel_pos", "rope"), "with 'abs' the convolutional positions are used, which nothing here runs"),
+    "pos_enc_type": (
+        ("rel_pos", "rope"),
+        "with 'abs' the convolutional positions are used, which nothing here runs",
+    ),
     "layer_norm_first": ((True,), "False puts the encoder's last norm before the layers"),
     "extractor_mode": (("default", "layer_norm"), "there are no other norms"),
     "quantize_input": ((False,), "the encoder would read codes"),
@@ -615,7 +711,9 @@ NEEDED_TO_PRETRAIN: dict[str, tuple[tuple[Any, ...], str]] = {
 NEEDED_FOR_CTC: dict[str, tuple[tuple[Any, ...], str]] = {
     "blank_weight": ((0,), "it is added to the blank's score after the model"),
 }
-TRAINING_ONLY: dict[str, str] = {  # settings whose default is what we do; others change training, not the outputs
+TRAINING_ONLY: dict[
+    str, str
+] = {  # settings whose default is what we do; others change training, not the outputs
     "feature_grad_mult": "gradients of the feature encoder are not scaled here; for 0 call freeze_feature_encoder()",
     "mask_selection": "time spans have one length here",
     "mask_other": "time spans have one length here",
@@ -643,6 +741,7 @@ def check_settings(settings: FairseqSettings) -> list[str]:
     if pretrain and isinstance(weights, list) and any(weights[1:]):
         notes.append(f"loss_weights={weights!r}: the penalty on large features is no part of our loss")
     return notes
+
 
 # %% ../nbs/47_fairseq.ipynb #5f751204
 TUNED_SETTINGS = (
@@ -684,6 +783,7 @@ def find_settings(cfg: Mapping[str, Any], names: Iterable[str]) -> FairseqSettin
         found.model = {**section_of(model["w2v_args"], "model"), **replaced, **layerdrop}
     return found
 
+
 # %% ../nbs/47_fairseq.ipynb #8569dcae
 def our_knobs(settings: FairseqSettings, vocab_size: int | None = None) -> dict[str, Any]:
     """Translate settings to the knobs of our config; a list of convolutions that cannot be read joins `causes`.
@@ -712,7 +812,11 @@ def our_knobs(settings: FairseqSettings, vocab_size: int | None = None) -> dict[
     if s.kind == "pretraining":
         weights = s.criterion.get("loss_weights")
         return knobs | {"diversity_loss_weight": weights[0] if isinstance(weights, list) and weights else 0.0}
-    head = {"vocab_size": vocab_size, "final_dropout": s["final_dropout"], "apply_spec_augment": s["apply_mask"]}
+    head = {
+        "vocab_size": vocab_size,
+        "final_dropout": s["final_dropout"],
+        "apply_spec_augment": s["apply_mask"],
+    }
     head |= {"ctc_zero_infinity": s.criterion.get("zero_infinity") is True}
     return knobs | head | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -730,6 +834,7 @@ def our_config(knobs: Mapping[str, Any], causes: list[str]) -> Wav2Vec2Conformer
     except ValueError as error:  # of a rule between knobs
         causes.append(str(error))
         return Wav2Vec2ConformerConfig()
+
 
 # %% ../nbs/47_fairseq.ipynb #ae76a041
 @dataclass(eq=False)
@@ -773,6 +878,7 @@ def saved_symbols(content: Mapping[Any, Any]) -> list[str] | None:
     symbols = found.get("symbols") if isinstance(found, dict) else None
     return symbols if isinstance(symbols, list) and all(isinstance(s, str) for s in symbols) else None
 
+
 # %% ../nbs/47_fairseq.ipynb #d74ff2d1
 def story_gaps(settings: FairseqSettings, names: Iterable[str]) -> list[str]:
     """Where settings and tensors do not tell one story: the kind of positions, the number of layers."""
@@ -781,7 +887,9 @@ def story_gaps(settings: FairseqSettings, names: Iterable[str]) -> list[str]:
     kinds = [kind for kind, end in parts.items() if any(name.endswith(end) for name in names)]
     said = settings["pos_enc_type"]
     if said in parts and kinds != [said]:
-        gaps.append(f"pos_enc_type={said!r}: but the tensors are those of {' and '.join(kinds) or 'neither kind'}")
+        gaps.append(
+            f"pos_enc_type={said!r}: but the tensors are those of {' and '.join(kinds) or 'neither kind'}"
+        )
     layers = {found[1] for name in names if (found := re.search(r"encoder\.layers\.(\d+)\.", name))}
     if settings["encoder_layers"] > len(layers):
         gaps.append(f"encoder_layers={settings['encoder_layers']}: but there are tensors of {len(layers)}")
@@ -797,6 +905,7 @@ def add_identity(tensors: dict[str, Tensor], width: int, channels: int) -> str |
     tensors[f"{name}.weight"] = torch.eye(width, dtype=like.dtype)
     tensors[f"{name}.bias"] = torch.zeros(width, dtype=like.dtype)
     return f"post_extract_proj is not in the file, as {width} features need none: an identity matrix is put there"
+
 
 # %% ../nbs/47_fairseq.ipynb #39c4af7e
 def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
@@ -822,13 +931,18 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
     notes, (tensors, unused, causes) = check_settings(settings), our_tensors(theirs)
     causes += story_gaps(settings, theirs)
     head = tensors.get("lm_head.weight")
-    config = our_config(our_knobs(settings, None if head is None else head.shape[0] if head.dim() == 2 else None), causes)
+    config = our_config(
+        our_knobs(settings, None if head is None else head.shape[0] if head.dim() == 2 else None), causes
+    )
     if causes := [*settings.causes, *causes]:
         raise ValueError(f"{path} cannot be carried over:" + "".join(f"\n  - {cause}" for cause in causes))
     if note := add_identity(tensors, config.hidden_size, config.conv_dim[-1]):
         notes.append(note)
     normalize, symbols = settings.task.get("normalize") is True, saved_symbols(content)
-    return FairseqCheckpoint(repr(path), config, tensors, settings.kind, cfg, normalize, symbols, notes, unused)
+    return FairseqCheckpoint(
+        repr(path), config, tensors, settings.kind, cfg, normalize, symbols, notes, unused
+    )
+
 
 # %% ../nbs/47_fairseq.ipynb #c08afbca
 def load_fairseq(
@@ -856,7 +970,9 @@ def load_fairseq(
     checkpoint = path if isinstance(path, FairseqCheckpoint) else read_fairseq(path)
     config = Wav2Vec2ConformerConfig.from_dict(checkpoint.config.to_dict(), **config_overrides)
     if checkpoint.notes:
-        warnings.warn(f"{checkpoint.source} is carried over, but:\n  - " + "\n  - ".join(checkpoint.notes), stacklevel=2)
+        warnings.warn(
+            f"{checkpoint.source} is carried over, but:\n  - " + "\n  - ".join(checkpoint.notes), stacklevel=2
+        )
     with torch.device("meta"):  # shapes without memory: nothing is initialised twice
         ctc = checkpoint.kind == "ctc"
         model = Wav2Vec2ConformerForCTC(config) if ctc else Wav2Vec2ConformerForPreTraining(config)
@@ -864,6 +980,7 @@ def load_fairseq(
     tensors = checkpoint.tensors | left
     model.load_report = fill(model, tensors, device=device, strict=strict, source=checkpoint.source)
     return model.to(device=device, dtype=dtype).eval()
+
 
 # %% ../nbs/47_fairseq.ipynb #ccec698b
 def read_dictionary(path: str | os.PathLike[str]) -> list[str]:
@@ -880,7 +997,9 @@ def read_dictionary(path: str | os.PathLike[str]) -> list[str]:
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         symbol, _, count = line.rstrip().removesuffix(" #fairseq:overwrite").rpartition(" ")
         if not symbol or not re.fullmatch(r"-?\d+", count):
-            raise ValueError(f"{os.fspath(path)}, line {number}: {line[:40]!r} must be a symbol, a space and a count")
+            raise ValueError(
+                f"{os.fspath(path)}, line {number}: {line[:40]!r} must be a symbol, a space and a count"
+            )
         if symbol in symbols:
             raise ValueError(f"{os.fspath(path)}, line {number}: {symbol!r} is there twice")
         symbols.append(symbol)
@@ -897,12 +1016,15 @@ def ctc_tokenizer(symbols: Sequence[str], vocab_size: int) -> Wav2Vec2CTCTokeniz
         ValueError: The number of symbols is not the number of outputs.
     """
     if len(symbols) != vocab_size:
-        raise ValueError(f"dictionary has {len(symbols)} symbols with the special ones; the model has {vocab_size} outputs")
+        raise ValueError(
+            f"dictionary has {len(symbols)} symbols with the special ones; the model has {vocab_size} outputs"
+        )
     bos, pad, eos, unk = symbols[:4]
     vocab = {symbol: index for index, symbol in enumerate(symbols)} | {pad: 0, bos: 1}
     if problems := vocabulary_problems(vocab, pad, unk, blank=0, size=vocab_size):
         warnings.warn(f"dictionary: {'; '.join(problems)}", stacklevel=3)
     return Wav2Vec2CTCTokenizer(vocab, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=pad)
+
 
 # %% ../nbs/47_fairseq.ipynb #7905e4c4
 OLD_FILES = (  # of an earlier checkpoint in the same folder, which may have had more files

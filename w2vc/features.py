@@ -15,8 +15,18 @@ from torch.utils.checkpoint import checkpoint
 from .config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
-__all__ = ['receptive_field', 'conv_output_lengths', 'frame_mask', 'MaskedGroupNorm', 'ConvLayer', 'FeatureEncoder',
-           'valid_lengths', 'FeatureProjection', 'check_inputs']
+__all__ = [
+    "receptive_field",
+    "conv_output_lengths",
+    "frame_mask",
+    "MaskedGroupNorm",
+    "ConvLayer",
+    "FeatureEncoder",
+    "valid_lengths",
+    "FeatureProjection",
+    "check_inputs",
+]
+
 
 # %% ../nbs/10_features.ipynb #29a6f1fe
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
@@ -36,6 +46,7 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int
         width += (kernel - 1) * hop  # the layer's taps lie `hop` samples apart
         hop *= stride
     return width, hop
+
 
 # %% ../nbs/10_features.ipynb #3b423876
 @overload
@@ -59,6 +70,7 @@ def conv_output_lengths(
         lengths = (lengths - kernel) // stride + 1  # once <= 0 it stays <= 0, so one clamp at the end will do
     return lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(lengths, 0)
 
+
 # %% ../nbs/10_features.ipynb #3bd5fb43
 def frame_mask(lengths: Tensor, n_frames: int) -> Tensor:
     """Mark the real frames of each row.
@@ -71,6 +83,7 @@ def frame_mask(lengths: Tensor, n_frames: int) -> Tensor:
         `[B, T]` bool, True = real frame.
     """
     return torch.arange(n_frames, device=lengths.device) < lengths[:, None]  # [T] < [B, 1] -> [B, T]
+
 
 # %% ../nbs/10_features.ipynb #e93f72c8
 class MaskedGroupNorm(nn.GroupNorm):
@@ -105,6 +118,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         scale = scale.expand(-1, -1, x.shape[2], -1).reshape(B, C, 1) * self.weight[:, None]
         return torch.addcmul(self.bias[:, None], x.reshape(B, C, T), scale).to(hidden.dtype)
 
+
 # %% ../nbs/10_features.ipynb #bb5418e4
 class ConvLayer(nn.Module):
     """One layer of the feature encoder: strided convolution, a norm or none, activation.
@@ -138,6 +152,7 @@ class ConvLayer(nn.Module):
         elif self.layer_norm is not None:
             hidden = self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2)  # over channels, frame by frame
         return self.activation(hidden)
+
 
 # %% ../nbs/10_features.ipynb #ae52e6ea
 class FeatureEncoder(nn.Module):
@@ -178,6 +193,7 @@ class FeatureEncoder(nn.Module):
                 hidden = layer(*arguments)
         return hidden.transpose(1, 2)  # [B, C, T] -> [B, T, C]
 
+
 # %% ../nbs/10_features.ipynb #80805e07
 def valid_lengths(attention_mask: Tensor) -> Tensor:
     """Count the valid samples of each row.
@@ -189,6 +205,7 @@ def valid_lengths(attention_mask: Tensor) -> Tensor:
         `[B]` long.
     """
     return (attention_mask != 0).sum(-1)
+
 
 # %% ../nbs/10_features.ipynb #8c997a99
 class FeatureProjection(nn.Module):
@@ -212,6 +229,7 @@ class FeatureProjection(nn.Module):
         """
         normalised = self.layer_norm(features)
         return self.dropout(self.projection(normalised)), normalised
+
 
 # %% ../nbs/10_features.ipynb #c8bdfb97
 def _check_audio(input_values: Any, width: int) -> None:
@@ -251,6 +269,7 @@ def _check_audio(input_values: Any, width: int) -> None:
             "pad the audio, or drop it"
         )
 
+
 # %% ../nbs/10_features.ipynb #8dde4c93
 def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
     """Refuse an attention mask that does not belong to this audio; reads no values."""
@@ -275,6 +294,7 @@ def _rows(bad: Tensor) -> str:
     """Name the rows that are True in `bad` `[B]`, the first five of them."""
     rows = [str(row) for row in bad.nonzero()[:, 0].tolist()]
     return ("row " if len(rows) == 1 else "rows ") + ", ".join(rows[:5]) + (", …" if len(rows) > 5 else "")
+
 
 # %% ../nbs/10_features.ipynb #92ce1299
 def check_inputs(

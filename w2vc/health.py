@@ -18,9 +18,26 @@ from .pretraining import candidate_logits
 from .recipes import recipe_folder
 
 # %% auto #0
-__all__ = ['Sums', 'ALARMS', 'BAND_FIGURES', 'perplexity', 'code_sums', 'choice_sums', 'describe_codes', 'smooth_curve',
-           'diversity_share', 'block_of', 'gradient_norms', 'Alarm', 'find_alarms', 'healthy_bands', 'stored_bands',
-           'compare_with_bands', 'draw_health']
+__all__ = [
+    "Sums",
+    "ALARMS",
+    "BAND_FIGURES",
+    "perplexity",
+    "code_sums",
+    "choice_sums",
+    "describe_codes",
+    "smooth_curve",
+    "diversity_share",
+    "block_of",
+    "gradient_norms",
+    "Alarm",
+    "find_alarms",
+    "healthy_bands",
+    "stored_bands",
+    "compare_with_bands",
+    "draw_health",
+]
+
 
 # %% ../nbs/51_health.ipynb #acf9ab53
 def perplexity(weights: Tensor) -> Tensor:
@@ -29,8 +46,11 @@ def perplexity(weights: Tensor) -> Tensor:
     shares = weights / total.clamp_min(1e-12)
     return torch.exp(-torch.xlogy(shares, shares).sum(-1)) * (total[..., 0] > 0)
 
+
 # %% ../nbs/51_health.ipynb #9aa81c1e
-Sums = dict[str, Tensor]  # what a batch adds to a measure: sums only, so that batches and processes simply add up
+Sums = dict[
+    str, Tensor
+]  # what a batch adds to a measure: sums only, so that batches and processes simply add up
 
 
 @torch.no_grad()
@@ -49,6 +69,7 @@ def code_sums(scores: Tensor, mask: Tensor) -> Sums:
     places = picked.argmax(-1) + torch.arange(G, device=picked.device) * V  # [A, G]
     hard = torch.bincount(places.flatten(), minlength=G * V).view(G, V)
     return {"soft": picked.softmax(-1).sum(0), "hard": hard.float(), "frames": torch.tensor(float(A))}
+
 
 # %% ../nbs/51_health.ipynb #a96c17a0
 @torch.no_grad()
@@ -81,6 +102,7 @@ def choice_sums(  # noqa: PLR0917
     A = asked.sum()
     return {"questions": A.float(), "hits": hits.float(), "answers": (A * N).float(), "twins": twins.float()}
 
+
 # %% ../nbs/51_health.ipynb #41747876
 def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     """Turn the sums of `code_sums` and `choice_sums` into figures.
@@ -91,7 +113,10 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
         hard perplexity over the number of codes; `score`, accuracy times the square of `used`: a collapse lowers it.
     """
     soft, hard = perplexity(sums["soft"]), perplexity(sums["hard"])
-    accuracy, used = float(sums["hits"] / sums["questions"].clamp_min(1)), float(hard.sum() / sums["hard"].numel())
+    accuracy, used = (
+        float(sums["hits"] / sums["questions"].clamp_min(1)),
+        float(hard.sum() / sums["hard"].numel()),
+    )
     return {
         "accuracy": accuracy,
         "score": accuracy * used**2,
@@ -103,12 +128,16 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
         "used": used,
     }
 
+
 # %% ../nbs/51_health.ipynb #2018d6d9
-def smooth_curve(records: Sequence[Mapping[str, Any]], key: str, steps: Sequence[int], width: int) -> list[float]:
+def smooth_curve(
+    records: Sequence[Mapping[str, Any]], key: str, steps: Sequence[int], width: int
+) -> list[float]:
     """A figure's mean over the records within `width` steps of each of the given steps; NaN where there is none."""
     pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
     near = [[value for at, value in pairs if abs(at - step) <= width] for step in steps]
     return [sum(values) / len(values) if values else math.nan for values in near]
+
 
 # %% ../nbs/51_health.ipynb #335658c5
 def diversity_share(contrastive: Tensor, diversity: Tensor, scores_weight: Tensor) -> float:
@@ -119,9 +148,13 @@ def diversity_share(contrastive: Tensor, diversity: Tensor, scores_weight: Tenso
         diversity: The diversity loss, times its weight.
         scores_weight: The weight of the layer that scores the codes (`quantizer.weight_proj.weight`).
     """
-    pulls = [torch.autograd.grad(loss, scores_weight, retain_graph=True)[0].norm() for loss in (contrastive, diversity)]
+    pulls = [
+        torch.autograd.grad(loss, scores_weight, retain_graph=True)[0].norm()
+        for loss in (contrastive, diversity)
+    ]
     one, other = torch.stack(pulls).tolist()
     return other / (one + other) if one + other > 0 else 0.0
+
 
 # %% ../nbs/51_health.ipynb #81a6db90
 def block_of(name: str) -> str:
@@ -130,7 +163,12 @@ def block_of(name: str) -> str:
     first, _, rest = name.partition(".")
     if first == "encoder":
         return f"layer {rest.split('.')[1]}" if rest.startswith("layers.") else "encoder norm"
-    return {"feature_extractor": "features", "feature_projection": "projection", "masked_spec_embed": "mask"}.get(first, first)
+    return {
+        "feature_extractor": "features",
+        "feature_projection": "projection",
+        "masked_spec_embed": "mask",
+    }.get(first, first)
+
 
 # %% ../nbs/51_health.ipynb #be7eb6e2
 @torch.no_grad()
@@ -144,6 +182,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
         return {}
     norms = [torch.stack(torch._foreach_norm(grads)).float().norm() for grads in blocks.values()]
     return dict(zip(blocks, torch.stack(norms).tolist(), strict=True))
+
 
 # %% ../nbs/51_health.ipynb #33ef4e75
 @dataclass(frozen=True)
@@ -167,6 +206,7 @@ class Alarm:
     def __str__(self) -> str:
         """One paragraph for the log."""
         return f"{self.name} at step {self.step}: {self.seen}. Cause: {self.cause}. Remedy: {self.remedy}."
+
 
 # %% ../nbs/51_health.ipynb #a6a187c8
 ALARMS = {  # name -> (usual cause, remedy)
@@ -194,11 +234,13 @@ ALARMS = {  # name -> (usual cause, remedy)
     ),
 }
 
+
 # %% ../nbs/51_health.ipynb #d7bf5337
 def _recent(records: Sequence[Mapping[str, Any]], key: str, n: int = 3) -> list[float]:
     """Means of `n` neighbouring records, one after the other; the last one is the present."""
     values = [r[key] for r in records if isinstance(r.get(key), int | float)]
     return [sum(values[i - n : i]) / n for i in range(n, len(values) + 1)]
+
 
 # %% ../nbs/51_health.ipynb #f947c48d
 def _collapse(train: Sequence[Mapping[str, Any]]) -> str:
@@ -219,6 +261,7 @@ def _divergence(train: Sequence[Mapping[str, Any]]) -> str:
     if len(gradient) > 10 and gradient[-1] > 20 * sorted(gradient)[len(gradient) // 2]:
         return f"the gradient has length {gradient[-1]:.3g}, and usually {sorted(gradient)[len(gradient) // 2]:.3g}"
     return ""
+
 
 # %% ../nbs/51_health.ipynb #54a79dc1
 def _not_learning(train: Sequence[Mapping[str, Any]], steps: int, chance: float) -> str:
@@ -247,6 +290,7 @@ def _overfitting(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str
         return f"the validation loss is {held_out[-1]:.3g}, and it was {min(held_out):.3g}"
     return ""
 
+
 # %% ../nbs/51_health.ipynb #aa7453ed
 def find_alarms(records: Sequence[Mapping[str, Any]], steps: int, chance: float = 0.0) -> list[Alarm]:
     """Look at the figures of a run so far, and say what is wrong now.
@@ -273,8 +317,10 @@ def find_alarms(records: Sequence[Mapping[str, Any]], steps: int, chance: float 
     }
     return [Alarm(name, step, what, *ALARMS[name]) for name, what in seen.items() if what]
 
+
 # %% ../nbs/51_health.ipynb #84878faf
 BAND_FIGURES = ("loss", "accuracy", "used", "twins", "gradient", "feature_energy", "temperature")
+
 
 # %% ../nbs/51_health.ipynb #f644fb89
 def healthy_bands(
@@ -297,13 +343,18 @@ def healthy_bands(
     bands: dict[str, Any] = {"recipe": name, "steps": steps, "figures": {}}
     for key in BAND_FIGURES:
         curves = [smooth_curve(run, key, steps, max(1, last // points)) for run in trains]
-        columns = [[value for value in column if not math.isnan(value)] for column in zip(*curves, strict=True)]
+        columns = [
+            [value for value in column if not math.isnan(value)] for column in zip(*curves, strict=True)
+        ]
         if not all(columns):
             continue
         spread = margin * (max(map(max, columns)) - min(map(min, columns)))
-        low, high = ([float(f"{edge(c) + sign * spread:.4g}") for c in columns] for edge, sign in ((min, -1), (max, 1)))
+        low, high = (
+            [float(f"{edge(c) + sign * spread:.4g}") for c in columns] for edge, sign in ((min, -1), (max, 1))
+        )
         bands["figures"][key] = {"low": low, "high": high}
     return bands
+
 
 # %% ../nbs/51_health.ipynb #96593eb1
 def stored_bands(recipe: str) -> dict[str, Any] | None:
@@ -321,15 +372,22 @@ def compare_with_bands(records: Sequence[Mapping[str, Any]], bands: Mapping[str,
     outside = {}
     for key, band in bands["figures"].items():
         curve = smooth_curve(train, key, steps, width)
-        known = [(v, a, b) for v, a, b in zip(curve, band["low"], band["high"], strict=False) if not math.isnan(v)]
+        known = [
+            (v, a, b) for v, a, b in zip(curve, band["low"], band["high"], strict=False) if not math.isnan(v)
+        ]
         if known:
             outside[key] = sum(not a <= v <= b for v, a, b in known) / len(known)
     return outside
 
+
 # %% ../nbs/51_health.ipynb #a2275803
 def draw_health(
-    axes: Sequence[Any], records: Sequence[Mapping[str, Any]], bands: Mapping[str, Any] | None = None,
-    keys: Sequence[str] = BAND_FIGURES[:4], *, label: str = "this run",
+    axes: Sequence[Any],
+    records: Sequence[Mapping[str, Any]],
+    bands: Mapping[str, Any] | None = None,
+    keys: Sequence[str] = BAND_FIGURES[:4],
+    *,
+    label: str = "this run",
 ) -> None:
     """Draw curves of a run, and behind them the bands of healthy ones.
 
@@ -344,7 +402,11 @@ def draw_health(
         if bands and key in bands["figures"]:
             band = bands["figures"][key]
             ax.fill_between(bands["steps"], band["low"], band["high"], color="0.85", label="healthy runs")
-        pairs = [(r["step"], r[key]) for r in records if r["kind"] == "train" and isinstance(r.get(key), int | float)]
+        pairs = [
+            (r["step"], r[key])
+            for r in records
+            if r["kind"] == "train" and isinstance(r.get(key), int | float)
+        ]
         ax.plot(*zip(*pairs, strict=True), color="#0072B2", linewidth=1.2, label=label)
         ax.set_ylabel(key.replace("_", " "))
         ax.set_xlabel("step")

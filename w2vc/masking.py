@@ -14,7 +14,8 @@ from .config import Wav2Vec2ConformerConfig
 from .features import valid_lengths
 
 # %% auto #0
-__all__ = ['span_counts', 'spans_from_noise', 'compute_mask_indices', 'span_coverage', 'apply_spec_augment']
+__all__ = ["span_counts", "spans_from_noise", "compute_mask_indices", "span_coverage", "apply_spec_augment"]
+
 
 # %% ../nbs/12_masking.ipynb #9ff23abd
 def span_counts(
@@ -38,6 +39,7 @@ def span_counts(
     places = (lengths - mask_length + 1).clamp(min=0)  # where a whole span fits
     return torch.minimum(wanted, places)
 
+
 # %% ../nbs/12_masking.ipynb #73cc3f69
 def spans_from_noise(
     noise: Tensor, counts: Tensor, lengths: Tensor, mask_length: int, most: int | None = None
@@ -60,13 +62,16 @@ def spans_from_noise(
     n_rows, n_places = noise.shape
     n_frames = n_places + mask_length - 1
     most = n_frames // mask_length if most is None else most
-    inside = torch.arange(n_places, device=noise.device) < (lengths - mask_length + 1)[:, None]  # [B, T - M + 1]
+    inside = (
+        torch.arange(n_places, device=noise.device) < (lengths - mask_length + 1)[:, None]
+    )  # [B, T - M + 1]
     starts = noise.masked_fill(~inside, -1.0).topk(most, dim=1).indices  # [B, most], best first
     used = torch.arange(most, device=noise.device) < counts[:, None]  # [B, most]
     starts = torch.where(used, starts, n_frames)  # the spans too many go beyond the right edge
     hidden = starts[:, :, None] + torch.arange(mask_length, device=noise.device)  # [B, most, M]
     mask = torch.zeros(n_rows, n_frames + mask_length, dtype=torch.bool, device=noise.device)
     return mask.scatter_(1, hidden.flatten(1), True)[:, :n_frames].contiguous()
+
 
 # %% ../nbs/12_masking.ipynb #e43ed517
 def _check_request(shape: tuple[int, int], mask_prob: float, mask_length: int, min_masks: int) -> None:
@@ -90,11 +95,14 @@ def _real_frames(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
             f"attention_mask has shape {tuple(attention_mask.shape)}; "
             f"{tuple(shape)} (rows, frames) is needed: one value per frame, not per sample"
         )
-    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, reading would wait
+    if (
+        attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # elsewhere, reading would wait
         real = attention_mask != 0
         if bool((real[:, 1:] & ~real[:, :-1]).any()):
             raise ValueError("attention_mask must have its padding on the right, and a 0 stands before a 1")
     return valid_lengths(attention_mask)
+
 
 # %% ../nbs/12_masking.ipynb #2086d2e6
 def compute_mask_indices(
@@ -140,6 +148,7 @@ def compute_mask_indices(
     most = min(n_frames // mask_length, max(min_masks, int(mask_prob * n_frames / mask_length + 1)))
     return spans_from_noise(noise, counts, lengths, mask_length, most)
 
+
 # %% ../nbs/12_masking.ipynb #f84b6413
 def span_coverage(n_frames: int, n_spans: int, mask_length: int) -> Tensor:
     """The exact chance of each frame to be hidden by `n_spans` random spans (Eq. 12.3).
@@ -156,10 +165,13 @@ def span_coverage(n_frames: int, n_spans: int, mask_length: int) -> Tensor:
     if not 0 <= n_spans <= places:
         raise ValueError(f"n_spans={n_spans} must lie in 0..{places}, the places where a span fits")
     t = torch.arange(n_frames)
-    covering = t.clamp(max=places - 1) - (t - mask_length + 1).clamp(min=0) + 1  # [T] starts that would hide frame t
+    covering = (
+        t.clamp(max=places - 1) - (t - mask_length + 1).clamp(min=0) + 1
+    )  # [T] starts that would hide frame t
     drawn = torch.arange(n_spans, dtype=torch.float64)
     missed = (places - covering[:, None] - drawn) / (places - drawn)  # [T, n]: each draw misses in turn
     return 1 - missed.prod(1)
+
 
 # %% ../nbs/12_masking.ipynb #da91432b
 def _time_mask(mask_time_indices: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -170,6 +182,7 @@ def _time_mask(mask_time_indices: Tensor, shape: tuple[int, int]) -> Tensor:
             f"bool or integers of shape {shape} (rows, frames) are needed, non-zero = hidden"
         )
     return mask_time_indices != 0
+
 
 # %% ../nbs/12_masking.ipynb #92595116
 def apply_spec_augment(  # noqa: PLR0917

@@ -20,11 +20,18 @@ from .masking import apply_spec_augment
 from .pretrained import PreTrainedModel
 
 # %% auto #0
-__all__ = ['adapter_output_lengths', 'AdapterLayer', 'Adapter', 'ModelOutput', 'Wav2Vec2BaseModelOutput',
-           'Wav2Vec2ConformerModel']
+__all__ = [
+    "adapter_output_lengths",
+    "AdapterLayer",
+    "Adapter",
+    "ModelOutput",
+    "Wav2Vec2BaseModelOutput",
+    "Wav2Vec2ConformerModel",
+]
 
 # %% ../nbs/30_model.ipynb #6526ee8b
 from .features import conv_output_lengths
+
 
 # %% ../nbs/30_model.ipynb #65bc2de5
 def adapter_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Tensor:
@@ -95,6 +102,7 @@ class Adapter(nn.Module):
             lengths = None if lengths is None else adapter_output_lengths(lengths, self.config)
         return hidden.transpose(1, 2)
 
+
 # %% ../nbs/30_model.ipynb #e778b93c
 class ModelOutput:
     """Base of all outputs: a dataclass whose fields are also keys and, in order, positions.
@@ -141,6 +149,7 @@ class ModelOutput:
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
+
 # %% ../nbs/30_model.ipynb #cdeacec0
 @dataclass(eq=False)
 class Wav2Vec2BaseModelOutput(ModelOutput):
@@ -157,6 +166,7 @@ class Wav2Vec2BaseModelOutput(ModelOutput):
     extract_features: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
+
 
 # %% ../nbs/30_model.ipynb #d78de33f
 class Wav2Vec2ConformerModel(PreTrainedModel):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['negatives_from_noise', 'sample_negative_indices']
+__all__ = ["negatives_from_noise", "sample_negative_indices"]
+
 
 # %% ../nbs/14_negatives.ipynb #523f826e
 def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -18,6 +19,7 @@ def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, dtype=str(dtype).removeprefix("torch.")))
     return torch.empty(shape, dtype=dtype, device=device)
+
 
 # %% ../nbs/14_negatives.ipynb #f598f38a
 def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
@@ -40,7 +42,9 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     first = (counts.cumsum(0) - counts)[row]  # [A] where the row's stretch of the list begins
     others = counts[row] - 1  # [A]
     own = torch.arange(len(hidden), device=mask.device)
-    own = own.masked_fill(others == 0, len(hidden))  # a lone hidden frame has nobody to step to: it gets itself
+    own = own.masked_fill(
+        others == 0, len(hidden)
+    )  # a lone hidden frame has nobody to step to: it gets itself
 
     drawn = torch.mul(noise, others[:, None], out=_fresh((*noise.shape,), torch.float32, mask.device))
     place = _fresh((*noise.shape,), torch.int32, mask.device).copy_(drawn)  # rounds down: 0 .. others - 1
@@ -53,6 +57,7 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     negatives.copy_(n_frames * torch.arange(n_rows, device=mask.device)[:, None, None])
     negatives.view(-1, n_negatives).index_copy_(0, hidden, chosen.view(-1, n_negatives))
     return negatives
+
 
 # %% ../nbs/14_negatives.ipynb #f73a0414
 def sample_negative_indices(

@@ -15,8 +15,20 @@ from torch import Tensor, nn
 from .config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
-__all__ = ['Positions', 'Remembered', 'RelativePositions', 'relative_shift', 'rotary_speeds', 'rotate_half', 'apply_rotary',
-           'RotaryPositions', 'unrounded_speeds', 'ConvolutionalPositions', 'make_positions']
+__all__ = [
+    "Positions",
+    "Remembered",
+    "RelativePositions",
+    "relative_shift",
+    "rotary_speeds",
+    "rotate_half",
+    "apply_rotary",
+    "RotaryPositions",
+    "unrounded_speeds",
+    "ConvolutionalPositions",
+    "make_positions",
+]
+
 
 # %% ../nbs/20_positions.ipynb #e74486ac
 class Remembered:
@@ -36,14 +48,18 @@ class Remembered:
         """Forget the value."""
         self.last: tuple[tuple[Any, ...], list[tuple[Tensor, Tensor, int]], Tensor] | None = None
 
-    def __call__(self, make: Callable[[], Tensor], facts: tuple[Any, ...], tensors: Sequence[Tensor] = ()) -> Tensor:
+    def __call__(
+        self, make: Callable[[], Tensor], facts: tuple[Any, ...], tensors: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Give `make()`, which is run without gradients, or its last value if `facts` and `tensors` are as they were."""
         if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # those count no writes
             return make()
         last = self.last  # read once: another thread may replace it
         if last is not None and last[0] == facts and len(last[1]) == len(tensors):
             pairs = zip(last[1], tensors, strict=True)
-            if all(t is o and t.data_ptr() == alias.data_ptr() and t._version == n for (o, alias, n), t in pairs):
+            if all(
+                t is o and t.data_ptr() == alias.data_ptr() and t._version == n for (o, alias, n), t in pairs
+            ):
                 return last[2]
         with torch.inference_mode(False), torch.no_grad():  # usable in every mode later
             value = make()
@@ -54,6 +70,7 @@ class Remembered:
 
     def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
         return Remembered, ()
+
 
 # %% ../nbs/20_positions.ipynb #44fcd231
 class RelativePositions(nn.Module):
@@ -86,6 +103,7 @@ class RelativePositions(nn.Module):
         table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # [2T-1, D]
         return table[:, : self.width].to(dtype)
 
+
 # %% ../nbs/20_positions.ipynb #29a4faa7
 def relative_shift(scores: Tensor, n_keys: int | None = None) -> Tensor:
     """Re-index scores from (query, distance) to (query, key): `[B, H, T, 2T-1]` to `[B, H, T, T]`.
@@ -108,17 +126,21 @@ def relative_shift(scores: Tensor, n_keys: int | None = None) -> Tensor:
     n_keys = n_queries if n_keys is None else n_keys
     if n_distances != n_queries + n_keys - 1:
         fit = n_queries + n_keys - 1
-        raise ValueError(f"scores has {n_distances} distances for {n_queries} queries and {n_keys} keys; it must have {fit}")
+        raise ValueError(
+            f"scores has {n_distances} distances for {n_queries} queries and {n_keys} keys; it must have {fit}"
+        )
     if n_queries == 1:
         return scores
     flat = scores.flatten(-2)[..., n_queries - 1 : n_queries - 1 + n_queries * (n_distances - 1)]
     return flat.view(*scores.shape[:-1], n_distances - 1)[..., :n_keys]
+
 
 # %% ../nbs/20_positions.ipynb #3c5683e4
 def rotary_speeds(width: int, base: float) -> Tensor:
     """Speeds of the `K/2` planes of a head in radians per frame, `[K/2]` float32, from 1 down to almost 1/base."""
     even = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
     return 1.0 / (base ** (even / width))
+
 
 # %% ../nbs/20_positions.ipynb #dc949c2e
 def rotate_half(x: Tensor) -> Tensor:
@@ -142,6 +164,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, K]: the same angles for every head
     return (x * cos + rotate_half(x) * sin).to(x.dtype)
+
 
 # %% ../nbs/20_positions.ipynb #dc7be3b5
 class RotaryPositions(nn.Module):
@@ -172,9 +195,7 @@ class RotaryPositions(nn.Module):
             )
         self.register_buffer("inv_freq", rotary_speeds(self.width, self.base).to(torch.get_default_device()))
 
-    def forward(
-        self, n_frames: int, device: torch.device | str, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, n_frames: int, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Give `(cos, sin)`, each `[T, K]`: the K/2 planes, twice."""
         frame = torch.arange(n_frames, dtype=torch.float32, device=device)  # [T]
         angle = frame[:, None] * self.inv_freq.to(device)  # [T, K/2], in float32
@@ -204,6 +225,7 @@ def unrounded_speeds(saved: Tensor, width: int, base: float) -> Tensor:
     exact = rotary_speeds(width, base)
     return exact if torch.equal(saved.cpu(), exact.to(saved.dtype)) else saved.float()
 
+
 # %% ../nbs/20_positions.ipynb #2964dffc
 class ConvolutionalPositions(nn.Module):
     """The convolutional positions of plain wav2vec 2.0: part of every Conformer checkpoint, used by none.
@@ -232,6 +254,7 @@ class ConvolutionalPositions(nn.Module):
         n_frames = hidden.shape[1]
         mixed = self.conv(hidden.transpose(1, 2))[..., :n_frames]  # an even kernel gives one frame too many
         return self.activation(mixed).transpose(1, 2)
+
 
 # %% ../nbs/20_positions.ipynb #1d82190c
 Positions = Tensor | tuple[Tensor, Tensor] | None  # what attention is given: a table, (cos, sin), or nothing

@@ -29,11 +29,41 @@ from .config import Wav2Vec2ConformerConfig, find_file, lacks, pin_revision, ref
 from .positions import rotary_speeds
 
 # %% auto #0
-__all__ = ['Start', 'NAMED_STARTS', 'Placement', 'WINDOW', 'BASE', 'OPTIONAL', 'ENCODER', 'OLD_WEIGHTS', 'uniform_by_inputs',
-           'first_values', 'listing', 'initialise', 'modern_name', 'modern_names', 'placement', 'read_safetensors',
-           'read_tensors', 'read_shards', 'read_checkpoint', 'part_of', 'LoadReport', 'match_names', 'fill', 'parts_of',
-           'ModelBase', 'split_into_shards', 'weight_files', 'read_dtype', 'listening', 'join_head', 'save_head',
-           'demo_folder', 'PreTrainedModel']
+__all__ = [
+    "Start",
+    "NAMED_STARTS",
+    "Placement",
+    "WINDOW",
+    "BASE",
+    "OPTIONAL",
+    "ENCODER",
+    "OLD_WEIGHTS",
+    "uniform_by_inputs",
+    "first_values",
+    "listing",
+    "initialise",
+    "modern_name",
+    "modern_names",
+    "placement",
+    "read_safetensors",
+    "read_tensors",
+    "read_shards",
+    "read_checkpoint",
+    "part_of",
+    "LoadReport",
+    "match_names",
+    "fill",
+    "parts_of",
+    "ModelBase",
+    "split_into_shards",
+    "weight_files",
+    "read_dtype",
+    "listening",
+    "join_head",
+    "save_head",
+    "demo_folder",
+    "PreTrainedModel",
+]
 
 # %% ../nbs/28_pretrained.ipynb #a732208f
 Start = Callable[[Tensor, Any], Any]  # (tensor, its module): gives the tensor its first values, in place
@@ -50,13 +80,16 @@ NAMED_STARTS: dict[str, Start] = {  # end of a tensor's name (a pattern) -> firs
     r"pos_bias_[uv]": lambda t, _: nn.init.xavier_uniform_(t),
     r"quantizer\.weight_proj\.weight|objective\.weight": lambda t, _: t.normal_(0, 1),
     r"layer_weights": lambda t, _: t.fill_(1 / t.numel()),  # an even mixture of the layers
-    r"(feature_projection\.projection|project_hid|project_q)\.\w+": lambda t, m: uniform_by_inputs(t, m.in_features),
+    r"(feature_projection\.projection|project_hid|project_q)\.\w+": lambda t, m: uniform_by_inputs(
+        t, m.in_features
+    ),
     r"inv_freq": lambda t, m: t.copy_(rotary_speeds(m.width, m.base)),
     # the dead layer: torch's usual convolution, as a direction (original1) and its length (original0); bias 0
     r"pos_conv_embed\.conv\.bias": lambda t, _: t.zero_(),
     r"weight\.original1": lambda t, _: nn.init.kaiming_uniform_(t, a=math.sqrt(5)),
     r"weight\.original0": lambda t, m: t.copy_(torch.norm_except_dim(m.original1, 2, 2)),
 }
+
 
 # %% ../nbs/28_pretrained.ipynb #b8866eb7
 def first_values(name: str, module: nn.Module, deviation: float) -> Start | None:
@@ -79,6 +112,7 @@ def first_values(name: str, module: nn.Module, deviation: float) -> Start | None
         n_inputs = module.in_channels // module.groups * module.kernel_size[0]
         return lambda t, _: nn.init.kaiming_normal_(t) if weight else uniform_by_inputs(t, n_inputs)
     return None
+
 
 # %% ../nbs/28_pretrained.ipynb #5e888c17
 def listing(names: Iterable[str], most: int = 12) -> str:
@@ -116,10 +150,14 @@ def initialise(model: nn.Module, deviation: float, names: Iterable[str] | None =
             elif asked is not None:
                 raise RuntimeError(f"{name} is not in the file, and there is no rule for its first values")
 
+
 # %% ../nbs/28_pretrained.ipynb #7d34a633
 def modern_name(name: str) -> str:
     """Weight norm's tensors under the names that torch gives them today."""
-    for old, new in (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1")):
+    for old, new in (
+        ("weight_g", "parametrizations.weight.original0"),
+        ("weight_v", "parametrizations.weight.original1"),
+    ):
         if name.endswith(f".{old}"):
             return name.removesuffix(old) + new
     return name
@@ -132,6 +170,7 @@ def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         twice = [name for name in tensors if modern_name(name) != name and modern_name(name) in tensors]
         raise ValueError(f"the file names tensors twice, in the old and in the new way: {listing(twice)}")
     return renamed
+
 
 # %% ../nbs/28_pretrained.ipynb #8f4f5930
 Placement = Callable[[str, Tensor], Tensor]  # (name, tensor of a file): the tensor where and as it will live
@@ -193,16 +232,25 @@ def read_tensors(path: Path, kind: str, place: Placement | None = None) -> dict[
         raise
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))  # what a pickle names to be called
-        why = f"it wants to run {code[1]}" if code else f"it is damaged or cut short ({str(error).split('. ')[0]})"
+        why = (
+            f"it wants to run {code[1]}"
+            if code
+            else f"it is damaged or cut short ({str(error).split('. ')[0]})"
+        )
         raise ValueError(f"{path} is refused: {why}") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is refused: it must hold a dict of tensors by name")
     tensors = dict(tensors)
     return {name: place(name, tensors.pop(name)) for name in list(tensors)}
 
+
 # %% ../nbs/28_pretrained.ipynb #e8ba54f7
 def read_shards(
-    name_or_path: str | os.PathLike[str], index: Path, kind: str, revision: str | None, place: Placement | None = None
+    name_or_path: str | os.PathLike[str],
+    index: Path,
+    kind: str,
+    revision: str | None,
+    place: Placement | None = None,
 ) -> dict[str, Tensor]:
     """Read the shards that an index lists, and check that each holds what the index says."""
     try:
@@ -210,7 +258,9 @@ def read_shards(
         shards = sorted(set(places.values()))
         plain = all(Path(shard).name == shard for shard in shards)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is damaged: it must be JSON with a weight_map from tensor to file") from None
+        raise ValueError(
+            f"{index} is damaged: it must be JSON with a weight_map from tensor to file"
+        ) from None
     if not plain:
         raise ValueError(f"{index} is refused: it names files outside its folder")
     tensors: dict[str, Tensor] = {}
@@ -255,6 +305,7 @@ def read_checkpoint(
             return modern_names(read_shards(name_or_path, index, kind, revision, place))
     raise lacks(name_or_path, "weights: no model.safetensors, no pytorch_model.bin, no index of shards")
 
+
 # %% ../nbs/28_pretrained.ipynb #358b68b2
 BASE = "wav2vec2_conformer"  # the attribute under which heads hold the base model
 OPTIONAL = ("adapter", "masked_spec_embed")  # parts of the base model that a config can add or leave out
@@ -288,10 +339,15 @@ class LoadReport:
     def __str__(self) -> str:
         """The lists that make a file unfit, one a line."""
         lists = {"missing": self.missing, "unexpected": self.unexpected, "mis-shaped": self.misshaped}
-        return "\n".join(f"  {kind} ({len(names)}): {listing(names)}" for kind, names in lists.items() if names)
+        return "\n".join(
+            f"  {kind} ({len(names)}): {listing(names)}" for kind, names in lists.items() if names
+        )
+
 
 # %% ../nbs/28_pretrained.ipynb #4c44fe08
-def match_names(model: Mapping[str, Tensor], file: Mapping[str, Tensor], *, is_base: bool) -> tuple[LoadReport, dict[str, str]]:
+def match_names(
+    model: Mapping[str, Tensor], file: Mapping[str, Tensor], *, is_base: bool
+) -> tuple[LoadReport, dict[str, str]]:
     """Account for every tensor of a model and of a file.
 
     Args:
@@ -308,7 +364,9 @@ def match_names(model: Mapping[str, Tensor], file: Mapping[str, Tensor], *, is_b
     ours = {(prefix + name if is_base else name): name for name in model}
     heads = {name.partition(".")[0] for name in ours if part_of(name) == "head"}
     report, pairs = LoadReport(), {}
-    parts_in_file = {part_of(name) for name in theirs if part_of(name) != "head" or name.partition(".")[0] in heads}
+    parts_in_file = {
+        part_of(name) for name in theirs if part_of(name) != "head" or name.partition(".")[0] in heads
+    }
     parts_in_model = {part_of(name) for name in ours} | {"base"}
     for full, name in ours.items():
         part = part_of(full)
@@ -323,12 +381,22 @@ def match_names(model: Mapping[str, Tensor], file: Mapping[str, Tensor], *, is_b
             pairs[name] = theirs[full]
     for full, name in theirs.items():
         if full not in ours:
-            foreign = part_of(full) not in parts_in_model or (part_of(full) == "head" and full.partition(".")[0] not in heads)
+            foreign = part_of(full) not in parts_in_model or (
+                part_of(full) == "head" and full.partition(".")[0] not in heads
+            )
             (report.ignored if foreign else report.unexpected).append(name)
     return report, pairs
 
+
 # %% ../nbs/28_pretrained.ipynb #b0a3060a
-def fill(model: ModelBase, tensors: dict[str, Tensor], *, device: torch.device | str | None = None, strict: bool = True, source: str = "the file") -> LoadReport:
+def fill(
+    model: ModelBase,
+    tensors: dict[str, Tensor],
+    *,
+    device: torch.device | str | None = None,
+    strict: bool = True,
+    source: str = "the file",
+) -> LoadReport:
     """Put a checkpoint's tensors into a model that was built on the meta device.
 
     Args:
@@ -345,7 +413,9 @@ def fill(model: ModelBase, tensors: dict[str, Tensor], *, device: torch.device |
     report, pairs = match_names(expected, tensors, is_base=model.base_model is model)
     if strict and not report.fits:
         lists = f"{source} does not fit {type(model).__name__}:\n{report}"
-        raise ValueError(f"{lists}\nstrict=False loads what fits, starts the rest afresh, and lists it in load_report.")
+        raise ValueError(
+            f"{lists}\nstrict=False loads what fits, starts the rest afresh, and lists it in load_report."
+        )
     loaded = {name: tensors.pop(theirs).to(device=device) for name, theirs in pairs.items()}
     tensors.clear()
     absent = [name for name in expected if name not in loaded]
@@ -362,8 +432,12 @@ def fill(model: ModelBase, tensors: dict[str, Tensor], *, device: torch.device |
             home._parameters[key] = nn.Parameter(new, requires_grad=home._parameters[key].requires_grad)  # type: ignore[union-attr]
     initialise(model, model.config.initializer_range, absent)
     if absent:
-        warnings.warn(f"{source} lacks {listing(parts_of(absent))}: newly initialised, to be trained", stacklevel=3)
-    if left := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+        warnings.warn(
+            f"{source} lacks {listing(parts_of(absent))}: newly initialised, to be trained", stacklevel=3
+        )
+    if left := [
+        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta
+    ]:
         raise RuntimeError(f"{type(model).__name__} keeps tensors that no file can hold: {listing(left)}")
     return report
 
@@ -371,7 +445,10 @@ def fill(model: ModelBase, tensors: dict[str, Tensor], *, device: torch.device |
 def parts_of(names: Iterable[str]) -> list[str]:
     """Name a group of tensors by the modules they are in: top-level ones, or the tensor itself in the base model."""
     short = [name.removeprefix(f"{BASE}.") for name in names]
-    return sorted({name if name.startswith(("encoder.", "feature_")) else name.partition(".")[0] for name in short})
+    return sorted(
+        {name if name.startswith(("encoder.", "feature_")) else name.partition(".")[0] for name in short}
+    )
+
 
 # %% ../nbs/28_pretrained.ipynb #5af8cda8
 class ModelBase(nn.Module):
@@ -450,6 +527,7 @@ class ModelBase(nn.Module):
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = on
 
+
 # %% ../nbs/28_pretrained.ipynb #696c0d50
 def split_into_shards(tensors: Mapping[str, Tensor], most_bytes: int) -> dict[str, dict[str, Tensor]]:
     """Deal tensors into files of at most `most_bytes` each, in order; one file keeps the plain name."""
@@ -486,8 +564,11 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise refuse("dtype", dtype, "a floating type such as torch.bfloat16 or 'bfloat16', or None for the file's")
+        raise refuse(
+            "dtype", dtype, "a floating type such as torch.bfloat16 or 'bfloat16', or None for the file's"
+        )
     return dtype
+
 
 # %% ../nbs/28_pretrained.ipynb #4cd458e6
 @contextmanager
@@ -501,6 +582,7 @@ def listening(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
 
 # %% ../nbs/28_pretrained.ipynb #c7df6234
 ENCODER = "encoder_folder"  # key of config.json in a folder of head tensors: where the base model is, seen from there
@@ -516,10 +598,14 @@ def join_head(
     """
     prefix = f"{BASE}."
     if double := [name for name in head if name.startswith(prefix)]:
-        raise ValueError(f"{os.fspath(source)!r} names an encoder's folder and holds an encoder itself: {listing(double)}")
+        raise ValueError(
+            f"{os.fspath(source)!r} names an encoder's folder and holds an encoder itself: {listing(double)}"
+        )
     base = {name: tensor for name, tensor in encoder.items() if name.startswith(prefix)}
     if not base:
-        raise ValueError(f"{os.fspath(source)!r}: the folder that its {ENCODER} names holds no tensor {prefix}*")
+        raise ValueError(
+            f"{os.fspath(source)!r}: the folder that its {ENCODER} names holds no tensor {prefix}*"
+        )
     return {**base, **head}
 
 
@@ -565,8 +651,13 @@ def demo_folder(head: str | None = None) -> Path:
         raise refuse("head", head, f"one of {', '.join(heads)}, or None for the pre-trained model")
     return Path(str(resources.files("w2vc"))) / "assets" / "demo" / (head or "pretrained")
 
+
 # %% ../nbs/28_pretrained.ipynb #502629cf
-OLD_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")  # go when new ones come
+OLD_WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)  # go when new ones come
 
 
 class PreTrainedModel(ModelBase):
@@ -588,7 +679,9 @@ class PreTrainedModel(ModelBase):
         config.validate()
         return {"config.json": config.to_json_string().encode(), **weight_files(tensors, max_shard_bytes)}
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
+    ) -> None:
         """Write config.json and model.safetensors, for us and for transformers; never half of them.
 
         Args:
@@ -633,7 +726,9 @@ class PreTrainedModel(ModelBase):
             model = cls(config)
         tensors = read_checkpoint(name_or_path, revision=revision, dtype=dtype, device=device)
         if (encoder := config.extra_keys.pop(ENCODER, None)) is not None:
-            encoder_tensors = read_checkpoint(os.path.normpath(Path(name_or_path) / encoder), dtype=dtype, device=device)
+            encoder_tensors = read_checkpoint(
+                os.path.normpath(Path(name_or_path) / encoder), dtype=dtype, device=device
+            )
             tensors = join_head(tensors, encoder_tensors, name_or_path)
         source = repr(os.fspath(name_or_path))
         model.load_report = fill(model, tensors, device=device, strict=strict, source=source)

@@ -18,8 +18,14 @@ from .pretrained import PreTrainedModel
 from .quantizer import GumbelVectorQuantizer
 
 # %% auto #0
-__all__ = ['candidate_logits', 'contrastive_loss', 'diversity_loss', 'Wav2Vec2ConformerForPreTrainingOutput',
-           'Wav2Vec2ConformerForPreTraining']
+__all__ = [
+    "candidate_logits",
+    "contrastive_loss",
+    "diversity_loss",
+    "Wav2Vec2ConformerForPreTrainingOutput",
+    "Wav2Vec2ConformerForPreTraining",
+]
+
 
 # %% ../nbs/32_pretraining.ipynb #0c7721ee
 def candidate_logits(
@@ -50,6 +56,7 @@ def candidate_logits(
     same = (chosen[:, :, 1:] == chosen[:, :, :1]).all(-1)
     return logits.masked_fill(pad(same, (1, 0)), float("-inf"))
 
+
 # %% ../nbs/32_pretraining.ipynb #bf3488d9
 def _read_indices(negatives: Tensor, mask: Tensor) -> tuple[int, bool]:
     """Check the negatives and count the masked frames, with one read from the device.
@@ -74,6 +81,7 @@ def _read_indices(negatives: Tensor, mask: Tensor) -> tuple[int, bool]:
         )
     return (longest, True) if home else (total, False)
 
+
 # %% ../nbs/32_pretraining.ipynb #7a79ec24
 def _check_shapes(
     states: Tensor, targets: Tensor, negatives: Tensor, mask: Tensor, codes: Tensor | None
@@ -81,19 +89,28 @@ def _check_shapes(
     """Refuse inputs of the loss that do not fit together; returns `B, T, N`."""
     B, T = states.shape[:2]
     if targets.shape != states.shape:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, expected that of the states {tuple(states.shape)}")
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}, expected that of the states {tuple(states.shape)}"
+        )
     if tuple(mask.shape) != (B, T):
-        raise ValueError(f"mask_time_indices has shape {tuple(mask.shape)}, expected (batch, frames) = {(B, T)}")
+        raise ValueError(
+            f"mask_time_indices has shape {tuple(mask.shape)}, expected (batch, frames) = {(B, T)}"
+        )
     if negatives.dim() != 3 or tuple(negatives.shape[:2]) != (B, T):
         raise ValueError(
             f"sampled_negative_indices has shape {tuple(negatives.shape)}, expected (batch, frames, negatives) "
             f"with (batch, frames) = {(B, T)}"
         )
     if negatives.dtype == torch.bool or negatives.is_floating_point():
-        raise ValueError(f"sampled_negative_indices has dtype {negatives.dtype}, expected integers (frame indices)")
+        raise ValueError(
+            f"sampled_negative_indices has dtype {negatives.dtype}, expected integers (frame indices)"
+        )
     if codes is not None and (codes.dim() != 3 or tuple(codes.shape[:2]) != (B, T)):
-        raise ValueError(f"codes has shape {tuple(codes.shape)}, expected (batch, frames, groups) with {(B, T)}")
+        raise ValueError(
+            f"codes has shape {tuple(codes.shape)}, expected (batch, frames, groups) with {(B, T)}"
+        )
     return B, T, negatives.shape[2]
+
 
 # %% ../nbs/32_pretraining.ipynb #5b9aabe1
 _BLOCK = 2**24  # similarities held at a time: 64 MB, so that long audio and large batches stay bounded
@@ -146,8 +163,11 @@ def contrastive_loss(
         picked = states.gather(1, own.expand(-1, -1, states.shape[2]))
         logits = candidate_logits(picked, targets, torch.cat([own, wrong], 2), codes, temperature)
         surprise = -logits.log_softmax(-1)[..., 0]  # [B, A]
-        total = total + surprise.where(mask.gather(1, block), 0).sum()  # short rows carry some unmasked frames
+        total = (
+            total + surprise.where(mask.gather(1, block), 0).sum()
+        )  # short rows carry some unmasked frames
     return total
+
 
 # %% ../nbs/32_pretraining.ipynb #88dbb6ce
 def diversity_loss(perplexity: Tensor, mask: Tensor, num_codes: int) -> Tensor:
@@ -163,6 +183,7 @@ def diversity_loss(perplexity: Tensor, mask: Tensor, num_codes: int) -> Tensor:
         and transformers train with.
     """
     return (num_codes - perplexity) / num_codes * mask.to(torch.bool).sum()
+
 
 # %% ../nbs/32_pretraining.ipynb #e9463fc8
 @dataclass(eq=False)
@@ -189,6 +210,7 @@ class Wav2Vec2ConformerForPreTrainingOutput(ModelOutput):
     attentions: tuple[Tensor | None, ...] | None = None
     contrastive_loss: Tensor | None = None
     diversity_loss: Tensor | None = None
+
 
 # %% ../nbs/32_pretraining.ipynb #3832e0a6
 class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
@@ -242,7 +264,9 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
         if sampled_negative_indices is not None and mask_time_indices is None:
             raise ValueError("sampled_negative_indices came without mask_time_indices; the loss needs both")
         if sampled_negative_indices is not None and self.config.add_adapter:
-            raise ValueError("add_adapter=True shortens the states: there is no one target per state, so no loss")
+            raise ValueError(
+                "add_adapter=True shortens the states: there is no one target per state, so no loss"
+            )
         base = self.wav2vec2_conformer(
             input_values,
             attention_mask=attention_mask,

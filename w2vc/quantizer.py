@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .config import Wav2Vec2ConformerConfig
 
 # %% auto #0
-__all__ = ['gumbel_relaxed', 'StraightThroughLookup', 'codebook_perplexity', 'GumbelVectorQuantizer']
+__all__ = ["gumbel_relaxed", "StraightThroughLookup", "codebook_perplexity", "GumbelVectorQuantizer"]
+
 
 # %% ../nbs/16_quantizer.ipynb #20c6c2b2
 def gumbel_relaxed(logits: Tensor, temperature: float) -> Tensor:
@@ -31,6 +32,7 @@ def gumbel_relaxed(logits: Tensor, temperature: float) -> Tensor:
     """
     noisy = logits - torch.empty_like(logits).exponential_().log_()
     return noisy.div_(temperature).softmax(-1)
+
 
 # %% ../nbs/16_quantizer.ipynb #709be291
 class StraightThroughLookup(torch.autograd.Function):
@@ -63,6 +65,7 @@ class StraightThroughLookup(torch.autograd.Function):
             to_soft = torch.einsum("fgd,gvd->fgv", grad.to(ctx.soft_dtype), codebook.to(ctx.soft_dtype))
         return to_codebook, None, to_soft
 
+
 # %% ../nbs/16_quantizer.ipynb #99aae6ad
 def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """How many codes are in use: the exponential of the entropy of the average distribution, summed over the groups.
@@ -87,6 +90,7 @@ def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     # the clamp changes no value (p log p is 0 there) but keeps the gradient of an unused code finite
     logs = average.clamp_min(torch.finfo(average.dtype).tiny).log()
     return (-(average * logs).sum(-1)).exp().sum()
+
 
 # %% ../nbs/16_quantizer.ipynb #fa08272c
 class GumbelVectorQuantizer(nn.Module):

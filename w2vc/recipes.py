@@ -24,9 +24,27 @@ import torch
 from .config import Wav2Vec2ConformerConfig, nearest, refuse
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'OBJECTIVES', 'SchedulePlan', 'learning_rate', 'PretrainingPlan', 'gumbel_temperature', 'SourcePlan',
-           'DataPlan', 'ModelPlan', 'OptimizerPlan', 'RunPlan', 'recipe_folder', 'read_overrides', 'Recipe',
-           'training_flops', 'matmul_speed', 'Cost', 'estimate_cost', 'describe_cost']
+__all__ = [
+    "SCHEDULES",
+    "OBJECTIVES",
+    "SchedulePlan",
+    "learning_rate",
+    "PretrainingPlan",
+    "gumbel_temperature",
+    "SourcePlan",
+    "DataPlan",
+    "ModelPlan",
+    "OptimizerPlan",
+    "RunPlan",
+    "recipe_folder",
+    "read_overrides",
+    "Recipe",
+    "training_flops",
+    "matmul_speed",
+    "Cost",
+    "estimate_cost",
+    "describe_cost",
+]
 
 # %% ../nbs/50_recipes.ipynb #e5d3c5d7
 SCHEDULES = ("constant", "polynomial", "cosine", "tri_stage")
@@ -66,7 +84,11 @@ def learning_rate(step: int, steps: int, plan: SchedulePlan) -> float:
         plan: Shape of the curve. `polynomial` and `tri_stage` follow fairseq's schedulers of these names.
     """
     if plan.kind not in SCHEDULES:
-        raise refuse("schedule.kind", plan.kind, f"one of {', '.join(SCHEDULES)}{nearest(plan.kind, dict.fromkeys(SCHEDULES))}")
+        raise refuse(
+            "schedule.kind",
+            plan.kind,
+            f"one of {', '.join(SCHEDULES)}{nearest(plan.kind, dict.fromkeys(SCHEDULES))}",
+        )
     warm = round(plan.warmup * steps)
     if step < warm:
         if plan.kind == "tri_stage":
@@ -81,6 +103,7 @@ def learning_rate(step: int, steps: int, plan: SchedulePlan) -> float:
     left = max(0.0, 1 - (step - warm) / max(1, steps - warm))
     shape = left**plan.power if plan.kind == "polynomial" else (1 - math.cos(math.pi * left)) / 2
     return plan.end + (1 - plan.end) * shape
+
 
 # %% ../nbs/50_recipes.ipynb #8d86fd58
 @dataclass
@@ -115,6 +138,7 @@ def gumbel_temperature(step: int, steps: int, plan: PretrainingPlan) -> float:
         decay = (end / start) ** (1 / max(1, round(plan.temperature_share * steps)))
     return max(start * decay**step, end)
 
+
 # %% ../nbs/50_recipes.ipynb #862660ae
 @dataclass
 class SourcePlan:
@@ -137,6 +161,7 @@ class SourcePlan:
     options: dict[str, Any] = field(default_factory=dict)
     kinds: list[str] | None = None
     languages: list[str] | None = None
+
 
 # %% ../nbs/50_recipes.ipynb #bff48e22
 @dataclass
@@ -173,6 +198,7 @@ class DataPlan:
     label: str = "text"
     workers: int = 0
     preload: bool = False
+
 
 # %% ../nbs/50_recipes.ipynb #7081af85
 @dataclass
@@ -218,6 +244,7 @@ class OptimizerPlan:
     weight_decay: float = 0.01
     clip: float | None = None
 
+
 # %% ../nbs/50_recipes.ipynb #9af48874
 @dataclass
 class RunPlan:
@@ -261,6 +288,7 @@ class RunPlan:
     threads: int | None = None
     tolerance: int = 20
 
+
 # %% ../nbs/50_recipes.ipynb #5a11b9ba
 OBJECTIVES = ("pretraining", "ctc", "sequence", "frame", "xvector")
 
@@ -292,12 +320,19 @@ def _plan(cls: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(data) and isinstance(data, cls):
         return data
     if not isinstance(data, Mapping):
-        raise refuse(where or "recipe", data, f"a table with the keys {', '.join(f.name for f in dataclasses.fields(cls))}")
+        raise refuse(
+            where or "recipe",
+            data,
+            f"a table with the keys {', '.join(f.name for f in dataclasses.fields(cls))}",
+        )
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
             raise ValueError(f"{f'{where}.{key}'.lstrip('.')!r} is no key of a recipe{nearest(key, hints)}")
-    return cls(**{key: _convert(value, hints[key], f"{where}.{key}".lstrip(".")) for key, value in data.items()})
+    return cls(
+        **{key: _convert(value, hints[key], f"{where}.{key}".lstrip(".")) for key, value in data.items()}
+    )
+
 
 # %% ../nbs/50_recipes.ipynb #04b7b791
 def _yaml() -> Any:
@@ -311,7 +346,9 @@ def _yaml() -> Any:
         pass
 
     Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+        list("-+0123456789."),
     )
     return yaml, Loader
 
@@ -346,6 +383,7 @@ def read_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, 
             raise ValueError(f"override {override!r}: {error}") from None
     return data
 
+
 # %% ../nbs/50_recipes.ipynb #dce995ca
 @dataclass
 class Recipe:
@@ -378,7 +416,9 @@ class Recipe:
             hint = nearest(self.objective, dict.fromkeys(OBJECTIVES))
             raise refuse("objective", self.objective, f"one of {', '.join(OBJECTIVES)}{hint}")
         if self.run.precision not in {"no", "bf16", "fp16"}:
-            raise refuse("run.precision", self.run.precision, "'no' (in YAML with its quotes), 'bf16' or 'fp16'")
+            raise refuse(
+                "run.precision", self.run.precision, "'no' (in YAML with its quotes), 'bf16' or 'fp16'"
+            )
         for key in ("steps", "accumulate", "log_every", "evaluate_every", "save_every"):
             if getattr(self.run, key) < 1:
                 raise refuse(f"run.{key}", getattr(self.run, key), "at least 1")
@@ -428,11 +468,16 @@ class Recipe:
         plan, knobs = self.model, {**more, **self.model.config}
         if plan.start is not None:
             return Wav2Vec2ConformerConfig.from_pretrained(plan.start, **knobs)
-        sizes: dict[str, Any] = {"base": Wav2Vec2ConformerConfig, "large": Wav2Vec2ConformerConfig.large, "tiny": Wav2Vec2ConformerConfig.tiny}
+        sizes: dict[str, Any] = {
+            "base": Wav2Vec2ConformerConfig,
+            "large": Wav2Vec2ConformerConfig.large,
+            "tiny": Wav2Vec2ConformerConfig.tiny,
+        }
         if plan.size not in sizes:
             raise refuse("model.size", plan.size, f"one of {', '.join(sizes)}")
         lists = {key: tuple(value) if isinstance(value, list) else value for key, value in knobs.items()}
         return typing.cast(Wav2Vec2ConformerConfig, sizes[plan.size](**lists))
+
 
 # %% ../nbs/50_recipes.ipynb #4983acea
 def training_flops(config: Wav2Vec2ConformerConfig, seconds: float, rate: int = 16000) -> float:
@@ -469,6 +514,7 @@ def matmul_speed(size: int = 512, seconds: float = 0.2, device: str | torch.devi
         torch.mm(a, b).sum().item()  # reading the number waits for the device
         rounds += 1
     return rounds * 2 * size**3 / (time.perf_counter() - start)
+
 
 # %% ../nbs/50_recipes.ipynb #5f826b76
 @dataclass(frozen=True)
@@ -525,16 +571,24 @@ def estimate_cost(
 def describe_cost(recipe: Recipe, cost: Cost, processes: int = 1) -> str:
     """Say in words what a run will take: printed before it starts."""
     run, rows = recipe.run, recipe.data.batch_rows
-    batch = f"{run.accumulate} micro-batch(es) x {processes} process(es), at most {recipe.data.batch_seconds:g} s"
+    batch = (
+        f"{run.accumulate} micro-batch(es) x {processes} process(es), at most {recipe.data.batch_seconds:g} s"
+    )
     lines = [
         f"{recipe.name}: {recipe.objective}, {cost.parameters / 1e6:.2f} M parameters",
         f"effective batch: {cost.batch_seconds:,.0f} s of audio per update ({batch}{f' and {rows} rows' if rows else ''} each)",
         f"{run.steps:,} updates hear {cost.hours_heard:,.1f} h of audio"
         + ("" if math.isnan(cost.epochs) else f": {cost.epochs:,.1f} times the training set"),
         f"{cost.operations:.1e} floating point operations"
-        + ("" if math.isnan(cost.hours) else f": about {cost.hours:,.1f} h at {cost.operations / cost.hours / 3600:.0e} a second"),
+        + (
+            ""
+            if math.isnan(cost.hours)
+            else f": about {cost.hours:,.1f} h at {cost.operations / cost.hours / 3600:.0e} a second"
+        ),
     ]
     advice = 1.6 * 3600  # SpeechBrain's advice for pre-training from scratch on human speech
     if recipe.objective == "pretraining" and cost.parameters > 5e7 and cost.batch_seconds < advice:
-        lines.append(f"Note: below {advice / 3600:g} h of audio per update, models of this size often do not learn.")
+        lines.append(
+            f"Note: below {advice / 3600:g} h of audio per update, models of this size often do not learn."
+        )
     return "\n".join(lines)

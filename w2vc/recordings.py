@@ -28,7 +28,8 @@ from .speech import DIGITS, SAMPLING_RATE, SOURCES, Speech, SpeechUnavailableErr
 from .speech import load_packed, save_speech, speech_cache
 
 # %% auto #0
-__all__ = ['HUMAN', 'spoken_form', 'HumanSet', 'fetch_speech']
+__all__ = ["HUMAN", "spoken_form", "HumanSet", "fetch_speech"]
+
 
 # %% ../nbs/06_recordings.ipynb #fcc3b199
 def spoken_form(text: str, language: str = "en") -> str:
@@ -43,6 +44,7 @@ def spoken_form(text: str, language: str = "en") -> str:
     text = re.sub(r"\d", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
     words = re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
     return " ".join(words)
+
 
 # %% ../nbs/06_recordings.ipynb #e86910b7
 class _Found(NamedTuple):
@@ -67,6 +69,7 @@ class HumanSet:
     licence: str
     speakers: str
     splits: bool = True
+
 
 # %% ../nbs/06_recordings.ipynb #c81700f2
 _NO_WORDS = {
@@ -135,6 +138,7 @@ def _find_fillets(root: Path, language: str) -> Iterator[_Found]:
                 f"{level}/{path.stem}", path, spoken_form(text, language), speaker, "dialogue", level
             )
 
+
 # %% ../nbs/06_recordings.ipynb #19401e68
 def _prompts(language: str, licence: str, speakers: str, megabytes: int) -> HumanSet:
     """Describe one language of the telephone prompts."""
@@ -160,6 +164,7 @@ HUMAN = {
     "fillets-nl": HumanSet(("fillets-ng-data-nl", "fillets-ng-data"), _find_fillets, "nl", 104, _DIALOGUE, "2"),
 }  # fmt: skip
 
+
 # %% ../nbs/06_recordings.ipynb #2077a57d
 def _decode(path: Path) -> Samples:
     """Decode a recording of any kind to 16 kHz mono; G.722 (telephone wideband) needs PyAV."""
@@ -174,6 +179,7 @@ def _decode(path: Path) -> Samples:
     with av.open(str(path), format="g722") as container:
         pieces = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
     return np.concatenate(pieces).astype(np.float32) / np.float32(32768)
+
 
 # %% ../nbs/06_recordings.ipynb #60a9dd12
 def _run(*command: str | Path, cwd: Path) -> str:
@@ -221,6 +227,7 @@ def _unpack_packages(name: str, folder: Path) -> Path:
             f"{name} cannot be downloaded ({failed.splitlines()[-1]}). Try again with a network. {by_hand}"
         )
     return folder / "root"
+
 
 # %% ../nbs/06_recordings.ipynb #04f212ec
 def _split_of(group: str) -> str:
@@ -288,6 +295,7 @@ def _decode_all(found: list[_Found], human: HumanSet) -> dict[str, Iterator[Utte
 
     return {split: utterances(split) for split in ("train", "dev", "test")}
 
+
 # %% ../nbs/06_recordings.ipynb #4acf3e43
 def _load_human(split: str) -> Speech:
     """Load the best human set at hand: one that is in the cache, else one that can be fetched."""
@@ -309,6 +317,7 @@ def _load_set(name: str, split: str) -> Speech:
 SOURCES.update(
     {name: partial(_load_set, name) for name in HUMAN}, human=_load_human
 )  # load_speech knows them now
+
 
 # %% ../nbs/06_recordings.ipynb #a9031209
 def _main(arguments: Sequence[str] | None = None) -> None:

@@ -19,8 +19,20 @@ from .model import ModelOutput, Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel
 
 # %% auto #0
-__all__ = ['cosine_score', 'statistics_pooling', 'TDNNLayer', 'tap_spans', 'tdnn_output_lengths', 'fewest_samples',
-           'AMSoftmaxLoss', 'check_speakers', 'check_long_enough', 'XVectorOutput', 'Wav2Vec2ConformerForXVector']
+__all__ = [
+    "cosine_score",
+    "statistics_pooling",
+    "TDNNLayer",
+    "tap_spans",
+    "tdnn_output_lengths",
+    "fewest_samples",
+    "AMSoftmaxLoss",
+    "check_speakers",
+    "check_long_enough",
+    "XVectorOutput",
+    "Wav2Vec2ConformerForXVector",
+]
+
 
 # %% ../nbs/46_speaker.ipynb #8a14ceba
 def cosine_score(one: Tensor, other: Tensor) -> Tensor:
@@ -35,6 +47,7 @@ def cosine_score(one: Tensor, other: Tensor) -> Tensor:
     """
     fine = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
     return cosine_similarity(one.to(fine), other.to(fine), dim=-1)
+
 
 # %% ../nbs/46_speaker.ipynb #81cd6539
 def statistics_pooling(hidden: Tensor, n_frames: Tensor | None = None) -> Tensor:
@@ -62,6 +75,7 @@ def statistics_pooling(hidden: Tensor, n_frames: Tensor | None = None) -> Tensor
     deviation = variance.where(varies, 1).sqrt().where(varies, 0)
     return torch.cat([mean, deviation], 1).to(hidden.dtype)
 
+
 # %% ../nbs/46_speaker.ipynb #82a78a8f
 class TDNNLayer(nn.Module):
     """Look at a few frames, evenly spaced, through one linear layer and a ReLU, at every place where they fit.
@@ -85,6 +99,7 @@ class TDNNLayer(nn.Module):
         weight = weight.view(len(weight), self.taps, -1).transpose(1, 2)  # [D_out, D_in, taps]
         hidden = conv1d(hidden.transpose(1, 2), weight, self.kernel.bias, dilation=self.dilation)
         return hidden.relu().transpose(1, 2)
+
 
 # %% ../nbs/46_speaker.ipynb #e08a39e1
 def tap_spans(config: Wav2Vec2ConformerConfig) -> list[int]:
@@ -117,6 +132,7 @@ def fewest_samples(config: Wav2Vec2ConformerConfig) -> int:
         needed = (needed - 1) * stride + kernel
     return needed
 
+
 # %% ../nbs/46_speaker.ipynb #c7b1d3dc
 class AMSoftmaxLoss(nn.Module):
     """Additive-margin softmax: the right speaker must win by a margin, and only directions count.
@@ -147,6 +163,7 @@ class AMSoftmaxLoss(nn.Module):
         taken = self.margin * one_hot(labels, self.weight.shape[1])  # [B, num_labels]
         return cross_entropy(self.scale * (self.cosines(vectors) - taken), labels)
 
+
 # %% ../nbs/46_speaker.ipynb #39a06008
 def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
     """Refuse labels that name no speaker: wrong shape, not integers, or out of range.
@@ -163,7 +180,9 @@ def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
         ValueError: Names what came and what is allowed.
     """
     if n_speakers < 2:
-        raise refuse("num_labels", n_speakers, "at least 2 to train: who has no rival always wins, and the loss is 0")
+        raise refuse(
+            "num_labels", n_speakers, "at least 2 to train: who has no rival always wins, and the loss is 0"
+        )
     if not isinstance(labels, Tensor) or labels.shape not in ((n_rows,), (n_rows, 1)):
         came = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels: got {came}, expected a tensor ({n_rows},), one speaker per utterance")
@@ -202,6 +221,7 @@ def check_long_enough(samples: Tensor, width: int, config: Wav2Vec2ConformerConf
             f"{', '.join(lists)}{', …' if len(rows) > 5 else ''}. Leave these utterances out, or join them to others"
         )
 
+
 # %% ../nbs/46_speaker.ipynb #04544c8a
 @dataclass(eq=False)
 class XVectorOutput(ModelOutput):
@@ -221,6 +241,7 @@ class XVectorOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
 
+
 # %% ../nbs/46_speaker.ipynb #d973d6c3
 class Wav2Vec2ConformerForXVector(PreTrainedModel):
     """The model, a TDNN, statistics pooling and two linear layers: one vector per utterance, trained on who speaks.
@@ -239,7 +260,9 @@ class Wav2Vec2ConformerForXVector(PreTrainedModel):
         if config.use_weighted_layer_sum:
             n_states = config.num_hidden_layers + 1
             self.layer_weights = nn.Parameter(torch.full((n_states,), 1 / n_states))
-        self.adapted = config.add_adapter and self.layer_weights is None  # whether we read the adapter's output
+        self.adapted = (
+            config.add_adapter and self.layer_weights is None
+        )  # whether we read the adapter's output
         width = config.output_hidden_size if self.adapted else config.hidden_size
         self.projector = nn.Linear(width, config.tdnn_dim[0])
         self.tdnn = nn.ModuleList(TDNNLayer(config, i) for i in range(len(config.tdnn_dim)))

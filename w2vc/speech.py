@@ -28,9 +28,30 @@ from .audio import Samples, load_audio
 from .config import write_atomically
 
 # %% auto #0
-__all__ = ['SAMPLING_RATE', 'SILENCE', 'DIGITS', 'KEYWORDS', 'SOURCES', 'AUDIO_SUFFIXES', 'Segment', 'Reader', 'Utterance',
-           'Speech', 'save_speech', 'load_packed', 'SpeechUnavailableError', 'speech_assets', 'speech_cache',
-           'load_speech', 'frame_labels', 'mix', 'two_speaker_mixes', 'load_folder', 'AudioDataset', 'load_dataset']
+__all__ = [
+    "SAMPLING_RATE",
+    "SILENCE",
+    "DIGITS",
+    "KEYWORDS",
+    "SOURCES",
+    "AUDIO_SUFFIXES",
+    "Segment",
+    "Reader",
+    "Utterance",
+    "Speech",
+    "save_speech",
+    "load_packed",
+    "SpeechUnavailableError",
+    "speech_assets",
+    "speech_cache",
+    "load_speech",
+    "frame_labels",
+    "mix",
+    "two_speaker_mixes",
+    "load_folder",
+    "AudioDataset",
+    "load_dataset",
+]
 
 # %% ../nbs/04_speech.ipynb #af437434
 SAMPLING_RATE = 16000  # samples per second, everywhere in w2vc
@@ -54,6 +75,7 @@ class Reader(Protocol):
 
     def read(self) -> Samples:
         """Return the samples `[S]`, float32 at 16 kHz."""
+
 
 # %% ../nbs/04_speech.ipynb #2335edd1
 class Utterance:
@@ -115,6 +137,7 @@ class Utterance:
     def __repr__(self) -> str:
         parts = [repr(self.id), f"{self.seconds:.2f} s", self.speaker, self.language, repr(self.text)]
         return f"Utterance({', '.join(part for part in parts if part)})"
+
 
 # %% ../nbs/04_speech.ipynb #992f8685
 class Speech(Sequence[Utterance]):
@@ -208,6 +231,7 @@ class Speech(Sequence[Utterance]):
         """
         return _to_dataset(self)
 
+
 # %% ../nbs/04_speech.ipynb #65a73495
 def _soundfile() -> Any:
     try:
@@ -251,6 +275,7 @@ class _Packed:
             )
         return wave.astype(np.float32) / np.float32(32768)
 
+
 # %% ../nbs/04_speech.ipynb #a701ca97
 def _encode(audio: Samples, format: str = "FLAC", compression: float | None = None) -> bytes:
     """Encode mono samples `[S]` at 16 kHz as a file in memory."""
@@ -283,6 +308,7 @@ def _unpack_segments(labels: str, times: list[int]) -> tuple[Segment, ...]:
         return ()
     rows = zip(labels.split("|"), times[::2], times[1::2], strict=True)
     return tuple(Segment(label, start / SAMPLING_RATE, end / SAMPLING_RATE) for label, start, end in rows)
+
 
 # %% ../nbs/04_speech.ipynb #7b108eb2
 def save_speech(
@@ -362,6 +388,7 @@ def load_packed(folder: Path, name: str, split: str) -> Speech:
     ]  # fmt: skip
     return Speech(utterances, name, split, table["about"])
 
+
 # %% ../nbs/04_speech.ipynb #71f06e86
 DIGITS = (
     "zero",
@@ -408,6 +435,7 @@ SOURCES: dict[str, Callable[..., Speech]] = {
     "builtin-languages": lambda split: load_packed(speech_assets() / "languages", "builtin-languages", split),
 }
 
+
 # %% ../nbs/04_speech.ipynb #0ac141d8
 def load_speech(name: str | Path | None = None, split: str = "train", **options: Any) -> Speech:
     """Load a set of utterances.
@@ -451,6 +479,7 @@ def _load_named(name: str, split: str, options: dict[str, Any]) -> Speech:
         return load_folder(name, split, **options)
     raise ValueError(f"name={name!r} is no folder here and no known set; known sets: {list(SOURCES)}")
 
+
 # %% ../nbs/04_speech.ipynb #925e762d
 def frame_labels(
     segments: Sequence[Segment], n_frames: int, hop: float = 0.02, middle: float = 0.0125
@@ -470,6 +499,7 @@ def frame_labels(
     index = np.searchsorted([segment.start for segment in segments], times, side="right") - 1
     covered = (i >= 0 and t < segments[i].end for i, t in zip(index, times, strict=True))
     return [segments[i].label if inside else "" for i, inside in zip(index, covered, strict=True)]
+
 
 # %% ../nbs/04_speech.ipynb #f19ea2ab
 @dataclass(frozen=True)
@@ -522,6 +552,7 @@ def mix(
         "+".join(sorted({part.speaker for part in parts})), "+".join(sorted({part.language for part in parts})),
         moved("words"), kind="mix", turns=moved("turns"),
     )  # fmt: skip
+
 
 # %% ../nbs/04_speech.ipynb #19a92605
 def two_speaker_mixes(
@@ -625,6 +656,7 @@ def _transcripts(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
             ).strip()
     return known
 
+
 # %% ../nbs/04_speech.ipynb #51559c33
 def load_folder(
     folder: str | Path, split: str = "train", *, language: str = "", subfolders: str = ""
@@ -686,6 +718,7 @@ def load_folder(
         raise ValueError(f"folder={str(top)!r}: {len(twice)} id(s) belong to two files, such as {twice[:3]}")
     return Speech(utterances, folder.name, split, {"source": str(folder)})
 
+
 # %% ../nbs/04_speech.ipynb #51e7358e
 def _datasets() -> Any:
     try:
@@ -744,6 +777,7 @@ def _with_sound(row: dict[str, Any], *more: Any, function: Callable[..., Any], c
         return {key: value for key, value in result.items() if key != column}
     return result
 
+
 # %% ../nbs/04_speech.ipynb #aab2a700
 class AudioDataset:
     """A `datasets` table whose audio is decoded by soundfile when a row is looked at.
@@ -798,6 +832,7 @@ class AudioDataset:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from pyarrow, about how datasets sorts
             return self._wrap(getattr(self._rows, name)(*arguments, **options))
+
 
 # %% ../nbs/04_speech.ipynb #9379f60c
 def load_dataset(

@@ -32,9 +32,31 @@ from .speech import SOURCES, Speech, load_packed, save_speech, speech_assets, sp
 from .speech import two_speaker_mixes
 
 # %% auto #0
-__all__ = ['GRAMMAR', 'TRAIN_VOICES', 'TEST_VOICES', 'PHRASES', 'SCRIPTS', 'COMMON_WORDS', 'DEV_VARIANTS', 'TRAIN_VARIANTS',
-           'MAKERS', 'Voice', 'synthesize', 'make_digits', 'make_sentence', 'Line', 'english_script', 'language_script',
-           'build_corpus', 'many_voices', 'make_words', 'large_script', 'synthetic_speech', 'synthetic_mixes']
+__all__ = [
+    "GRAMMAR",
+    "TRAIN_VOICES",
+    "TEST_VOICES",
+    "PHRASES",
+    "SCRIPTS",
+    "COMMON_WORDS",
+    "DEV_VARIANTS",
+    "TRAIN_VARIANTS",
+    "MAKERS",
+    "Voice",
+    "synthesize",
+    "make_digits",
+    "make_sentence",
+    "Line",
+    "english_script",
+    "language_script",
+    "build_corpus",
+    "many_voices",
+    "make_words",
+    "large_script",
+    "synthetic_speech",
+    "synthetic_mixes",
+]
+
 
 # %% ../nbs/05_synthesis.ipynb #c99c3cf9
 @dataclass(frozen=True)
@@ -79,6 +101,7 @@ _Receive = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
 )
 _ONE_AT_A_TIME = threading.Lock()  # the library's state is global
+
 
 # %% ../nbs/05_synthesis.ipynb #2474b500
 def _espeak_files() -> tuple[str, bytes | None]:
@@ -140,6 +163,7 @@ def _espeak(text: str, voice: Voice, seed: int = 0) -> tuple[NDArray[np.int16], 
 
             getattr(_ctypes, "FreeLibrary" if sys.platform == "win32" else "dlclose")(lib._handle)
     return np.concatenate(pieces), moments
+
 
 # %% ../nbs/05_synthesis.ipynb #e0563852
 _STOPS = frozenset(["p", "b", "t", "d", "k", "ɡ", "tʃ", "dʒ", "q", "c", "ɟ", "ts", "pf", "ʔ"])
@@ -204,6 +228,7 @@ def _align(
         words.append(Segment(label, sounding[0].start, sounding[-1].end))
     return words, phones
 
+
 # %% ../nbs/05_synthesis.ipynb #6ec891d9
 def synthesize(text: str, voice: Voice, seed: int = 0, id: str = "", kind: str = "") -> Utterance:
     """Speak a text with espeak-ng; equal arguments give equal samples, whatever was spoken before.
@@ -254,6 +279,7 @@ def synthesize(text: str, voice: Voice, seed: int = 0, id: str = "", kind: str =
         id, audio, SAMPLING_RATE, text, voice.id, voice.language.split("-")[0], move(words), phones, kind=kind
     )
 
+
 # %% ../nbs/05_synthesis.ipynb #96f2b6f7
 GRAMMAR = {
     part: tuple(words.split())
@@ -285,6 +311,7 @@ def make_sentence(rng: random.Random) -> str:
     words += pick("article") + pick("adjective", 0.4) + pick("noun")
     words += [*pick("preposition"), "the", *pick("place")] if rng.random() < 0.5 else []
     return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(words + pick("adverb", 0.3)))
+
 
 # %% ../nbs/05_synthesis.ipynb #8c44c2ec
 def _voices(table: str) -> dict[str, Voice]:
@@ -330,6 +357,7 @@ PHRASES = {
     "it": "buongiorno mio caro amico|il treno parte alle sette|dove si trova il vecchio ponte|mangiamo pane e formaggio|domani pioverà|la bambina legge un libro",
     "nl": "goedemorgen mijn vriend|de trein vertrekt om zeven uur|waar is de oude brug|wij eten brood met kaas|morgen gaat het regenen|het kind leest een boek",
 }
+
 
 # %% ../nbs/05_synthesis.ipynb #5cddb48f
 class Line(NamedTuple):
@@ -378,6 +406,7 @@ def language_script() -> list[Line]:
                 lines.append(Line(split, f"{split}-{speaker}-{language}-{k}", "phrase", text, said))
     return lines
 
+
 # %% ../nbs/05_synthesis.ipynb #7c2113ab
 SCRIPTS: dict[str, Callable[[], list[Line]]] = {"english": english_script, "languages": language_script}
 
@@ -413,6 +442,7 @@ def _about(voices: Iterable[Voice]) -> dict[str, Any]:
             for v in {voice.id: voice for voice in voices}.values()
         },
     }
+
 
 # %% ../nbs/05_synthesis.ipynb #38b5f2cf
 COMMON_WORDS = tuple(
@@ -482,6 +512,7 @@ def many_voices(variants: Sequence[str], each: int, seed: str) -> list[Voice]:
         for variant in variants
     ]  # fmt: skip
 
+
 # %% ../nbs/05_synthesis.ipynb #ec967cf8
 def make_words(rng: random.Random) -> str:
     """Draw three to seven common words, in no order."""
@@ -512,6 +543,7 @@ def large_script(split: str) -> Iterator[Line]:
             text = MAKERS[kind][1](rng)
         yield Line(split, f"{split}-{k:06d}", kind, text, voices[k % len(voices)])
 
+
 # %% ../nbs/05_synthesis.ipynb #012e18a0
 def _until(lines: Iterable[Line], hours: float, label: str) -> Iterator[Utterance]:
     """Speak lines until there are enough hours of them, behind a progress bar."""
@@ -520,7 +552,9 @@ def _until(lines: Iterable[Line], hours: float, label: str) -> Iterator[Utteranc
     except ImportError as error:
         raise ImportError('a progress bar needs tqdm: pip install "w2vc[synth]"') from error
     seconds = 0.0
-    with tqdm(total=round(60 * hours), unit="min", desc=label, bar_format="{l_bar}{bar}| {n:.0f}/{total} min") as bar:
+    with tqdm(
+        total=round(60 * hours), unit="min", desc=label, bar_format="{l_bar}{bar}| {n:.0f}/{total} min"
+    ) as bar:
         for line in lines:
             if seconds >= 3600 * hours:
                 return
@@ -547,8 +581,12 @@ def synthetic_speech(split: str = "train", hours: float = 5.0) -> Speech:
     folder = speech_cache() / name
     if not (folder / "speech.json").is_file():
         parts = {"test": hours / 15, "dev": hours / 10, "train": hours}
-        spoken = {part: _until(large_script(part), amount, f"{name} {part}") for part, amount in parts.items()}
-        voices = [v for part in parts for v in {line.voice for line in itertools.islice(large_script(part), 100)}]
+        spoken = {
+            part: _until(large_script(part), amount, f"{name} {part}") for part, amount in parts.items()
+        }
+        voices = [
+            v for part in parts for v in {line.voice for line in itertools.islice(large_script(part), 100)}
+        ]
         save_speech(folder, spoken, _about(sorted(voices, key=lambda voice: voice.id)))
     return load_packed(folder, name, split)
 
@@ -566,11 +604,16 @@ def synthetic_mixes(split: str = "train", hours: float = 5.0) -> Speech:
     counts = {"train": 1200, "dev": 60, "test": 60}
     if split not in (*counts, "all"):
         raise ValueError(f"split={split!r}: synthetic-mixes has the splits {list(counts)} and 'all'")
-    parts = [two_speaker_mixes(synthetic_speech(s, hours), n) for s, n in counts.items() if split in (s, "all")]
+    parts = [
+        two_speaker_mixes(synthetic_speech(s, hours), n) for s, n in counts.items() if split in (s, "all")
+    ]
     return Speech((u for part in parts for u in part), "synthetic-mixes", split, parts[0].about)
 
 
-SOURCES.update({"synthetic": synthetic_speech, "synthetic-mixes": synthetic_mixes})  # load_speech knows them now
+SOURCES.update(
+    {"synthetic": synthetic_speech, "synthetic-mixes": synthetic_mixes}
+)  # load_speech knows them now
+
 
 # %% ../nbs/05_synthesis.ipynb #1192a959
 def _main(arguments: Sequence[str] | None = None) -> None:

@@ -25,9 +25,25 @@ from .config import find_file, lacks, nearest, pin_revision, read_json, write_to
 from .model import ModelOutput
 
 # %% auto #0
-__all__ = ['TOKENIZER_FILE', 'VOCAB_FILE', 'ADDED_FILE', 'SPECIAL', 'BOTH', 'Run', 'runs_of', 'word_offsets',
-           'vocabulary_problems', 'build_vocabulary', 'Wav2Vec2CTCTokenizerOutput', 'Wav2Vec2CTCTokenizer',
-           'offsets_in_seconds', 'Wav2Vec2Processor', 'AutoFeatureExtractor', 'AutoProcessor']
+__all__ = [
+    "TOKENIZER_FILE",
+    "VOCAB_FILE",
+    "ADDED_FILE",
+    "SPECIAL",
+    "BOTH",
+    "Run",
+    "runs_of",
+    "word_offsets",
+    "vocabulary_problems",
+    "build_vocabulary",
+    "Wav2Vec2CTCTokenizerOutput",
+    "Wav2Vec2CTCTokenizer",
+    "offsets_in_seconds",
+    "Wav2Vec2Processor",
+    "AutoFeatureExtractor",
+    "AutoProcessor",
+]
+
 
 # %% ../nbs/41_text.ipynb #083ecb51
 class Run(NamedTuple):
@@ -42,6 +58,7 @@ class Run(NamedTuple):
     symbol: str
     start: int
     end: int
+
 
 def runs_of(symbols: Sequence[str], group: bool = True) -> list[Run]:
     """Cut a path, one symbol per frame, into runs of equal symbols (Graves et al., 2006, section 3.1).
@@ -58,6 +75,7 @@ def runs_of(symbols: Sequence[str], group: bool = True) -> list[Run]:
         runs.append(Run(symbol, start, end))
         start = end
     return runs
+
 
 # %% ../nbs/41_text.ipynb #1330e9d7
 def word_offsets(chars: Sequence[Mapping[str, Any]], delimiter: str = " ") -> list[dict[str, Any]]:
@@ -79,6 +97,7 @@ def word_offsets(chars: Sequence[Mapping[str, Any]], delimiter: str = " ") -> li
                 }
             )
     return words
+
 
 # %% ../nbs/41_text.ipynb #c3683334
 def vocabulary_problems(
@@ -127,15 +146,18 @@ def vocabulary_problems(
         found.append(f"the model has {size} outputs, and the ids go up to {max(ids)}")
     return found
 
+
 def _is_id(value: Any) -> bool:
     """Say whether a value can be an id: a whole number from 0 up."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
 
 def _some(things: Iterable[Any], most: int = 4) -> str:
     """List the first few things, and how many more there are."""
     things = list(things)
     more = f" and {len(things) - most} more" if len(things) > most else ""
     return ", ".join(map(repr, things[:most])) + more
+
 
 def _unreachable(
     vocab: Mapping[str, int], roles: Sequence[str], delimiter: str | None, do_lower_case: bool
@@ -145,13 +167,18 @@ def _unreachable(
     plain = [symbol for symbol in vocab if symbol not in roles]
     if "" in vocab:
         found.append("the empty string is a symbol")
-    mixed = [s for s in plain if delimiter and (" " in s or (delimiter in s and not s.startswith(("<", "["))))]
+    mixed = [
+        s for s in plain if delimiter and (" " in s or (delimiter in s and not s.startswith(("<", "["))))
+    ]
     if mixed:
-        found.append(f"a space or the word delimiter {delimiter!r} is in {_some(mixed)}: words would run together")
+        found.append(
+            f"a space or the word delimiter {delimiter!r} is in {_some(mixed)}: words would run together"
+        )
     lower = [s for s in plain if len(s) == 1 and s != s.upper()]
     if do_lower_case and lower:
         found.append(f"do_lower_case looks letters up in upper case, and {_some(lower)} are in lower case")
     return found
+
 
 # %% ../nbs/41_text.ipynb #f776706f
 def build_vocabulary(  # noqa: PLR0917
@@ -186,7 +213,9 @@ def build_vocabulary(  # noqa: PLR0917
     for i, text in enumerate(texts):
         for token in special:
             if token in text:
-                raise ValueError(f"text {i} contains {token!r}, which has a meaning of its own: choose another, or clean the text")
+                raise ValueError(
+                    f"text {i} contains {token!r}, which has a meaning of its own: choose another, or clean the text"
+                )
         counts.update(text.replace(" ", ""))
     if not counts:
         raise ValueError("texts is empty, or has spaces only: there is nothing to build a vocabulary from")
@@ -197,9 +226,16 @@ def build_vocabulary(  # noqa: PLR0917
         raise ValueError("; ".join(problems))
     return vocab
 
+
 # %% ../nbs/41_text.ipynb #e4026417
 TOKENIZER_FILE, VOCAB_FILE, ADDED_FILE = "tokenizer_config.json", "vocab.json", "added_tokens.json"
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # in the order in which missing ones get their ids
+SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+)  # in the order in which missing ones get their ids
+
 
 class _Symbols:
     """Symbols and their ids, in both directions."""
@@ -254,13 +290,19 @@ class _Symbols:
         """Take the vocabulary of a language, or the only one, and give ids to the symbols that it lacks."""
         nested = bool(self.vocab) and all(isinstance(value, Mapping) for value in self.vocab.values())
         if nested and target_lang not in self.vocab:
-            raise ValueError(f"target_lang={target_lang!r} must be one of {', '.join(self.vocab)}: the vocabulary is nested")
+            raise ValueError(
+                f"target_lang={target_lang!r} must be one of {', '.join(self.vocab)}: the vocabulary is nested"
+            )
         if target_lang is not None and not nested:
-            raise ValueError(f"target_lang={target_lang!r}, and the vocabulary has no languages: it is not nested")
+            raise ValueError(
+                f"target_lang={target_lang!r}, and the vocabulary has no languages: it is not nested"
+            )
         self.encoder: dict[str, int] = dict(self.vocab[target_lang or ""] if nested else self.vocab)
         odd = [symbol for symbol, index in self.encoder.items() if not _is_id(index)]
         if odd:
-            raise ValueError(f"the vocabulary must give each symbol a whole number from 0 up; {_some(odd)} have none")
+            raise ValueError(
+                f"the vocabulary must give each symbol a whole number from 0 up; {_some(odd)} have none"
+            )
         self.decoder = {index: symbol for symbol, index in self.encoder.items()}
         if len(self.decoder) < len(self.encoder):
             warnings.warn("; ".join(vocabulary_problems(self.encoder)[:1]), stacklevel=4)
@@ -288,11 +330,17 @@ class _Symbols:
         """Make the two patterns that cut a text: special tokens first, then symbols, longest first."""
         self._ids = self.encoder | self.added_tokens_encoder
         special = self.all_special_tokens
-        cut = dict.fromkeys([*special, *(t for t in self.added_tokens_encoder if t != self.word_delimiter_token)])
-        self._cut = re.compile("(" + "|".join(map(re.escape, sorted(filter(None, cut), key=len, reverse=True))) + ")")
+        cut = dict.fromkeys(
+            [*special, *(t for t in self.added_tokens_encoder if t != self.word_delimiter_token)]
+        )
+        self._cut = re.compile(
+            "(" + "|".join(map(re.escape, sorted(filter(None, cut), key=len, reverse=True))) + ")"
+        )
         self._strips = {t for t in special if len(t) > 1 and t in self.encoder}
         long = [s for s in self._ids if len(s) > 1 and s not in cut]
-        self._symbol = re.compile("|".join([*map(re.escape, sorted(long, key=len, reverse=True)), "."]), re.DOTALL)
+        self._symbol = re.compile(
+            "|".join([*map(re.escape, sorted(long, key=len, reverse=True)), "."]), re.DOTALL
+        )
         self._cuts = bool(cut)
 
     def add_tokens(self, tokens: str | Iterable[str]) -> int:
@@ -357,12 +405,16 @@ class _Symbols:
         """The id of what stands between words."""
         return self._id_of(self.word_delimiter_token)
 
+
 # %% ../nbs/41_text.ipynb #ea652811
 def _string(text: Any) -> str:
     """Refuse what is no text."""
     if not isinstance(text, str):
-        raise ValueError(f"text must be a string or a list of strings; one of them is a {type(text).__name__}")
+        raise ValueError(
+            f"text must be a string or a list of strings; one of them is a {type(text).__name__}"
+        )
     return text
+
 
 def _id_list(ids: Any) -> list[int]:
     """Bring one sequence of ids, or one id, to a list of ints; refuse scores and batches."""
@@ -370,11 +422,15 @@ def _id_list(ids: Any) -> list[int]:
         ids = ids.detach().cpu().numpy()
     if isinstance(ids, np.ndarray):
         if ids.dtype.kind not in "iub" and ids.size:
-            raise ValueError(f"ids must be whole numbers, and these are {ids.dtype}: of logits, take argmax(-1) first")
+            raise ValueError(
+                f"ids must be whole numbers, and these are {ids.dtype}: of logits, take argmax(-1) first"
+            )
         ids = ids.tolist()
     if isinstance(ids, numbers.Integral):
         ids = [ids]
-    plain: list[Any] = [i.item() if isinstance(i, (torch.Tensor, np.generic)) and np.ndim(i) == 0 else i for i in ids]
+    plain: list[Any] = [
+        i.item() if isinstance(i, (torch.Tensor, np.generic)) and np.ndim(i) == 0 else i for i in ids
+    ]
     for i in plain:
         if isinstance(i, (list, tuple, np.ndarray, torch.Tensor)):
             raise ValueError("one sequence of ids is needed, and this is a batch: use batch_decode")
@@ -382,13 +438,17 @@ def _id_list(ids: Any) -> list[int]:
             raise ValueError(f"ids must be whole numbers; one of them is {i!r}")
     return plain
 
+
 def _rectangle(rows: list[list[int]], key: str, kind: str) -> Any:
     """Make one int64 tensor or array of rows, `[B, L]`."""
     sizes = {len(row) for row in rows}
     if len(sizes) > 1:
-        raise ValueError(f"{key} has rows of {min(sizes)} to {max(sizes)} symbols, which is no tensor: pass padding=True")
+        raise ValueError(
+            f"{key} has rows of {min(sizes)} to {max(sizes)} symbols, which is no tensor: pass padding=True"
+        )
     array = np.array(rows, dtype=np.int64).reshape(len(rows), max(sizes, default=0))
     return torch.from_numpy(array) if kind == "pt" else array
+
 
 class _Encoding(_Symbols):
     """From text to ids."""
@@ -424,7 +484,9 @@ class _Encoding(_Symbols):
         vocab, unknown = self._ids, self.unk_token_id
         missing = [token for token in tokens if token not in vocab]
         if missing and unknown is None:
-            raise ValueError(f"{_some(dict.fromkeys(missing))} cannot be spelled with this vocabulary, and there is no unk_token")
+            raise ValueError(
+                f"{_some(dict.fromkeys(missing))} cannot be spelled with this vocabulary, and there is no unk_token"
+            )
         cased = [t for t in dict.fromkeys(missing) if t.swapcase() != t and t.swapcase() in vocab]
         if cased:
             have = [t.swapcase() for t in cased]
@@ -432,7 +494,10 @@ class _Encoding(_Symbols):
             advice = "pass text.upper(), or set do_lower_case=True" if upper else "pass text.lower()"
             if self.do_lower_case:
                 advice = "set do_lower_case=False: it looks letters up in upper case"
-            warnings.warn(f"{_some(cased)} become {self.unk_token}, but the vocabulary has {_some(have)}: {advice}", stacklevel=4)
+            warnings.warn(
+                f"{_some(cased)} become {self.unk_token}, but the vocabulary has {_some(have)}: {advice}",
+                stacklevel=4,
+            )
         return [vocab.get(token, unknown) for token in tokens]  # type: ignore[misc]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -486,9 +551,18 @@ class _Encoding(_Symbols):
         if max_length is not None and not truncation and padding != "max_length":
             raise ValueError(f"max_length={max_length} needs truncation=True or padding='max_length'")
         rows = [row[:max_length] for row in rows] if truncation else rows
-        options: dict[str, Any] = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
+        options: dict[str, Any] = {
+            "padding": padding,
+            "max_length": max_length,
+            "pad_to_multiple_of": pad_to_multiple_of,
+        }
         return self._fill(
-            rows, single, return_tensors, return_attention_mask is not False, padding_side=padding_side, **options
+            rows,
+            single,
+            return_tensors,
+            return_attention_mask is not False,
+            padding_side=padding_side,
+            **options,
         )
 
     def pad(  # noqa: PLR0917
@@ -519,22 +593,34 @@ class _Encoding(_Symbols):
             ValueError: no "input_ids", or rows of several lengths where one tensor is wanted.
         """
         if isinstance(encoded_inputs, (list, tuple)):
-            if not encoded_inputs or not all(isinstance(e, Mapping) and "input_ids" in e for e in encoded_inputs):
+            if not encoded_inputs or not all(
+                isinstance(e, Mapping) and "input_ids" in e for e in encoded_inputs
+            ):
                 raise ValueError("encoded_inputs must be a dict with 'input_ids', or a list of such dicts")
             rows = [e["input_ids"] for e in encoded_inputs]
         elif isinstance(encoded_inputs, Mapping) and "input_ids" in encoded_inputs:
             rows = encoded_inputs["input_ids"]
         else:
-            got = list(encoded_inputs) if isinstance(encoded_inputs, Mapping) else f"a {type(encoded_inputs).__name__}"
+            got = (
+                list(encoded_inputs)
+                if isinstance(encoded_inputs, Mapping)
+                else f"a {type(encoded_inputs).__name__}"
+            )
             raise ValueError(f"encoded_inputs needs the key 'input_ids'; got {got}")
         single = len(rows) == 0 or np.ndim(rows[0]) == 0
         rows = [rows] if single else list(rows)
         if return_tensors is None and any(isinstance(row, (torch.Tensor, np.ndarray)) for row in rows):
             return_tensors = "pt" if isinstance(rows[0], torch.Tensor) else "np"
         plain = [_id_list(row) for row in rows]
-        options: dict[str, Any] = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
+        options: dict[str, Any] = {
+            "padding": padding,
+            "max_length": max_length,
+            "pad_to_multiple_of": pad_to_multiple_of,
+        }
         with_mask = return_attention_mask is not False
-        return self._fill(plain, single, return_tensors, with_mask, fill=fill, padding_side=padding_side, **options)
+        return self._fill(
+            plain, single, return_tensors, with_mask, fill=fill, padding_side=padding_side, **options
+        )
 
     def _fill(
         self,
@@ -570,6 +656,7 @@ class _Encoding(_Symbols):
             return BatchFeature({key: column[0] if single else column for key, column in columns.items()})
         return BatchFeature({key: _rectangle(column, key, kind) for key, column in columns.items()})
 
+
 # %% ../nbs/41_text.ipynb #c188e6a0
 @dataclass(eq=False)
 class Wav2Vec2CTCTokenizerOutput(ModelOutput):
@@ -584,6 +671,7 @@ class Wav2Vec2CTCTokenizerOutput(ModelOutput):
     text: Any = None
     char_offsets: Any = None
     word_offsets: Any = None
+
 
 class _Decoding(_Symbols):
     """From ids to text."""
@@ -603,7 +691,9 @@ class _Decoding(_Symbols):
     def _symbols_of(self, ids: list[int]) -> list[str]:
         missing = [i for i in ids if i not in self.decoder]
         if missing and self.unk_token is None:
-            raise ValueError(f"no symbol has the id {_some(dict.fromkeys(missing))}, and there is no unk_token")
+            raise ValueError(
+                f"no symbol has the id {_some(dict.fromkeys(missing))}, and there is no unk_token"
+            )
         return [self.decoder.get(i, self.unk_token or "") for i in ids]
 
     def get_special_tokens_mask(self, token_ids: Any, already_has_special_tokens: bool = True) -> list[int]:
@@ -646,7 +736,11 @@ class _Decoding(_Symbols):
         text = (" " if spaces_between_special_tokens else "").join(chars).strip()
         if self.do_lower_case:
             text, chars = text.lower(), [char.lower() for char in chars]
-        cleans = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        cleans = (
+            self.clean_up_tokenization_spaces
+            if clean_up_tokenization_spaces is None
+            else clean_up_tokenization_spaces
+        )
         text = _clean_up(text) if cleans else text
         if not output_char_offsets and not output_word_offsets:
             return text
@@ -682,12 +776,14 @@ class _Decoding(_Symbols):
         ids = [i for i in _id_list(labels) if i >= 0]
         return str(self.decode(ids, skip_special_tokens, group_tokens=False))
 
+
 def _clean_up(text: str) -> str:
     """Close up English punctuation: "do n't ." becomes "don't."."""
     pairs = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")]
     for apart, together in pairs + [(f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")]:
         text = text.replace(apart, together)
     return text
+
 
 # %% ../nbs/41_text.ipynb #5d290f4c
 class Wav2Vec2CTCTokenizer(_Encoding, _Decoding):
@@ -728,9 +824,15 @@ class Wav2Vec2CTCTokenizer(_Encoding, _Decoding):
             raise lacks(name_or_path, VOCAB_FILE)
         for name in overrides:
             if name not in cls.knobs:
-                raise ValueError(f"{name}= is no knob of a tokenizer{nearest(name, dict.fromkeys(cls.knobs))}")
+                raise ValueError(
+                    f"{name}= is no knob of a tokenizer{nearest(name, dict.fromkeys(cls.knobs))}"
+                )
         settings |= overrides
-        knobs = {k: settings[k] for k in cls.knobs if k in settings and (k.endswith("_token") or settings[k] is not None)}
+        knobs = {
+            k: settings[k]
+            for k in cls.knobs
+            if k in settings and (k.endswith("_token") or settings[k] is not None)
+        }
         tokenizer = cls(path, **knobs)
         tokenizer._choose(tokenizer.target_lang, added)
         known = {*cls.knobs, "added_tokens_decoder", "tokenizer_class", "backend"}
@@ -740,10 +842,15 @@ class Wav2Vec2CTCTokenizer(_Encoding, _Decoding):
     def to_dict(self) -> dict[str, Any]:
         """Collect the content of `tokenizer_config.json`, with the keys that other programs put there."""
         optional = {"padding_side": "right", "clean_up_tokenization_spaces": False}
-        known = {k: getattr(self, k) for k in self.knobs if k not in optional or getattr(self, k) != optional[k]}
+        known = {
+            k: getattr(self, k) for k in self.knobs if k not in optional or getattr(self, k) != optional[k]
+        }
         vocab, tokens = self.get_vocab(), {}
         special = {*self.all_special_tokens, self.word_delimiter_token}
-        for symbol in sorted((s for s in vocab if len(s) > 1 or s in special or s in self.added_tokens_encoder), key=vocab.__getitem__):
+        for symbol in sorted(
+            (s for s in vocab if len(s) > 1 or s in special or s in self.added_tokens_encoder),
+            key=vocab.__getitem__,
+        ):
             long = len(symbol) > 1 and symbol in self.encoder
             tokens[vocab[symbol]] = {
                 "content": symbol, "lstrip": long, "normalized": False, "rstrip": long, "single_word": False,
@@ -765,8 +872,10 @@ class Wav2Vec2CTCTokenizer(_Encoding, _Decoding):
         """Write `vocab.json`, `tokenizer_config.json` and, if there are symbols beyond the vocabulary, `added_tokens.json`."""
         write_together(save_directory, self.files(), remove=(ADDED_FILE, "special_tokens_map.json"))
 
+
 def _json_bytes(content: Mapping[Any, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
 
 def _tokenizer_settings(
     name_or_path: str | os.PathLike[str], revision: str | None
@@ -783,7 +892,9 @@ def _tokenizer_settings(
         raise ValueError(f"tokenizer_class={kind!r}: CTC needs 'Wav2Vec2CTCTokenizer'")
     tokens = settings.get("added_tokens_decoder")
     if tokens is None:  # as older versions wrote it
-        settings |= {key: value for key, value in read("special_tokens_map.json").items() if key in _Symbols.knobs}
+        settings |= {
+            key: value for key, value in read("special_tokens_map.json").items() if key in _Symbols.knobs
+        }
         added = {symbol: int(index) for symbol, index in read(ADDED_FILE).items()}
     else:
         added = {token["content"]: int(index) for index, token in tokens.items()}
@@ -791,6 +902,7 @@ def _tokenizer_settings(
         if isinstance(settings.get(key), dict):  # {"content": "<s>", "lstrip": false, ...}
             settings[key] = settings[key]["content"]
     return settings, added
+
 
 # %% ../nbs/41_text.ipynb #1bb00761
 def offsets_in_seconds(
@@ -823,8 +935,17 @@ def offsets_in_seconds(
         timed.append(row)
     return timed
 
+
 # %% ../nbs/41_text.ipynb #de01b625
-BOTH = ("padding", "max_length", "truncation", "pad_to_multiple_of", "return_attention_mask", "return_tensors")
+BOTH = (
+    "padding",
+    "max_length",
+    "truncation",
+    "pad_to_multiple_of",
+    "return_attention_mask",
+    "return_tensors",
+)
+
 
 class Wav2Vec2Processor:
     """A feature extractor and a tokenizer in one: sound and text in, text out.
@@ -937,7 +1058,9 @@ class Wav2Vec2Processor:
                 raise ValueError(f"{name}= is no knob of a processor{nearest(name, known)}")
         revision = pin_revision(name_or_path, VOCAB_FILE, revision=revision)
         extractor, tokenizer = (
-            part.from_pretrained(name_or_path, revision=revision, **{k: v for k, v in overrides.items() if k in part.knobs})
+            part.from_pretrained(
+                name_or_path, revision=revision, **{k: v for k, v in overrides.items() if k in part.knobs}
+            )
             for part in parts
         )
         return cls(extractor, tokenizer)  # type: ignore[arg-type]
@@ -953,8 +1076,12 @@ class Wav2Vec2Processor:
         }
         write_together(save_directory, files, remove=(ADDED_FILE, "special_tokens_map.json"))
 
+
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], str))
+    return isinstance(value, str) or (
+        isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], str)
+    )
+
 
 def _without_padding(ids: Any, mask: Any) -> Any:
     """Put -100 where the mask is 0, in a tensor, an array, or lists."""
@@ -966,6 +1093,7 @@ def _without_padding(ids: Any, mask: Any) -> Any:
         return [_without_padding(row, m) for row, m in zip(ids, mask, strict=True)]
     return [i if m else -100 for i, m in zip(ids, mask, strict=True)]
 
+
 # %% ../nbs/41_text.ipynb #d2d9b120
 class AutoFeatureExtractor:
     """Opens the feature extractor of any checkpoint that the models here can use."""
@@ -976,6 +1104,7 @@ class AutoFeatureExtractor:
     ) -> Wav2Vec2FeatureExtractor:
         """Read it from a folder or a hub id; see `Wav2Vec2FeatureExtractor.from_pretrained`."""
         return Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=revision, **overrides)
+
 
 class AutoProcessor:
     """Opens what a checkpoint has: a processor, or a feature extractor alone where no vocabulary came with it."""

@@ -41,11 +41,41 @@ from .health import compare_with_bands, gradient_norms, stored_bands
 from .recipes import learning_rate, matmul_speed
 
 # %% auto #0
-__all__ = ['OBJECTIVE_CLASSES', 'FREE_KEYS', 'HIGHER', 'gather_speech', 'Objective', 'PretrainingObjective', 'CTCObjective',
-           'LabelObjective', 'FrameObjective', 'XVectorObjective', 'label_target', 'decays', 'make_optimizer', 'blame',
-           'Stream', 'make_accelerator', 'MetricsLog', 'read_metrics', 'averaged_weights', 'flat', 'changed_keys',
-           'Outcome', 'RunState', 'SavedRun', 'LoggedRun', 'GuardedRun', 'SteppingRun', 'JudgedRun', 'Trainer',
-           'keep_usable', 'make_trainer', 'train']
+__all__ = [
+    "OBJECTIVE_CLASSES",
+    "FREE_KEYS",
+    "HIGHER",
+    "gather_speech",
+    "Objective",
+    "PretrainingObjective",
+    "CTCObjective",
+    "LabelObjective",
+    "FrameObjective",
+    "XVectorObjective",
+    "label_target",
+    "decays",
+    "make_optimizer",
+    "blame",
+    "Stream",
+    "make_accelerator",
+    "MetricsLog",
+    "read_metrics",
+    "averaged_weights",
+    "flat",
+    "changed_keys",
+    "Outcome",
+    "RunState",
+    "SavedRun",
+    "LoggedRun",
+    "GuardedRun",
+    "SteppingRun",
+    "JudgedRun",
+    "Trainer",
+    "keep_usable",
+    "make_trainer",
+    "train",
+]
+
 
 # %% ../nbs/53_training.ipynb #84ede42f
 def _renamed(utterance: Utterance, name: str) -> Utterance:
@@ -55,7 +85,9 @@ def _renamed(utterance: Utterance, name: str) -> Utterance:
     return twin
 
 
-def gather_speech(sources: list[SourcePlan], min_seconds: float = 0.0, max_seconds: float | None = None) -> Speech:
+def gather_speech(
+    sources: list[SourcePlan], min_seconds: float = 0.0, max_seconds: float | None = None
+) -> Speech:
     """Join the sources of a recipe to one set.
 
     Args:
@@ -83,8 +115,11 @@ def gather_speech(sources: list[SourcePlan], min_seconds: float = 0.0, max_secon
             rounds = [f"{label}/{u.id}", *(f"{label}/{u.id}#{k}" for k in range(2, source.repeat + 1))]
             found += [_renamed(u, name) for name in rounds[: source.repeat]]
     if not found:
-        raise ValueError(f"data: no utterance of at least {min_seconds} s in {[source.name for source in sources]}")
+        raise ValueError(
+            f"data: no utterance of at least {min_seconds} s in {[source.name for source in sources]}"
+        )
     return Speech(found, "+".join(source.name for source in sources), sources[0].split)
+
 
 # %% ../nbs/53_training.ipynb #d2b46565
 class Objective:
@@ -128,7 +163,9 @@ class Objective:
             knobs |= {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
         if config.id2label is not None and cls is not PretrainingObjective:
             knobs |= {"id2label": config.id2label, "problem_type": config.problem_type}
-        return cls.head.from_pretrained(recipe.model.start, dtype=torch.float32, **knobs)  # fp16 would not learn
+        return cls.head.from_pretrained(
+            recipe.model.start, dtype=torch.float32, **knobs
+        )  # fp16 would not learn
 
     def _tap_features(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
         """Keep the latent frames, and scale the gradient that flows back through them."""
@@ -137,7 +174,9 @@ class Objective:
         if features.requires_grad and factor not in {0.0, 1.0}:
             features.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
 
-    def _hand_mask(self, module: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _hand_mask(
+        self, module: nn.Module, inputs: Any, options: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Give the base model the time mask of the batch, which the head's forward has no argument for."""
         if self.time_mask is None:
             return None
@@ -189,6 +228,7 @@ class Objective:
         """A line for each row of a batch, for the log."""
         return []
 
+
 # %% ../nbs/53_training.ipynb #458bab07
 class PretrainingObjective(Objective):
     """Learn from sound alone; the loss is a sum over hidden frames."""
@@ -233,7 +273,9 @@ class PretrainingObjective(Objective):
             inputs.pop("attention_mask", None)
         output = model(**inputs)
         loss = output.loss
-        if (weight := self.recipe.pretraining.features_penalty) > 0:  # row by row, so that no cut of the batch matters
+        if (
+            weight := self.recipe.pretraining.features_penalty
+        ) > 0:  # row by row, so that no cut of the batch matters
             loss = loss + weight * (self.energy(batch) * inputs["mask_time_indices"].sum(1)).sum()
         return loss, output
 
@@ -247,7 +289,10 @@ class PretrainingObjective(Objective):
     def pulls(self, output: Any) -> dict[str, float]:
         """The share of the diversity loss in the gradient of the quantizer's scores."""
         weight = self.model.config.diversity_loss_weight
-        if not output.diversity_loss.requires_grad or not self.model.quantizer.weight_proj.weight.requires_grad:
+        if (
+            not output.diversity_loss.requires_grad
+            or not self.model.quantizer.weight_proj.weight.requires_grad
+        ):
             return {}
         parts = output.contrastive_loss, weight * output.diversity_loss
         return {"diversity_share": diversity_share(*parts, self.model.quantizer.weight_proj.weight)}
@@ -262,7 +307,10 @@ class PretrainingObjective(Objective):
             config.contrastive_logits_temperature,
         )  # fmt: skip
         sums["energy"], sums["rows"] = self.energy(batch).sum(), torch.tensor(float(len(mask)))
-        sums["contrastive"], sums["diversity"] = output.contrastive_loss.detach(), output.diversity_loss.detach()
+        sums["contrastive"], sums["diversity"] = (
+            output.contrastive_loss.detach(),
+            output.diversity_loss.detach(),
+        )
         return sums
 
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -270,6 +318,7 @@ class PretrainingObjective(Objective):
         asked = sums["questions"].clamp_min(1)
         parts = {key: float(sums[key] / asked) for key in ("contrastive", "diversity")}
         return {**describe_codes(sums), **parts, "feature_energy": float(sums["energy"] / sums["rows"])}
+
 
 # %% ../nbs/53_training.ipynb #b9027a56
 class CTCObjective(Objective):
@@ -287,7 +336,9 @@ class CTCObjective(Objective):
         else:
             vocabulary = build_vocabulary((u.text for u in speech), bos_token=None, eos_token=None)
             tokenizer = Wav2Vec2CTCTokenizer(vocabulary, bos_token=None, eos_token=None)
-            extractor = Wav2Vec2FeatureExtractor(do_normalize=recipe.data.normalize, return_attention_mask=True)
+            extractor = Wav2Vec2FeatureExtractor(
+                do_normalize=recipe.data.normalize, return_attention_mask=True
+            )
             processor = Wav2Vec2Processor(extractor, tokenizer)
         sizes = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
         model = cls.start(recipe, recipe.model_config(**sizes, ctc_zero_infinity=True))
@@ -319,8 +370,13 @@ class CTCObjective(Objective):
         """Edits of letters and words, and blanks among the best symbols."""
         said, best = self.read(batch, output), output.logits.argmax(-1)
         frames = sum(batch["n_frames"])
-        real = torch.arange(best.shape[1], device=best.device) < torch.tensor(batch["n_frames"], device=best.device)[:, None]
-        letters, words = (sum(count_edits(batch["texts"], said, unit), EditCounts()) for unit in ("char", "word"))
+        real = (
+            torch.arange(best.shape[1], device=best.device)
+            < torch.tensor(batch["n_frames"], device=best.device)[:, None]
+        )
+        letters, words = (
+            sum(count_edits(batch["texts"], said, unit), EditCounts()) for unit in ("char", "word")
+        )
         counts = {
             "letter_edits": letters.errors, "letters": letters.length, "word_edits": words.errors, "words": words.length,
             "blanks": int(((best == self.model.config.pad_token_id) & real).sum()), "ctc_frames": frames,
@@ -335,13 +391,18 @@ class CTCObjective(Objective):
 
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
         """Character and word error rates, and the share of blanks."""
-        pairs = {"cer": ("letter_edits", "letters"), "wer": ("word_edits", "words"), "blanks": ("blanks", "ctc_frames")}
+        pairs = {
+            "cer": ("letter_edits", "letters"),
+            "wer": ("word_edits", "words"),
+            "blanks": ("blanks", "ctc_frames"),
+        }
         return {key: float(sums[a] / sums[b].clamp_min(1)) for key, (a, b) in pairs.items()}
 
     def show(self, batch: BatchFeature, output: Any) -> list[str]:
         """What was written and what was meant."""
         pairs = zip(batch["ids"], self.read(batch, output), batch["texts"], strict=True)
         return [f"{id}: {said!r} (meant: {meant!r})" for id, said, meant in pairs]
+
 
 # %% ../nbs/53_training.ipynb #6ee7b079
 class LabelObjective(Objective):
@@ -395,6 +456,7 @@ class LabelObjective(Objective):
         """The share of labels that are right."""
         return {"accuracy": float(sums["right"] / sums["labels"].clamp_min(1))}
 
+
 # %% ../nbs/53_training.ipynb #b5b74046
 class FrameObjective(LabelObjective):
     """Learn to name frames."""
@@ -426,6 +488,7 @@ OBJECTIVE_CLASSES: dict[str, type[Objective]] = {
     "xvector": XVectorObjective,
 }
 
+
 # %% ../nbs/53_training.ipynb #f737aa60
 def decays(name: str, p: Tensor) -> bool:
     """Say whether weight decay pulls on a parameter: on matrices and kernels, not on norms, biases and lone vectors."""
@@ -443,16 +506,21 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     options: dict[str, Any] = {"betas": plan.betas, "eps": plan.eps, "fused": True}
     return torch.optim.AdamW([g for g in groups if g["params"]], plan.lr, **options)
 
+
 # %% ../nbs/53_training.ipynb #88a1f4f3
 def blame(objective: Objective, batch: BatchFeature) -> list[str]:
     """Name the rows of a batch whose loss, alone, is not finite; all of them if none is (they only fail together)."""
     names: list[str] = []
-    facts = {key: batch[key] for key in ("ids", "texts", "lengths", "n_frames", "label_lengths") if key in batch}
+    facts = {
+        key: batch[key] for key in ("ids", "texts", "lengths", "n_frames", "label_lengths") if key in batch
+    }
     for i, name in enumerate(batch["ids"]):
         row = BatchFeature({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()})
         row.update({key: value[i : i + 1] for key, value in facts.items()})
         if "sampled_negative_indices" in row:
-            row["sampled_negative_indices"] = row["sampled_negative_indices"] - i * batch["mask_time_indices"].shape[1]
+            row["sampled_negative_indices"] = (
+                row["sampled_negative_indices"] - i * batch["mask_time_indices"].shape[1]
+            )
         try:
             with listening(objective.model):
                 finite = bool(objective.forward(objective.model, row, 1)[0].isfinite())
@@ -461,6 +529,7 @@ def blame(objective: Objective, batch: BatchFeature) -> list[str]:
         if not finite:
             names.append(name)
     return names or list(batch["ids"])
+
 
 # %% ../nbs/53_training.ipynb #977c28af
 class Stream:
@@ -502,6 +571,7 @@ class Stream:
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._batches = None
 
+
 # %% ../nbs/53_training.ipynb #853a9eec
 def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
     """Accelerate's handle on devices, processes and precision; `accelerate launch` decides how many processes there are."""
@@ -515,8 +585,11 @@ def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in {"FSDP", "DEEPSPEED", "MEGATRON_LM"}:
-        raise refuse("distributed_type", kind, "data-parallel: checkpoints of a model in pieces are not written yet")
+        raise refuse(
+            "distributed_type", kind, "data-parallel: checkpoints of a model in pieces are not written yet"
+        )
     return accelerator
+
 
 # %% ../nbs/53_training.ipynb #33bd188d
 class MetricsLog:
@@ -545,7 +618,9 @@ class MetricsLog:
 
     def add(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
         """Write a record: numbers that are not finite become None, which JSON can hold."""
-        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in figures.items()}
+        plain = {
+            key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in figures.items()
+        }
         rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in plain.items()}
         record = {"kind": kind, "step": step, **rounded}
         self.records.append(record)
@@ -559,6 +634,7 @@ class MetricsLog:
                 elif isinstance(value, str):
                     self.board.add_text(f"{kind}/{key}", value, step)
         return record
+
 
 # %% ../nbs/53_training.ipynb #20cb8ead
 def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
@@ -580,6 +656,7 @@ def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[
             records.append(record)
     return records
 
+
 # %% ../nbs/53_training.ipynb #d812de1b
 @contextmanager
 def averaged_weights(model: nn.Module, average: dict[str, Tensor] | None) -> Iterator[None]:
@@ -599,11 +676,17 @@ def averaged_weights(model: nn.Module, average: dict[str, Tensor] | None) -> Ite
             for name, value in kept.items():
                 parameters[name].copy_(value)
 
+
 # %% ../nbs/53_training.ipynb #c6e3fc09
-FREE_KEYS = frozenset(  # keys of a recipe that do not change what is learned: they may differ when a run is resumed
-    {"name", "about", "data.workers", "data.preload", "data.valid"}
-    | {f"run.{key}" for key in ("log_every", "evaluate_every", "save_every", "valid_batches", "monitor", "patience")}
-    | {f"run.{key}" for key in ("samples", "tensorboard", "tolerance", "cpu", "threads")}
+FREE_KEYS = (
+    frozenset(  # keys of a recipe that do not change what is learned: they may differ when a run is resumed
+        {"name", "about", "data.workers", "data.preload", "data.valid"}
+        | {
+            f"run.{key}"
+            for key in ("log_every", "evaluate_every", "save_every", "valid_batches", "monitor", "patience")
+        }
+        | {f"run.{key}" for key in ("samples", "tensorboard", "tolerance", "cpu", "threads")}
+    )
 )
 
 
@@ -611,7 +694,9 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Write nested tables as one: `{"run": {"steps": 9}}` to `{"run.steps": 9}`."""
     found: dict[str, Any] = {}
     for key, value in table.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+        )
     return found
 
 
@@ -619,6 +704,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name what differs between two recipes (as tables) and matters."""
     a, b = flat(old), flat(new)
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in FREE_KEYS)
+
 
 # %% ../nbs/53_training.ipynb #12fe0945
 @dataclass
@@ -641,6 +727,7 @@ class Outcome:
     best: tuple[float, int] | None
     model: PreTrainedModel
 
+
 # %% ../nbs/53_training.ipynb #f1173697
 class RunState:
     """A run at one moment: model, optimiser, data position, and all that decides what comes next.
@@ -655,7 +742,14 @@ class RunState:
     """
 
     def __init__(
-        self, recipe: Recipe, folder: str | Path, objective: Objective, train: Speech, valid: Speech | None, *, progress: bool = True
+        self,
+        recipe: Recipe,
+        folder: str | Path,
+        objective: Objective,
+        train: Speech,
+        valid: Speech | None,
+        *,
+        progress: bool = True,
     ) -> None:
         self.recipe, self.folder, self.objective = recipe, Path(folder), objective
         self.model: PreTrainedModel = objective.model
@@ -663,7 +757,10 @@ class RunState:
             torch.set_num_threads(recipe.run.threads)
         self.accelerator = make_accelerator(recipe.run.precision, recipe.run.cpu)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
-        self.is_main, self.progress = self.accelerator.is_main_process, progress and self.accelerator.is_main_process
+        self.is_main, self.progress = (
+            self.accelerator.is_main_process,
+            progress and self.accelerator.is_main_process,
+        )
         self.stream = Stream(self._loader(train, training=True))
         self.valid = None if valid is None else self._loader(valid, training=False)
         if recipe.model.features_gradient == 0:
@@ -682,7 +779,9 @@ class RunState:
         self.log: MetricsLog
         self.bar: Any = None
         self._since: dict[str, float] = {}
-        torch.manual_seed(recipe.run.seed * 1000 + 1 + self.accelerator.process_index)  # noise inside the model
+        torch.manual_seed(
+            recipe.run.seed * 1000 + 1 + self.accelerator.process_index
+        )  # noise inside the model
 
     def _loader(self, speech: Speech, *, training: bool) -> Any:
         """The batches of this process."""
@@ -724,6 +823,7 @@ class RunState:
         if self.recipe.model.frozen:
             self.model.base_model.eval()
 
+
 # %% ../nbs/53_training.ipynb #c6cd6537
 class SavedRun(RunState):
     """A run that goes to the disk and comes back."""
@@ -761,11 +861,17 @@ class SavedRun(RunState):
         if found is None:
             return False
         state = torch.load(found, map_location="cpu", weights_only=True)
-        before = Recipe.from_dict(state["recipe"]).to_dict()  # keys that did not exist then have their defaults
+        before = Recipe.from_dict(
+            state["recipe"]
+        ).to_dict()  # keys that did not exist then have their defaults
         if changed := changed_keys(before, self.recipe.to_dict()):
-            raise ValueError(f"{self.folder} holds a run of another recipe: {', '.join(changed)} differ; choose another folder")
+            raise ValueError(
+                f"{self.folder} holds a run of another recipe: {', '.join(changed)} differ; choose another folder"
+            )
         if len(state["rng"]) != self.world:
-            raise ValueError(f"{self.folder} holds a run of {len(state['rng'])} process(es), and there are {self.world}")
+            raise ValueError(
+                f"{self.folder} holds a run of {len(state['rng'])} process(es), and there are {self.world}"
+            )
         self.model.load_state_dict(read_checkpoint(last), strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.stream.load_state_dict(state["stream"])
@@ -780,6 +886,7 @@ class SavedRun(RunState):
         if "cuda" in rng and self.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"], self.device)
         return True
+
 
 # %% ../nbs/53_training.ipynb #b6a2e88a
 class LoggedRun(SavedRun):
@@ -803,7 +910,12 @@ class LoggedRun(SavedRun):
         """Remember the figures of a step until the next line of the log."""
         good = math.isfinite(loss) and math.isfinite(norm)
         clip = self.recipe.optimizer.clip
-        new: dict[str, float] = {"steps": 1, "good": good, "loss": loss if good else 0, "norm": norm if good else 0}
+        new: dict[str, float] = {
+            "steps": 1,
+            "good": good,
+            "loss": loss if good else 0,
+            "norm": norm if good else 0,
+        }
         new["clipped"] = good and clip is not None and norm > clip
         for key, value in (new | more).items():
             self._since[key] = self._since.get(key, 0.0) + value
@@ -828,13 +940,27 @@ class LoggedRun(SavedRun):
         )  # fmt: skip
         self.watch()
         if self.bar is not None:
-            self.bar.set_postfix({k: f"{record[k]:.3g}" for k in ("loss", self.objective.monitor, "lr") if record.get(k) is not None})
+            self.bar.set_postfix(
+                {
+                    k: f"{record[k]:.3g}"
+                    for k in ("loss", self.objective.monitor, "lr")
+                    if record.get(k) is not None
+                }
+            )
+
 
 # %% ../nbs/53_training.ipynb #fb5caffe
 class GuardedRun(LoggedRun):
     """A run that no loss without a value can spoil."""
 
-    def _skip(self, batches: list[BatchFeature], losses: list[Tensor], before: list[Tensor], loss: float, norm: float) -> None:
+    def _skip(
+        self,
+        batches: list[BatchFeature],
+        losses: list[Tensor],
+        before: list[Tensor],
+        loss: float,
+        norm: float,
+    ) -> None:
         """Leave a step out: its loss or gradient is not finite. Name the samples, and give running statistics back."""
         with torch.no_grad():
             for buffer, old in zip(self.model.buffers(), before, strict=True):
@@ -849,12 +975,15 @@ class GuardedRun(LoggedRun):
         what = "gradient too large for fp16" if overflow else f"loss {loss}, length of the gradient {norm}"
         self.log.add("skip", self.step + 1, reason=what, samples=names[:20])
         if not overflow:
-            self.say(f"step {self.step + 1} left out: {what}; samples: {', '.join(names[:8]) or 'of another process'}")
+            self.say(
+                f"step {self.step + 1} left out: {what}; samples: {', '.join(names[:8]) or 'of another process'}"
+            )
         if self.in_a_row >= self.recipe.run.tolerance:
             raise RuntimeError(
                 f"{self.in_a_row} steps in a row had no finite loss, the last with {names[:4]}: the weights are beyond repair, or the "
                 "data is. Lower optimizer.lr, set optimizer.clip, or look at these samples; last/ holds the last good weights"
             )
+
 
 # %% ../nbs/53_training.ipynb #ac68bd11
 def _sum_up(total: Sums, more: Mapping[str, Tensor], device: torch.device) -> None:
@@ -912,7 +1041,9 @@ class SteppingRun(GuardedRun):
             self.in_a_row = 0
             if self.average:
                 learners = dict(self.model.named_parameters())
-                torch._foreach_lerp_(list(self.average.values()), [learners[n] for n in self.average], 1 - run.ema)
+                torch._foreach_lerp_(
+                    list(self.average.values()), [learners[n] for n in self.average], 1 - run.ema
+                )
         else:
             blocks = {}
             self._skip(batches, losses, before, mean_loss, length)
@@ -923,6 +1054,7 @@ class SteppingRun(GuardedRun):
         self._note(mean_loss, length, **times, dropped=sum(len(batch["dropped"]) for batch in batches))
         if log:
             self._write_log(objective.summarise(self._over_processes(sums)), {"lr": rate, **notes}, blocks)
+
 
 # %% ../nbs/53_training.ipynb #196354ba
 HIGHER = frozenset({"accuracy", "score"})  # figures of which more is better; of all others less is
@@ -953,7 +1085,10 @@ class JudgedRun(SteppingRun):
                     lines += self.objective.show(batch, output)
         self.learn()
         sums = self._over_processes(sums)
-        figures = {"loss": float(sums["loss_sum"] / sums["loss_count"].clamp_min(1)), **self.objective.summarise(sums)}
+        figures = {
+            "loss": float(sums["loss_sum"] / sums["loss_count"].clamp_min(1)),
+            **self.objective.summarise(sums),
+        }
         samples = {"samples": lines[: self.recipe.run.samples]} if lines else {}
         self.log.add("valid", self.step, **figures, **samples)
         self._judge(figures)
@@ -964,7 +1099,9 @@ class JudgedRun(SteppingRun):
         """Keep the model if it is the best so far."""
         name = self.recipe.run.monitor or self.objective.monitor
         if name not in figures:
-            raise ValueError(f"run.monitor={name!r} is no figure of {self.recipe.objective}: there are {', '.join(figures)}")
+            raise ValueError(
+                f"run.monitor={name!r} is no figure of {self.recipe.objective}: there are {', '.join(figures)}"
+            )
         sign = 1 if name in HIGHER else -1
         value = figures[name]
         better = math.isfinite(value) and (self.best is None or sign * value > sign * self.best[0])
@@ -976,6 +1113,7 @@ class JudgedRun(SteppingRun):
                     write_together(self.folder / "best", self.model.files(), remove=OLD_WEIGHTS)
         shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float))
         self.say(f"step {self.step}: {shown}{' (best)' if better else ''}")
+
 
 # %% ../nbs/53_training.ipynb #f7ad2a39
 def _bar(show: bool, step: int, steps: int) -> Any:
@@ -1033,11 +1171,15 @@ class Trainer(JudgedRun):
             self.bar = None
         if (bands := stored_bands(self.recipe.name)) is not None:
             outside = compare_with_bands(self.log.records, bands)
-            self.say("share outside the bands of healthy runs: " + ", ".join(f"{k} {v:.0%}" for k, v in outside.items()))
+            self.say(
+                "share outside the bands of healthy runs: "
+                + ", ".join(f"{k} {v:.0%}" for k, v in outside.items())
+            )
         reason = f"{self.waiting} evaluations without a better one" if self.tired() else "the end of the time"
         reason = "the last step" if self.step >= plan.steps else reason
         finished = self.step >= plan.steps or self.tired()
         return Outcome(self.folder, self.step, finished, reason, self.best, self.model.eval())
+
 
 # %% ../nbs/53_training.ipynb #9ca90eb0
 def keep_usable(speech: Speech, objective: Objective, name: str) -> Speech:
@@ -1048,7 +1190,9 @@ def keep_usable(speech: Speech, objective: Objective, name: str) -> Speech:
     """
     kept = speech.filter(objective.usable)
     if not len(kept):
-        raise ValueError(f"data.{name}: none of {len(speech)} utterances can be used for {objective.recipe.objective}")
+        raise ValueError(
+            f"data.{name}: none of {len(speech)} utterances can be used for {objective.recipe.objective}"
+        )
     return kept
 
 
@@ -1077,6 +1221,7 @@ def make_trainer(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bo
         )
         print(describe_cost(recipe, cost, trainer.world))
     return trainer
+
 
 # %% ../nbs/53_training.ipynb #306ddd04
 def train(

@@ -26,7 +26,17 @@ from .speech import Utterance
 from .text import Wav2Vec2Processor
 
 # %% auto #0
-__all__ = ['Chunk', 'plan_chunks', 'running_statistics', 'frame_logits', 'Transcript', 'Decoder', 'read_transcript', 'transcribe']
+__all__ = [
+    "Chunk",
+    "plan_chunks",
+    "running_statistics",
+    "frame_logits",
+    "Transcript",
+    "Decoder",
+    "read_transcript",
+    "transcribe",
+]
+
 
 # %% ../nbs/49_transcription.ipynb #9499ae66
 class Chunk(NamedTuple):
@@ -48,7 +58,12 @@ class Chunk(NamedTuple):
 
 
 def plan_chunks(  # noqa: PLR0917
-    n_samples: int, n_frames: int, chunk_frames: int | None, context_frames: int, hop: int = 320, width: int = 400
+    n_samples: int,
+    n_frames: int,
+    chunk_frames: int | None,
+    context_frames: int,
+    hop: int = 320,
+    width: int = 400,
 ) -> list[Chunk]:
     """Cut a recording into overlapping chunks, and take each frame from the chunk that shows most of its surroundings.
 
@@ -84,6 +99,7 @@ def plan_chunks(  # noqa: PLR0917
         for a, end, (first, last) in zip(starts, ends, pairwise(borders), strict=True)
     ]
 
+
 # %% ../nbs/49_transcription.ipynb #78fe3250
 def running_statistics(pieces: Iterable[Samples]) -> tuple[float, float]:
     """Mean and scale of a recording that is seen piece by piece (Chan, Golub and LeVeque, 1983).
@@ -107,12 +123,14 @@ def _in_pieces(audio: Samples, size: int = 2**20) -> Iterator[Samples]:
     """Cut a row of samples, without copying it."""
     return (audio[i : i + size] for i in range(0, len(audio), size))
 
+
 # %% ../nbs/49_transcription.ipynb #e5d60319
 def _samples(seconds: float, name: str, rate: int) -> int:
     """Turn seconds into samples; refuse what is no length."""
     if not 0 <= seconds < math.inf:
         raise ValueError(f"{name}={seconds} must be a number of seconds, 0 or more")
     return round(seconds * rate)
+
 
 # %% ../nbs/49_transcription.ipynb #2d84045b
 class _Job(NamedTuple):
@@ -137,6 +155,7 @@ def _rows(jobs: Sequence[_Job], audios: Sequence[Samples]) -> tuple[Tensor, Tens
         rows[row, : job.size] = torch.from_numpy((piece - job.mean) / job.scale)
         mask[row, : job.size] = 1
     return rows, mask
+
 
 # %% ../nbs/49_transcription.ipynb #f93f851b
 def frame_logits(
@@ -180,7 +199,9 @@ def frame_logits(
     jobs = []
     for i, (audio, T) in enumerate(zip(audios, counts, strict=True)):
         statistics = running_statistics(_in_pieces(audio)) if normalise else (0.0, 1.0)
-        jobs += [_Job(i, c, *statistics) for c in plan_chunks(len(audio), T, chunk_frames, context, hop, width)]
+        jobs += [
+            _Job(i, c, *statistics) for c in plan_chunks(len(audio), T, chunk_frames, context, hop, width)
+        ]
     sizes = [job.size for job in jobs]
     max_rows = None if model.config.padding_invariant else 1  # else a row would depend on its neighbours
     results = [torch.zeros(T, model.config.vocab_size or 0) for T in counts]
@@ -192,6 +213,7 @@ def frame_logits(
                 i, chunk = jobs[j].recording, jobs[j].chunk
                 results[i][chunk.first : chunk.last] = logits[row, chunk.skip :][: chunk.last - chunk.first]
     return results
+
 
 # %% ../nbs/49_transcription.ipynb #0983960f
 def _clock(seconds: float, point: str) -> str:
@@ -247,12 +269,22 @@ class Transcript:
         rows: list[list[TimedText]] = []
         for word in self.words:
             fits = rows and sum(len(w.label) + 1 for w in rows[-1]) + len(word.label) <= max_chars
-            if fits and word.end - rows[-1][0].start <= max_seconds and word.start - rows[-1][-1].end <= max_gap:
+            if (
+                fits
+                and word.end - rows[-1][0].start <= max_seconds
+                and word.start - rows[-1][-1].end <= max_gap
+            ):
                 rows[-1].append(word)
             else:
                 rows.append([word])
         return [
-            TimedText(" ".join(w.label for w in row), row[0].start, row[-1].end, min(w.confidence for w in row), tuple(row))
+            TimedText(
+                " ".join(w.label for w in row),
+                row[0].start,
+                row[-1].end,
+                min(w.confidence for w in row),
+                tuple(row),
+            )
             for row in rows
         ]
 
@@ -272,12 +304,14 @@ class Transcript:
             blocks.append(f"{_clock(line.start, '.')} --> {_clock(line.end, '.')}\n{text}\n")
         return "\n".join(blocks)
 
+
 # %% ../nbs/49_transcription.ipynb #ecfd622c
 class Decoder(Protocol):
     """Anything that finds a text in logits, such as `CTCDecoder`."""
 
     def decode(self, logits: Tensor) -> Any:
         """Read logits `[T, V]`; the result has a `path` (a symbol per frame) or a `text`, or is a text."""
+
 
 def read_transcript(
     logits: Tensor,
@@ -330,6 +364,7 @@ def read_transcript(
         chars if timestamps == "char" else (),
     )
 
+
 # %% ../nbs/49_transcription.ipynb #d3e040de
 def _open_model(model: Any, processor: Any) -> tuple[Wav2Vec2ConformerForCTC, Wav2Vec2Processor]:
     """Find the model and its processor, from a folder or hub id where a name is given."""
@@ -344,8 +379,11 @@ def _open_model(model: Any, processor: Any) -> tuple[Wav2Vec2ConformerForCTC, Wa
         raise ValueError(f"processor is {came}: pass a Wav2Vec2Processor, or the folder or hub id of one")
     blank, padding = model.config.pad_token_id, processor.tokenizer.pad_token_id
     if blank != padding:
-        raise ValueError(f"model and processor do not belong together: the blank is {blank} in one and {padding} in the other")
+        raise ValueError(
+            f"model and processor do not belong together: the blank is {blank} in one and {padding} in the other"
+        )
     return model, processor
+
 
 # %% ../nbs/49_transcription.ipynb #91179820
 def _is_many(audio: Any) -> bool:
@@ -367,7 +405,9 @@ def _load(source: Any, rate: int, sampling_rate: int | None) -> Samples:
     return load_audio(source, rate, source_rate=sampling_rate if plain else None)
 
 
-def _loads(sources: Iterable[Any], rate: int, sampling_rate: int | None, seconds: float) -> Iterator[list[Samples]]:
+def _loads(
+    sources: Iterable[Any], rate: int, sampling_rate: int | None, seconds: float
+) -> Iterator[list[Samples]]:
     """Decode recordings, about so many seconds at a time; an error says which one of several it was."""
     alone = isinstance(sources, list) and len(sources) == 1
     load: list[Samples] = []
@@ -383,6 +423,7 @@ def _loads(sources: Iterable[Any], rate: int, sampling_rate: int | None, seconds
             load = []
     if load:
         yield load
+
 
 # %% ../nbs/49_transcription.ipynb #dee7aa04
 _AHEAD = 16  # how many batches of sound are decoded at a time, so that chunks of like length meet
@@ -444,6 +485,10 @@ def transcribe(
             batch_seconds=batch_seconds,
         )
         for samples, each in zip(load, logits, strict=True):
-            facts: dict[str, Any] = {"config": model.config, "seconds": len(samples) / rate, "decoder": decoder}
+            facts: dict[str, Any] = {
+                "config": model.config,
+                "seconds": len(samples) / rate,
+                "decoder": decoder,
+            }
             transcripts.append(read_transcript(each, processor, timestamps=timestamps, **facts))
     return transcripts if many else transcripts[0]
