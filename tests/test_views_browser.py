@@ -95,7 +95,9 @@ def test_frames_are_chosen_by_key_and_pointer_and_told(tab: Any, checkpoint: Pat
 def test_it_plays_from_the_frame(tab: Any) -> None:
     box = tab.get_by_role("group", name="Letters over time")
     assert box.locator("audio").get_attribute("aria-label") == "the whole recording"
-    tab.evaluate("document.querySelector('audio').playbackRate = 0.25")  # slow machines get there in time, too
+    tab.evaluate(
+        "document.querySelector('audio').playbackRate = 0.25"
+    )  # slow machines get there in time, too
     box.get_by_role("button", name="Play from here").click()
     tab.wait_for_function("document.querySelector('audio').currentTime > 0.3")
     box.get_by_role("button", name="Stop").click()
