@@ -70,9 +70,9 @@ def test_negatives_are_other_hidden_frames_of_the_same_utterance(
     n_rows, n_frames = mask.shape
     got = sample_negative_indices((n_rows, n_frames), n, mask, generator=seeded(seed))
     assert got.shape == (n_rows, n_frames, n)
-    assert torch.equal(got // n_frames, torch.arange(n_rows, dtype=torch.int32)[:, None, None].expand_as(got)), (
-        "another utterance"
-    )
+    assert torch.equal(
+        got // n_frames, torch.arange(n_rows, dtype=torch.int32)[:, None, None].expand_as(got)
+    ), "another utterance"
     lonely = mask.sum(1) == 1
     asks = mask & ~lonely[:, None]
     own = torch.arange(n_rows * n_frames).view(n_rows, n_frames, 1)

@@ -147,7 +147,13 @@ def test_gradients_against_finite_differences() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(F=st.integers(1, 9), G=st.integers(1, 3), V=st.integers(1, 7), tau=st.floats(0.3, 4.0), kind=st.integers(0, 2))
+@given(
+    F=st.integers(1, 9),
+    G=st.integers(1, 3),
+    V=st.integers(1, 7),
+    tau=st.floats(0.3, 4.0),
+    kind=st.integers(0, 2),
+)
 def test_both_answers_in_one_step_equal_each_by_itself(F: int, G: int, V: int, tau: float, kind: int) -> None:
     """Values and gradients, in fp64: without a mask, with one, and with one that keeps nothing."""
     g = torch.Generator().manual_seed(F + 10 * G + 100 * V)
