@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.wav2vec2.modeling_wav2vec2 import _sample_negative_indices as peer
 
+from w2vc import negatives
 from w2vc.masking import compute_mask_indices
 from w2vc.negatives import negatives_from_noise, sample_negative_indices
 
@@ -28,7 +29,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def negatives_loop(noise: Tensor, mask: Tensor) -> Tensor:
     """The plain reference: one utterance, one hidden frame, one negative at a time."""
     n_rows, n_frames = mask.shape
-    out = torch.empty(n_rows, n_frames, noise.shape[1], dtype=torch.long)
+    out = torch.empty(n_rows, n_frames, noise.shape[1], dtype=torch.int32)
     question = 0
     for b in range(n_rows):
         out[b] = b * n_frames
@@ -54,7 +55,7 @@ def test_vectorised_equals_the_loop(rows: list[list[bool]], n: int, seed: int) -
     noise = torch.rand(int(mask.sum()), n, generator=seeded(seed))
     kept = noise.clone()
     got = negatives_from_noise(noise, mask)
-    assert got.dtype == torch.int64
+    assert got.dtype == torch.int32
     assert got.is_contiguous()
     assert torch.equal(got, negatives_loop(noise, mask))
     assert torch.equal(noise, kept), "the noise was changed"
@@ -69,16 +70,16 @@ def test_negatives_are_other_hidden_frames_of_the_same_utterance(
     n_rows, n_frames = mask.shape
     got = sample_negative_indices((n_rows, n_frames), n, mask, generator=seeded(seed))
     assert got.shape == (n_rows, n_frames, n)
-    assert torch.equal(got // n_frames, torch.arange(n_rows)[:, None, None].expand_as(got)), (
-        "another utterance"
-    )
+    assert torch.equal(
+        got // n_frames, torch.arange(n_rows, dtype=torch.int32)[:, None, None].expand_as(got)
+    ), "another utterance"
     lonely = mask.sum(1) == 1
     asks = mask & ~lonely[:, None]
     own = torch.arange(n_rows * n_frames).view(n_rows, n_frames, 1)
     assert (got != own)[asks].all(), "the positive itself"
     assert mask.flatten()[got[mask]].all(), "a visible frame"
     assert (got == own)[mask & lonely[:, None]].all(), "a lone hidden frame gets itself"
-    first = (torch.arange(n_rows) * n_frames)[:, None, None].expand_as(got)
+    first = (torch.arange(n_rows, dtype=torch.int32) * n_frames)[:, None, None].expand_as(got)
     assert torch.equal(got[~mask], first[~mask]), "a visible frame gets the first of its row"
 
 
@@ -90,13 +91,14 @@ def test_distribution_equals_transformers_and_is_uniform(hidden: int) -> None:
     for row in range(2):
         mask[row, torch.randperm(n_frames, generator=seeded(row))[:hidden]] = True
     np.random.seed(0)  # noqa: NPY002 the peer draws from numpy's global state
-    theirs = torch.from_numpy(peer((2, n_frames), draws, mask.numpy())).long()
+    theirs = torch.from_numpy(peer((2, n_frames), draws, mask.numpy()))
     ours = sample_negative_indices((2, n_frames), draws, mask, generator=seeded())
     assert torch.equal(ours[~mask], theirs[~mask])  # the filling of visible frames
 
     def shares(x: Tensor) -> Tensor:
         return torch.stack([row.bincount(minlength=2 * n_frames) for row in x[mask]]) / draws
 
+    assert ours.dtype == theirs.dtype == torch.int32
     a, b = shares(ours), shares(theirs)
     allowed = torch.block_diag(*[torch.ones(hidden, hidden) - torch.eye(hidden)] * 2).bool()
     columns = mask.flatten()
@@ -212,9 +214,9 @@ def test_the_largest_number_below_one_stays_inside() -> None:
         mask = torch.ones(2, n, dtype=torch.bool)
         noise = torch.full((2 * n, 1), 1 - 2**-24)
         got = negatives_from_noise(noise, mask)[..., 0]
-        expected = torch.full((2, n), n - 1)
+        expected = torch.full((2, n), n - 1, dtype=torch.int32)
         expected[:, -1] = n - 2
-        assert torch.equal(got, expected + torch.tensor([[0], [n]])), n
+        assert torch.equal(got, expected + torch.tensor([[0], [n]], dtype=torch.int32)), n
 
 
 def test_a_row_does_not_depend_on_its_batch_mates() -> None:
@@ -231,7 +233,7 @@ def test_the_documentation_example_runs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch advises clone() over torch.tensor()
         again = torch.tensor(data=sampled, device="cpu", dtype=torch.long)
-    assert torch.equal(again, sampled)
+    assert torch.equal(again, sampled.long())
 
 
 class CountOperations(TorchDispatchMode):
@@ -247,17 +249,26 @@ class CountOperations(TorchDispatchMode):
 
 
 def test_a_larger_batch_takes_no_more_operations() -> None:
-    """No Python loop over rows, frames, spans or negatives: each operation works on the whole batch."""
+    """No Python loop over rows, frames, spans or negatives: each operation works on the whole batch, up to a block."""
 
-    def operations(rows: int, frames: int, negatives: int) -> tuple[int, int]:
+    def operations(rows: int, frames: int, n: int) -> tuple[int, int]:
         real = torch.ones(rows, frames)
         with CountOperations() as masking:
             mask = compute_mask_indices((rows, frames), 0.65, 5, real, 2)
         with CountOperations() as sampling:
-            sample_negative_indices((rows, frames), negatives, mask)
+            sample_negative_indices((rows, frames), n, mask)
         return masking.total, sampling.total
 
-    assert operations(2, 20, 3) == operations(17, 300, 40)
+    assert operations(2, 20, 3) == operations(17, 150, 40)
+
+
+@pytest.mark.parametrize("block", [1, 12, 1000])
+def test_blocks_of_any_size_give_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block may end inside an utterance, hold one hidden frame or several utterances."""
+    mask = compute_mask_indices((4, 30), 0.5, 4, generator=seeded())
+    noise = torch.rand(int(mask.sum()), 6, generator=seeded(1))
+    monkeypatch.setattr(negatives, "_BLOCK", block)
+    assert torch.equal(negatives_from_noise(noise, mask), negatives_loop(noise, mask))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,13 @@ from torch.nn.functional import gumbel_softmax
 
 import helpers
 from w2vc.config import Wav2Vec2ConformerConfig
-from w2vc.quantizer import GumbelVectorQuantizer, StraightThroughLookup, codebook_perplexity
+from w2vc.quantizer import (
+    GumbelVectorQuantizer,
+    RelaxedChoice,
+    StraightThroughLookup,
+    codebook_perplexity,
+    gumbel_relaxed,
+)
 
 
 def sizes(groups: int = 2, codes: int = 8, width: int = 12, channels: int = 10) -> Wav2Vec2ConformerConfig:
@@ -138,6 +144,42 @@ def test_gradients_against_finite_differences() -> None:
         for g in range(2):
             expected[g, codes[f, g]] += weights[f, g]
     torch.testing.assert_close(book.grad, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    F=st.integers(1, 9),
+    G=st.integers(1, 3),
+    V=st.integers(1, 7),
+    tau=st.floats(0.3, 4.0),
+    kind=st.integers(0, 2),
+)
+def test_both_answers_in_one_step_equal_each_by_itself(F: int, G: int, V: int, tau: float, kind: int) -> None:
+    """Values and gradients, in fp64: without a mask, with one, and with one that keeps nothing."""
+    g = torch.Generator().manual_seed(F + 10 * G + 100 * V)
+    logits = (3 * torch.randn(F, G, V, generator=g, dtype=torch.double)).requires_grad_()
+    weights = torch.randn(F, G, V, generator=g, dtype=torch.double)
+    mask = (None, torch.rand(F, generator=g) < 0.5, torch.zeros(F, dtype=torch.long))[kind]
+
+    def answers(fast: bool) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(2)
+        if fast:
+            soft, perplexity = RelaxedChoice.apply(logits, mask, tau)
+        else:
+            soft, perplexity = gumbel_relaxed(logits, tau), codebook_perplexity(logits.softmax(-1), mask)
+        (slope,) = torch.autograd.grad((soft * weights).sum() + 3.0 * perplexity, logits)
+        return soft, perplexity, slope
+
+    for mine, plain in zip(answers(True), answers(False), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_a_second_backward_finds_what_the_first_found() -> None:
+    logits = torch.randn(6, 2, 5, requires_grad=True)
+    soft, perplexity = RelaxedChoice.apply(logits, torch.tensor([1, 0, 1, 1, 0, 1]), 0.7)
+    total = soft.square().sum() + perplexity
+    first, second = (torch.autograd.grad(total, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_no_large_tensor_is_made() -> None:

@@ -427,6 +427,27 @@ def keyed_masks(
 
 
 # %% ../nbs/48_batches.ipynb #ab2cf523
+def _frame_noise(keys: Tensor, frame: Tensor, n: int) -> Tensor:
+    """Numbers in [0, 1) for each frame, `[A, n]` float32: two from each word of 64 bits, some thousand words at a time.
+
+    Args:
+        keys: `[A]`, the key of each frame's utterance.
+        frame: `[A]`, which frame of it.
+        n: numbers for each.
+    """
+    half = (n + 1) // 2
+    steps = torch.arange(half, device=keys.device) + 1
+    size = (
+        max(1, 2**15 // half) if keys.device.type == "cpu" else max(len(keys), 1)
+    )  # 256 KB stay in the cache
+    noise = torch.empty(len(keys), n, dtype=torch.float32, device=keys.device)
+    for begin in range(0, len(keys), size):
+        block = slice(begin, begin + size)
+        words = mix_bits(keys[block, None] + (frame[block, None] * half + steps) * _STEP)  # [block, half]
+        noise[block] = (words.view(torch.int32)[:, :n] >> 8 & (1 << 24) - 1) * 2.0**-24
+    return noise
+
+
 def keyed_negatives(seed: int, epoch: int, ids: Tensor, mask: Tensor, num_negatives: int) -> Tensor:
     """Draw wrong answers for every hidden frame, from the other hidden frames of its utterance.
 
@@ -440,7 +461,7 @@ def keyed_negatives(seed: int, epoch: int, ids: Tensor, mask: Tensor, num_negati
         num_negatives: $N$.
 
     Returns:
-        `[B, T, N]` int64, numbers of frames in the flattened batch `[B * T]`.
+        `[B, T, N]` int32, numbers of frames in the flattened batch `[B * T]`.
 
     Raises:
         ValueError: fewer than one negative, or a mask that is not bool with a row for each id.
@@ -451,8 +472,7 @@ def keyed_negatives(seed: int, epoch: int, ids: Tensor, mask: Tensor, num_negati
         raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; bool [{len(ids)}, T] is needed")
     row, frame = mask.nonzero(as_tuple=True)
     keys = _keys(seed, epoch, ids, "negatives")[row]  # [A]
-    positions = frame[:, None] * num_negatives + torch.arange(num_negatives, device=mask.device)  # [A, N]
-    return negatives_from_noise(_uniform(keys[:, None], positions, torch.float32), mask)
+    return negatives_from_noise(_frame_noise(keys, frame, num_negatives), mask)
 
 
 # %% ../nbs/48_batches.ipynb #e7b46f61

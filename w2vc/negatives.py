@@ -12,13 +12,15 @@ from torch import Tensor
 # %% auto #0
 __all__ = ["negatives_from_noise", "sample_negative_indices"]
 
-
 # %% ../nbs/14_negatives.ipynb #523f826e
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor to be filled; on the CPU numpy makes it, in large memory pages, which are faster to touch first."""
+_BLOCK = 2**17  # negatives worked on at a time: 0.5 MB a step, so that the next step finds them in the cache
+
+
+def _fresh(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Make an int32 tensor to be filled; on the CPU numpy makes it, in large memory pages, which are faster to touch first."""
     if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype=str(dtype).removeprefix("torch.")))
-    return torch.empty(shape, dtype=dtype, device=device)
+        return torch.from_numpy(np.empty(shape, dtype=np.int32))
+    return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 # %% ../nbs/14_negatives.ipynb #f598f38a
@@ -33,7 +35,7 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
         mask: `[B, T]` bool, True = hidden.
 
     Returns:
-        `[B, T, N]` int64, numbers of frames in the flattened batch `[B * T]`.
+        `[B, T, N]` int32, numbers of frames in the flattened batch `[B * T]`.
     """
     (n_rows, n_frames), n_negatives = mask.shape, noise.shape[1]
     hidden = mask.flatten().nonzero()[:, 0]  # [A] the hidden frames of all rows in one list
@@ -46,20 +48,34 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
         others == 0, len(hidden)
     )  # a lone hidden frame has nobody to step to: it gets itself
 
-    drawn = torch.mul(noise, others[:, None], out=_fresh((*noise.shape,), torch.float32, mask.device))
-    place = _fresh((*noise.shape,), torch.int32, mask.device).copy_(drawn)  # rounds down: 0 .. others - 1
-    place += first[:, None].int()
-    place += place >= own[:, None].int()  # step over the frame itself
-
-    chosen = _fresh((place.numel(),), torch.int64, mask.device)
-    torch.index_select(hidden, 0, place.flatten(), out=chosen)
-    negatives = _fresh((n_rows, n_frames, n_negatives), torch.int64, mask.device)
-    negatives.copy_(n_frames * torch.arange(n_rows, device=mask.device)[:, None, None])
-    negatives.view(-1, n_negatives).index_copy_(0, hidden, chosen.view(-1, n_negatives))
+    numbers = hidden.int()
+    columns = (others.float()[:, None], first.int()[:, None], own.int()[:, None])
+    negatives = _fresh((n_rows, n_frames, n_negatives), mask.device)
+    negatives.copy_(n_frames * torch.arange(n_rows, dtype=torch.int32, device=mask.device)[:, None, None])
+    size = max(1, _BLOCK // max(n_negatives, 1)) if mask.device.type == "cpu" else max(len(hidden), 1)
+    for begin in range(0, len(hidden), size):
+        block = slice(begin, begin + size)
+        n_others, start, me = (column[block] for column in columns)
+        place = (noise[block] * n_others).int()  # rounds down: 0 .. others - 1
+        place += start
+        place -= (
+            me - 1 - place
+        ) >> 31  # step over the frame itself: -1 where place >= me, by the sign bit, else 0
+        chosen = numbers.index_select(0, place.flatten()).view_as(place)
+        negatives.view(-1, n_negatives).index_copy_(0, hidden[block], chosen)
     return negatives
 
 
 # %% ../nbs/14_negatives.ipynb #f73a0414
+def _draw(shape: tuple[int, int], device: torch.device | str, generator: torch.Generator | None) -> Tensor:
+    """Draw uniform numbers in [0, 1), float32; on the CPU with a fast generator that starts from the caller's."""
+    if torch.device(device).type != "cpu":
+        return torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return torch.from_numpy(np.random.Generator(np.random.SFC64(seed)).random(shape, dtype=np.float32))
+
+
+# %% ../nbs/14_negatives.ipynb #95b8cfe6
 def sample_negative_indices(
     features_shape: tuple[int, int],
     num_negatives: int,
@@ -76,7 +92,7 @@ def sample_negative_indices(
         generator: pass one to repeat a draw. A CPU generator gives the same draw for any device.
 
     Returns:
-        `[B, T, N]` int64 on the device of the mask: numbers of frames in the flattened batch `[B * T]`. Visible frames get
+        `[B, T, N]` int32 on the device of the mask: numbers of frames in the flattened batch `[B * T]`. Visible frames get
         their row's first frame, which the loss ignores. A row's only hidden frame gets itself, which the loss leaves out as
         equal to the positive.
 
@@ -97,7 +113,5 @@ def sample_negative_indices(
                 f"bool or integers of shape {(n_rows, n_frames)} (rows, frames) are needed, non-zero = hidden"
             )
         mask = mask != 0
-    questions = (int(mask.sum()), num_negatives)
-    noise = _fresh(questions, torch.float32, draw_on or mask.device)
-    torch.rand(questions, generator=generator, out=noise)
+    noise = _draw((int(mask.sum()), num_negatives), draw_on or mask.device, generator)
     return negatives_from_noise(noise.to(mask.device), mask)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 
 from .config import Wav2Vec2ConformerConfig
 from .model import ModelOutput, Wav2Vec2ConformerModel
@@ -46,11 +46,14 @@ def candidate_logits(
     Returns:
         `[B, A, 1 + N]` fp32.
     """
-    with torch.autocast(states.device.type, enabled=False):
-        unit_states, unit_targets = (normalize(x.float(), dim=-1, eps=1e-8) for x in (states, targets))
-        similarity = unit_states @ unit_targets.transpose(1, 2)  # [B, A, T]
-    logits = similarity.gather(2, candidates) / temperature
     B, A, n = candidates.shape  # n = 1 + N
+    with torch.autocast(states.device.type, enabled=False):
+        states, targets = states.float(), targets.float()
+        products = states @ targets.transpose(1, 2)  # [B, A, T]
+        # dividing what was picked by the lengths needs no copies of states and targets with length 1
+        length = targets.norm(dim=-1).clamp_min(1e-8).gather(1, candidates.flatten(1)).view(B, A, n)
+        length = length * states.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    logits = products.gather(2, candidates) / (length * temperature)
     G = codes.shape[2]
     chosen = codes.gather(1, candidates.reshape(B, A * n, 1).expand(-1, -1, G)).view(B, A, n, G)
     same = (chosen[:, :, 1:] == chosen[:, :, :1]).all(-1)
@@ -148,7 +151,7 @@ def contrastive_loss(
         ValueError: on shapes that do not fit, and on negatives that are no integers or name no frame.
     """
     B, T, N = _check_shapes(states, targets, negatives, mask, codes)
-    mask, negatives = mask.to(torch.bool), negatives.long()
+    mask = mask.to(torch.bool)
     if codes is None:
         codes = torch.unique(targets.detach().flatten(0, 1), dim=0, return_inverse=True)[1].view(B, T, 1)
     n_rows, at_home = _read_indices(negatives, mask)
@@ -159,7 +162,7 @@ def contrastive_loss(
     total = states.new_zeros((), dtype=torch.float32)
     for block in torch.split(rows, max(1, _BLOCK // (B * T)), dim=1):
         own = block[..., None]  # [B, A, 1]
-        wrong = negatives.gather(1, own.expand(-1, -1, N)) % T
+        wrong = negatives.gather(1, own.expand(-1, -1, N)).long() % T
         picked = states.gather(1, own.expand(-1, -1, states.shape[2]))
         logits = candidate_logits(picked, targets, torch.cat([own, wrong], 2), codes, temperature)
         surprise = -logits.log_softmax(-1)[..., 0]  # [B, A]

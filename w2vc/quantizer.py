@@ -109,7 +109,7 @@ def _softmax_backward(probs: Tensor, grad: Tensor) -> Tensor:
 
 
 class RelaxedChoice(torch.autograd.Function):
-    """Soft answer and perplexity of a training step, at half the memory of the two on their own.
+    """Soft answer and perplexity of a training step, with fewer large tensors in the backward pass than the two on their own.
 
     Values and gradients are those of `gumbel_relaxed(logits, temperature)` and
     `codebook_perplexity(logits.softmax(-1), mask)`. What is kept for the backward pass is the soft answer and the
@@ -129,7 +129,7 @@ class RelaxedChoice(torch.autograd.Function):
             slope /= max(len(slope), 1)
         else:
             keep = mask.to(torch.bool)
-            slope *= (keep / keep.sum().clamp_min(1))[:, None, None]
+            slope *= (keep.to(slope.dtype) / keep.sum().clamp_min(1))[:, None, None]
         ctx.save_for_backward(soft, slope)
         ctx.temperature = temperature
         return soft, perplexities.sum()
