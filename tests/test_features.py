@@ -158,7 +158,7 @@ def test_off_the_cpu_no_value_is_read():
     check_inputs(GOOD.to("meta"), mask_of(1, 2, 3).to("meta"), config)
     with pytest.raises(ValueError, match="399"):
         check_inputs(GOOD[:, :399].to("meta"), None, config)
-    with pytest.raises(ValueError, match="attention_mask is on meta.*leave it on the CPU"):
+    with pytest.raises(ValueError, match=r"attention_mask is on meta.*leave it on the CPU"):
         check_inputs(GOOD, mask_of(500, 500, 500).to("meta"), config)
 
 
@@ -169,7 +169,7 @@ def test_the_mask_may_stay_on_the_host():
     with pytest.raises(ValueError, match="1 after a 0 in row 1:"):
         check_inputs(GOOD.to("meta"), mask_of(1000, 500, 1000).flip(-1), config)
     width, _ = receptive_field(config.conv_kernel, config.conv_stride)
-    with pytest.raises(ValueError, match="fewer than .* in row 2 "):
+    with pytest.raises(ValueError, match=r"fewer than .* in row 2 "):
         check_inputs(GOOD.to("meta"), mask_of(1000, 500, width - 1), config)
     encoder = FeatureEncoder(config).to("meta")
     lengths = valid_lengths(mask_of(1000, 500, 400))

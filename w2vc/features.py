@@ -10,7 +10,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig, get_activation
@@ -139,12 +138,12 @@ def fold_group_norm(windows: Tensor, kernel: Tensor, norm: nn.GroupNorm) -> tupl
         Kernel `[C, 1, k]` and bias `[C]` of the convolution that gives the normalised outputs.
     """
     weight = kernel[:, 0].double()  # [C, k]
-    C, k = weight.shape
+    k = kernel.shape[2]
     centre = windows.detach().mean(dtype=torch.float64)  # any number will do; a near one keeps the sums small
     total, products = weight.new_zeros(k), weight.new_zeros(k, k)
     for part in windows.split(100_000):  # in 64 bits, a piece at a time
-        part = part.double() - centre
-        total, products = total + part.sum(0), products + part.T @ part
+        x = part.double() - centre
+        total, products = total + x.sum(0), products + x.T @ x
     mean = total / len(windows)  # [k], seen from the centre
     covariance = products / len(windows) - mean[:, None] * mean
     variance = ((weight @ covariance) * weight).sum(1)  # [C]
@@ -221,7 +220,7 @@ class ConvLayer(nn.Module):
         if isinstance(self.layer_norm, nn.LayerNorm):
             hidden = self.layer_norm(conv_by_products(hidden, kernel, bias, self.conv.stride[0]))
         else:
-            hidden = F.conv1d(hidden.T[None], kernel, bias, self.conv.stride)[0].T
+            hidden = nn.functional.conv1d(hidden.T[None], kernel, bias, self.conv.stride)[0].T
         return self.activation(hidden)
 
 
@@ -274,7 +273,7 @@ class FeatureEncoder(nn.Module):
         T = conv_output_lengths(S, self.config.conv_kernel, self.config.conv_stride)
         kernels = [layer.kernel() for layer in self.conv_layers]
         alone = [self._alone(row[:n], kernels) for row, n in zip(samples, n_samples, strict=True)]
-        return torch.stack([F.pad(frames, (0, 0, 0, T - len(frames))) for frames in alone])
+        return torch.stack([nn.functional.pad(frames, (0, 0, 0, T - len(frames))) for frames in alone])
 
     def _together(self, samples: Tensor, lengths: Tensor | None) -> Tensor:
         """The plain form: `[B, S]` -> `[B, T, C]`, layer by layer, padding included."""
