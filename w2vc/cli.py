@@ -70,6 +70,8 @@ __all__ = [
     "worst_transcripts",
     "evaluate_command",
     "explore",
+    "export",
+    "bench",
     "pretrain",
     "finetune",
     "recipes",
@@ -652,6 +654,61 @@ def explore(  # noqa: PLR0917
         recording, model, page, text=text, start=start, end=end, layers=layer or None, heads=head or None
     )
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
+
+
+# %% ../nbs/94_cli.ipynb #3e89a940
+@app.command(
+    epilog=examples(
+        "w2vc export ./my-model my-model.onnx",
+        "w2vc export facebook/wav2vec2-conformer-rel-pos-large-960h-ft large.onnx",
+    )
+)
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a CTC checkpoint.")],
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="ONNX file to write.")],
+    revision: Revision = None,
+    force: Force = False,
+) -> None:
+    """Write a CTC model as ONNX, for any batch and any length."""
+    from w2vc.export import export_onnx, onnx_difference
+
+    if output.exists() and not force:
+        raise ValueError(f"{output} exists; --force writes over it")
+    ours = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=torch.float32, revision=revision)
+    processor = Wav2Vec2Processor.from_pretrained(model, revision=revision)
+    export_onnx(ours, output, processor=processor)
+    size = sum(f.stat().st_size for f in output.parent.glob(f"{output.name}*")) / 1e6
+    print(f"{output}: {size:.1f} MB, relative difference from the model {onnx_difference(output, ours):.1e}")
+
+
+# %% ../nbs/94_cli.ipynb #0fac05f8
+@app.command(
+    epilog=examples(
+        "w2vc bench --list",
+        "w2vc bench import samplers --quick",
+        "w2vc bench --against transformers --json benchmarks.json",
+    )
+)
+def bench(  # noqa: PLR0917
+    rows: Annotated[list[str] | None, typer.Argument(metavar="[ROW]...", help="Rows to measure; all that this device can run by default.")] = None,
+    against: Annotated[str | None, typer.Option(help="transformers: measure it in the same run.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU.", min=1)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes and fewer repetitions.")] = False,
+    growth: Annotated[bool, typer.Option("--growth", help="Also measure time and memory against length and batch.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File of the figures; rows that it has already are kept.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the rows and stop.")] = False,
+) -> None:  # fmt: skip
+    """Measure how fast the model is here, and how much memory it takes."""
+    from w2vc.benchmark import list_rows, readme_table, run_benchmarks
+
+    if list_only:
+        print("\n".join(list_rows()))
+        return
+    report = run_benchmarks(
+        rows, against=against, device=device, threads=threads, quick=quick, out=json_file, growth=growth
+    )
+    print(readme_table(report))
 
 
 # %% ../nbs/94_cli.ipynb #e0dc9545
