@@ -517,8 +517,9 @@ def test_tensorboard_has_numbers_texts_pictures_and_sounds(tmp_path: Path) -> No
     (sound, _) = board.Audio("valid/sound")
     assert sound.sample_rate == 16_000
     pcm = torch.frombuffer(bytearray(sound.encoded_audio_string[44:]), dtype=torch.int16)
-    assert len(pcm) == 16_000  # a crop of a second
-    silent = (pcm[: 49 * 320].view(-1, 320) == 0).all(1).float().mean()
+    assert 4_000 < len(pcm) <= 16_000  # a crop of a second at most
+    pcm = pcm[: len(pcm) // 320 * 320]
+    silent = (pcm.view(-1, 320) == 0).all(1).float().mean()
     assert 0.2 < silent < 0.9  # the hidden frames
     small(tmp_path / "letters", "ctc", *every)
     board = EventAccumulator(str(tmp_path / "letters" / "tensorboard")).Reload()
