@@ -238,7 +238,7 @@ class Packing:
         A mask on an accelerator is not read, as the host would have to wait for it. One that is not right-padded is not
         packed, and a lone frame is left to the masked statistics of batch norm.
         """
-        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if tracing or mask.device.type != "cpu":
             return None
         lengths, n_frames = mask.sum(-1), mask.shape[1]
@@ -376,12 +376,13 @@ class SelfAttention(nn.Module):
         """
         mixed = []
         for parts in zip(*(torch.split(x, packing.lengths, dim=2) for x in (query, key, value)), strict=True):
+            query, key, value = parts
             near = relative
             if relative is not None:
                 distance_keys, bias_u, bias_v = relative
-                far = packing.shape[1] - parts[0].shape[2]  # distances beyond this utterance, on each side
+                far = packing.shape[1] - query.shape[2]  # distances beyond this utterance, on each side
                 near = (distance_keys[:, far : distance_keys.shape[1] - far], bias_u, bias_v)
-            mixed.append(self._mix(*parts, None, near)[0])
+            mixed.append(self._mix(query, key, value, None, near)[0])
         return torch.cat(mixed, dim=2)
 
     def _project(self, table: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,13 +18,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .audio import Samples, Wav2Vec2FeatureExtractor
-from .evaluation import CodeMeasures, code_phone_report, cross_table
-
-# isort: split
-from .evaluation import log_mel_frames, phone_rows, utterance_batches
+from .evaluation import CodeMeasures, code_phone_report, phone_rows, utterance_batches
 from .explore import Explorer, gray_png
 from .features import receptive_field, valid_lengths
 from .health import perplexity
+from .measures import cross_table, log_mel_frames
 from .pretrained import listening
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .speech import SAMPLING_RATE, SILENCE, Segment, Speech, frame_labels

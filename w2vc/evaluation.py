@@ -37,23 +37,13 @@ from .config import Wav2Vec2ConformerConfig, find_file, read_json
 from .ctc import Wav2Vec2ConformerForCTC
 from .features import receptive_field, valid_lengths
 from .health import Sums, choice_sums, code_sums, describe_codes
-from w2vc.measures import (
-    DiarizationErrors,
-    OperatingPoint,
-    activity_turns,
-    bootstrap,
-    diarization_error_rate,
-    equal_error_rate,
-    eval_library,
-    fit_softmax,
-    min_dcf,
-    plain_text,
-    score_pairs,
-)
-from .measures import EditCounts as EditCounts  # noqa: PLC0414  other modules take these four from here
-from .measures import count_edits as count_edits  # noqa: PLC0414
-from .measures import cross_table as cross_table  # noqa: PLC0414
-from .measures import log_mel_frames as log_mel_frames  # noqa: PLC0414
+from .measures import DiarizationErrors, EditCounts, OperatingPoint, activity_turns, bootstrap
+
+# isort: split
+from .measures import count_edits, cross_table, diarization_error_rate, equal_error_rate
+
+# isort: split
+from .measures import eval_library, fit_softmax, log_mel_frames, min_dcf, plain_text, score_pairs
 from .model import Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel, listening, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining

@@ -141,7 +141,7 @@ def fold_group_norm(windows: Tensor, kernel: Tensor, norm: nn.GroupNorm) -> tupl
     k = kernel.shape[2]
     centre = windows.detach().mean(dtype=torch.float64)  # any number will do; a near one keeps the sums small
     total, products = weight.new_zeros(k), weight.new_zeros(k, k)
-    for part in windows.split(100_000):  # in 64 bits, a piece at a time
+    for part in torch.split(windows, 100_000):  # in 64 bits, a piece at a time
         x = part.double() - centre
         total, products = total + x.sum(0), products + x.T @ x
     mean = total / len(windows)  # [k], seen from the centre
@@ -262,7 +262,7 @@ class FeatureEncoder(nn.Module):
         """
         samples = input_values.to(next(self.parameters()).dtype)
         lengths = lengths if self.config.padding_invariant else None
-        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         unknown = lengths is not None and lengths.device.type != "cpu"
         if graph or unknown or samples.device.type == "mps" or self._watched():  # mps has no 64-bit numbers
             return self._together(samples, lengths)
@@ -271,7 +271,7 @@ class FeatureEncoder(nn.Module):
         if B > 1 and samples.device.type != "cpu" and min(n_samples) == S:
             return self._together(samples, None)  # an accelerator likes one large piece of work
         T = conv_output_lengths(S, self.config.conv_kernel, self.config.conv_stride)
-        kernels = [layer.kernel() for layer in self.conv_layers]
+        kernels = [layer.kernel() for layer in self.conv_layers]  # type: ignore[operator]
         alone = [self._alone(row[:n], kernels) for row, n in zip(samples, n_samples, strict=True)]
         return torch.stack([nn.functional.pad(frames, (0, 0, 0, T - len(frames))) for frames in alone])
 
@@ -316,7 +316,7 @@ class FeatureEncoder(nn.Module):
         """Some samples of one utterance `[S']` -> their frames `[T', C]`."""
         hidden = samples[:, None]  # [S', 1]
         for layer, kernel, bias in zip(self.conv_layers, kernels, biases, strict=True):
-            hidden = layer.frames(hidden, kernel, bias)
+            hidden = layer.frames(hidden, kernel, bias)  # type: ignore[operator]
         return hidden
 
     def _watched(self) -> bool:

@@ -26,9 +26,9 @@ from .batches import Collator, CTCCollator, LabelCollator, PretrainingCollator, 
 from .classification import Wav2Vec2ConformerForAudioFrameClassification
 from .config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically, write_together
 from .ctc import Wav2Vec2ConformerForCTC
-from .evaluation import EditCounts, count_edits
 from .features import frame_mask
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
+from .measures import EditCounts, count_edits
 from .pretrained import OLD_WEIGHTS, PreTrainedModel, listening, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .recipes import Recipe, SourcePlan, describe_cost, estimate_cost, gumbel_temperature
@@ -657,7 +657,7 @@ class MetricsLog:
                     self.board.add_scalar(f"{kind}/{key}", value, step)
                 elif isinstance(value, str):
                     self.board.add_text(f"{kind}/{key}", value, step)
-                elif key == "samples":
+                elif isinstance(value, list) and key == "samples":
                     self.board.add_text(f"{kind}/{key}", "\n\n".join(value), step)
         return record
 
@@ -1171,7 +1171,7 @@ class JudgedRun(SteppingRun):
         board.add_audio(
             "valid/sound", audio[None] / audio.abs().max().clamp_min(1e-6), self.step, self.processor_rate()
         )
-        last = next((r for r in reversed(self.log.records) if r["kind"] == "train"), {})
+        last: dict[str, Any] = next((r for r in reversed(self.log.records) if r["kind"] == "train"), {})
         if norms := last.get("gradients"):
             board.add_figure("valid/gradients", draw_gradients(norms), self.step)
         if "codes" in self.objective.taps:

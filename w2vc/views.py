@@ -29,14 +29,12 @@ from .codevectors import collect_codes, flatten_to_plane, main_phones, pack_soun
 from .config import refuse
 from .ctc import Wav2Vec2ConformerForCTC, weave_blanks
 from .decoding import CTCDecoder
-from .evaluation import activity_turns, diarization_error_rate, equal_error_rate
-
-# isort: split
-from .evaluation import model_class, score_pairs, utterance_batches
+from .evaluation import model_class, utterance_batches
 from .explore import Explorer, as_utterance, attention_explorer, clip_data, frame_clock
 
 # isort: split
 from .explore import gray_png, save_page, slider
+from .measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
 from .pretrained import PreTrainedModel, demo_folder, listening
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .speaker import Wav2Vec2ConformerForXVector
