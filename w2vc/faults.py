@@ -216,7 +216,14 @@ def _patches(name: str) -> list[Patch]:
             (attention, "scaled_dot_product_attention", _over_queries_fused),
         ],
         "scale_missing": [(attention, "attend", _unscaled)],
-        "padding_attended": [(attention, "hide_padding", lambda bias, frame_mask, dtype: bias)],
+        "padding_attended": [
+            (attention, "hide_padding", lambda bias, frame_mask, dtype: bias),
+            (
+                attention.Packing,
+                "of",
+                staticmethod(lambda mask, device: None),
+            ),  # packed frames meet no padding
+        ],
         "norm_over_padding": [
             (features.MaskedGroupNorm, "forward", _plain_norm(nn.GroupNorm)),
             (features.FeatureEncoder, "forward", lambda self, samples, lengths=None: encode(self, samples)),
