@@ -33,7 +33,6 @@ VOICES, MORE_VOICES, PEOPLE = TRIALS["pretrained"]
 MISSED = {
     ("pretrained", "I(code; phone) / H(phone)", MORE_VOICES),
     ("ctc", "CER", MORE_VOICES),
-    ("ctc", "CER", PEOPLE),
     ("keyword", "accuracy", VOICES),
     ("keyword", "accuracy", MORE_VOICES),
     ("speaker", "EER", VOICES),
@@ -136,8 +135,9 @@ def test_figures_stay_where_they_were_measured() -> None:
     assert value["pretrained", "twins"] <= 0.03
     assert value["pretrained", "I(code; phone) / H(phone)"] >= 0.42
     assert value["pretrained", "phone probe"] >= 0.55
-    assert value["ctc", "CER"] <= 0.06
-    assert value["keyword", "accuracy"] >= 0.88  # the goal is 0.95
+    assert value["ctc", "CER"] <= 0.03
+    assert figures["ctc"][PEOPLE]["measures"]["CER"]["value"] <= 0.35
+    assert value["keyword", "accuracy"] >= 0.92  # the goal is 0.95
     assert value["speaker", "EER"] <= 0.12  # the goal is 0.08
     assert "DER" in figures["frame"]["built-in, 8 unseen voices"]["measures"]
     few = [
