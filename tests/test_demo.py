@@ -25,6 +25,7 @@ from w2vc.demo import (
     pack_run,
 )
 from w2vc.evaluation import count_edits
+from w2vc.health import compare_with_bands, stored_bands
 from w2vc.pretrained import BASE, demo_folder
 from w2vc.recipes import Recipe
 from w2vc.training import make_trainer
@@ -227,3 +228,9 @@ def test_a_shortened_pretraining_learns_as_the_recipe_did(tmp_path: Path) -> Non
     assert figures["accuracy"] >= 0.12
     assert figures["used"] >= 0.4
     assert figures["twins"] <= 0.05
+    bands = stored_bands("demo_pretrain")
+    assert bands is not None
+    outside = compare_with_bands(trainer.log.records, bands)  # less data and no people, and yet
+    assert outside["loss"] == outside["temperature"] == 0.0
+    assert outside["used"] <= 0.5  # the collapse: 1.0
+    assert outside["twins"] <= 0.5
