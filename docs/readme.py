@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md: the chapter table, with run times measured just now, and its picture.
+"""Write the generated parts of README.md: the chapter table with run times measured just now, its picture, and the table of speed.
 
 python docs/readme.py    (make readme executes what is stale first)
 """
@@ -12,8 +12,12 @@ from pathlib import Path
 
 import nbformat
 
+from w2vc.benchmark import Report, readme_table
+
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- chapters: make readme -->", "<!-- end of chapters -->"
+SPEED, SPEED_END = "<!-- speed: make readme -->", "<!-- end of speed -->"
+FIGURES = ROOT / "docs" / "benchmarks" / "cpu.json"
 PICTURE = ROOT / "docs" / "_static" / "start.png"
 
 
@@ -56,10 +60,16 @@ def picture() -> bytes:
     return base64.b64decode(found[-1])
 
 
+def fill(text: str, start: str, end: str, content: str) -> str:
+    """Put something new between two marks."""
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+
+
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(START)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{START}\n{table()}\n{END}{after}", encoding="utf-8")
+    text = fill(readme.read_text(encoding="utf-8"), START, END, table())
+    text = fill(text, SPEED, SPEED_END, readme_table(Report.load(FIGURES)))
+    readme.write_text(text, encoding="utf-8")
     PICTURE.write_bytes(picture())
     print(f"README.md and {PICTURE.relative_to(ROOT)} are up to date")

@@ -119,9 +119,13 @@ def test_the_card_names_every_goal_that_is_missed() -> None:
     card = (demo_folder().parent / "README.md").read_text(encoding="utf-8")
     judged = goals_met(demo_figures())
     assert len(judged) == 19
-    missed = re.findall(r"\| `(\w+)/` (.+?) \| at (?:least|most) \d+ % \| (.+?) \| \d+\.\d % \| \*\*missed\*\* \|", card)
+    missed = re.findall(
+        r"\| `(\w+)/` (.+?) \| at (?:least|most) \d+ % \| (.+?) \| \d+\.\d % \| \*\*missed\*\* \|", card
+    )
     assert set(missed) == {goal for goal, met in judged.items() if not met}
-    assert set(missed) == MISSED  # no more than these, and no fewer without a change of the text below the table
+    assert (
+        set(missed) == MISSED
+    )  # no more than these, and no fewer without a change of the text below the table
 
 
 def test_figures_stay_where_they_were_measured() -> None:

@@ -200,9 +200,7 @@ def test_used_later_is_true(path: Path) -> None:
         code = "\n".join(c.source for c in theirs if c.cell_type == "code")
         needs = exported is not None and exported[1] in modules_behind(imported(code))
         back = any(f"({path.name})" in c.source for c in theirs if c.cell_type == "markdown")
-        assert needs or back, (
-            f"{later} neither imports nor mentions {path.stem}"
-        )
+        assert needs or back, f"{later} neither imports nor mentions {path.stem}"
 
 
 @chapters

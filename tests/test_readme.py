@@ -67,6 +67,9 @@ def test_command_line_examples_run_as_printed(desk: Path) -> None:
         "pretrain",
         "finetune",
         "demo",
+        "explore",
+        "export",
+        "bench",
     } & set(commands)
     assert len(commands) >= 5
     program = [sys.executable, "-m", "w2vc.cli"]

@@ -148,7 +148,7 @@ def small(folder: Path, objective: str = "pretraining", *overrides: str, **knobs
 def test_pretraining_learns(tmp_path: Path) -> None:
     """On sixteen clips, questions are answered far better than by guessing; the codes stay in use."""
     plan = make_recipe(
-        "pretraining", "run.steps=80", "run.log_every=8", "run.evaluate_every=80", "run.save_every=80",
+        "pretraining", "run.steps=120", "run.log_every=12", "run.evaluate_every=120", "run.save_every=120",
         "optimizer.lr=5e-3", "data.batch_rows=8", "pretraining.temperature_share=0.5", "data.preload=true",
         "data.crop=shortest",
     )  # fmt: skip
@@ -212,9 +212,9 @@ def test_a_loss_without_a_value_never_reaches_the_optimiser(tmp_path: Path) -> N
         loss, output = forward(model, batch, count)
         if bad in batch["ids"]:
             if trainer.model.training:
-                trainer.model.wav2vec2_conformer.encoder.layers[0].conv_module.batch_norm.running_mean.fill_(
-                    math.nan
-                )
+                trainer.model.wav2vec2_conformer.encoder.layers[
+                    0
+                ].conv_module.batch_norm.running_mean.data.fill_(math.nan)
             loss = loss * math.nan
         return loss, output
 
@@ -423,7 +423,8 @@ def test_layerdrop_with_several_processes_computes_and_selects(monkeypatch: pyte
     together_, states_, maps = encoder(hidden, output_hidden_states=True, output_attentions=True)
     assert torch.equal(alone, together_)
     assert all(torch.equal(a, b) for a, b in zip(states, states_, strict=True))
-    assert maps == (None, None)
+    assert maps is not None
+    assert [m is not None for m in maps] == [True, True]  # they ran
     assert all(torch.equal(b, before[name]) for name, b in encoder.named_buffers())
     together_.square().sum().backward()
     for name, p in encoder.layers.named_parameters():

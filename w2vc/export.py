@@ -62,6 +62,9 @@ class CTCProgram(nn.Module):
         model.wav2vec2_conformer.encoder.pos_conv_embed = nn.Identity()  # type: ignore[assignment]
         for part in model.modules():
             for name in [*getattr(part, "parametrizations", {})]:
+                part.__class__ = type(
+                    type(part).__name__, type(part).__bases__, dict(vars(type(part)))
+                )  # not the model's own
                 nn.utils.parametrize.remove_parametrizations(part, name)
         self.model = model
 

@@ -276,7 +276,7 @@ class FeatureEncoder(nn.Module):
         return torch.stack([nn.functional.pad(frames, (0, 0, 0, T - len(frames))) for frames in alone])
 
     def _together(self, samples: Tensor, lengths: Tensor | None) -> Tensor:
-        """The plain form: `[B, S]` -> `[B, T, C]`, layer by layer, padding included."""
+        """The plain form: `[B, S]` -> `[B, T, C]`, layer by layer, padding included; the frames of padding are then set to 0."""
         hidden = samples[:, None]  # [B, 1, S]
         counts = None if lengths is None else lengths.to(hidden.device)
         for index, layer in enumerate(self.conv_layers):
@@ -285,7 +285,11 @@ class FeatureEncoder(nn.Module):
                 hidden = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden = layer(*arguments)
-        return hidden.transpose(1, 2)  # [B, C, T] -> [B, T, C]
+        hidden = hidden.transpose(1, 2)  # [B, C, T] -> [B, T, C]
+        if counts is None:
+            return hidden
+        frames = conv_output_lengths(counts, self.config.conv_kernel, self.config.conv_stride)
+        return hidden.masked_fill(~frame_mask(frames, hidden.shape[1])[:, :, None], 0.0)
 
     def _alone(self, samples: Tensor, kernels: list[Tensor]) -> Tensor:
         """One utterance `[S]` -> `[T, C]`, block by block; `kernels` of the layers."""
