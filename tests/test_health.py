@@ -184,12 +184,19 @@ def test_bands_hold_their_own_runs_and_no_collapse() -> None:
 
 def test_bands_are_as_dense_as_the_log() -> None:
     early, late = a_run(), a_run(n=10, loss=2.0)
-    run = [*early[:10], *({**r, "step": 100 + 50 * r["step"] // 10} for r in late)]  # 10, 20, … 100, 150, … 600
+    run = [
+        *early[:10],
+        *({**r, "step": 100 + 50 * r["step"] // 10} for r in late),
+    ]  # 10, 20, … 100, 150, … 600
     bands = healthy_bands([run], points=100)
     assert bands["steps"] == [r["step"] for r in run]
-    assert healthy_bands([run], points=10)["steps"] == bands["steps"][1::2]  # at most so many, and the last one
+    assert (
+        healthy_bands([run], points=10)["steps"] == bands["steps"][1::2]
+    )  # at most so many, and the last one
     odd = [{**r, "loss": r["loss"] + 9 * (r["step"] == 150)} for r in run]
-    assert compare_with_bands(odd, bands)["loss"] == pytest.approx(2 / 20)  # it touches its own point and the next
+    assert compare_with_bands(odd, bands)["loss"] == pytest.approx(
+        2 / 20
+    )  # it touches its own point and the next
 
 
 def test_the_demo_run_is_inside_its_bands_and_the_collapse_is_not() -> None:
