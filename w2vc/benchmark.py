@@ -634,7 +634,7 @@ def training_step(
     seconds: float = 5.0, dtype: torch.dtype = torch.float32, compiled: bool = False, **knobs: Any,
 ) -> Work:  # fmt: skip
     """Forward, loss and backward of a batch; the optimiser's update is the same code on both sides and left out."""
-    knobs = {"mask_time_prob": 0.05, **knobs}
+    knobs = {"mask_time_prob": 0.05, "vocab_size": 32, **knobs}
     if s.size == "tiny":
         knobs, n_rows, seconds = {"num_negatives": 5, "layerdrop": knobs.get("layerdrop", 0.1)}, 2, 0.5
         config = Wav2Vec2ConformerConfig.tiny(**knobs)
@@ -981,7 +981,7 @@ _TABLE = [
     Row("import", "import w2vc, beside import torch", Goal("<= 1.3x", 1 / 1.3), importing, 5, peer="torch"),
     Row("load-large", "opening a checkpoint of 618 M parameters", _SEEN, loading_weights, 3),
     Row("gpu-inference", "GPU, bf16, large config: inference, 16 x 10 s", _CARD, partial(utterance, dtype=_HALF, layers=24, n_rows=16, compiled=True), 10, 0.1, "cuda"),
-    Row("gpu-step", "GPU, bf16, large config: pre-training step, 8 x 10 s", Goal(">= 2x faster, >= 50 % of the product rate", 2, None, 0.5), partial(training_step, large=True, n_rows=8, seconds=10.0, dtype=_HALF, layerdrop=0.0, compiled=True), 5, 0.1, "cuda"),
+    Row("gpu-step", "GPU, bf16, large config: pre-training step, 8 x 10 s", Goal(">= 2x faster, >= 50 % of the product rate", 2, None, 0.5), partial(training_step, large=True, n_rows=8, seconds=10.0, dtype=_HALF, layerdrop=0.0, compiled=True), 5, 0.2, "cuda"),
     Row("gpu-minutes", "GPU, bf16, large config: 10 minutes in one forward", _SEEN, partial(minutes, seconds=600.0, layers=24, dtype=_HALF), 3, 0.1, "cuda"),
 ]  # fmt: skip
 ROWS = {row.name: row for row in _TABLE}
