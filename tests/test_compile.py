@@ -149,7 +149,7 @@ def test_a_skipped_layer_leaves_no_trace(checkpointing: bool, monkeypatch: pytes
     tensors = copy.deepcopy(encoder)
     hidden, results = torch.randn(2, 9, 32), []
     for model, together in ((encoder, False), (tensors, True)):
-        monkeypatch.setattr(module, "several_processes", lambda together=together: together)
+        monkeypatch.setattr(module, "in_process_group", lambda together=together: together)
         torch.manual_seed(1)
         last, states, _ = model(hidden, output_hidden_states=True)
         last.square().sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,6 +253,23 @@ def test_layerdrop_draws_only_when_it_can_skip(layerdrop: float, training: bool,
     for _ in range(draws):
         torch.rand([])
     assert torch.equal(after, torch.rand([]))
+
+
+def test_layerdrop_in_a_group_of_one_leaves_no_gradient_out(tmp_path: Path) -> None:
+    """A launcher wraps a single process too; the second step fails if the first left a parameter without gradient."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        torch.manual_seed(0)
+        encoder = ConformerEncoder(tiny_config(**{**SILENT, "layerdrop": 0.9}, num_hidden_layers=5)).train()
+        wrapped = nn.parallel.DistributedDataParallel(encoder)
+        for _ in range(2):
+            last, states, _ = wrapped(frames(), output_hidden_states=True)
+            assert any(torch.equal(a, b) for a, b in itertools.pairwise(states[:-1])), "no layer was skipped"
+            last.square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_layerdrop_of_one_skips_everything_and_is_read_at_each_call() -> None:

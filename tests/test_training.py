@@ -413,12 +413,12 @@ def test_ctc_leaves_out_what_has_no_text(tmp_path: Path) -> None:
         keep_usable(Speech([silent]), trainer.objective, "valid")
 
 
-def test_layerdrop_with_several_processes_computes_and_selects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layerdrop_in_a_process_group_computes_and_selects(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in one process, but every parameter has a gradient; running statistics stay where they were."""
     encoder = ConformerEncoder(make_recipe("pretraining", layerdrop=1.0).model_config()).train()
     hidden = torch.randn(1, 12, 32)
     alone, states, _ = encoder(hidden, output_hidden_states=True)
-    monkeypatch.setattr(w2vc.conformer, "several_processes", lambda: True)
+    monkeypatch.setattr(w2vc.conformer, "in_process_group", lambda: True)
     before = {name: b.clone() for name, b in encoder.named_buffers()}
     together_, states_, maps = encoder(hidden, output_hidden_states=True, output_attentions=True)
     assert torch.equal(alone, together_)

@@ -24,7 +24,7 @@ __all__ = [
     "FeedForward",
     "ConformerBlock",
     "skip_layer",
-    "several_processes",
+    "in_process_group",
     "keep_buffers",
     "recompute_contexts",
     "ConformerEncoder",
@@ -106,7 +106,7 @@ class ConformerBlock(nn.Module):
         return self.final_layer_norm(hidden), maps
 
 
-# %% ../nbs/26_conformer.ipynb #c4731ea1
+# %% ../nbs/26_conformer.ipynb #3551450d
 def skip_layer(layerdrop: float, training: bool) -> bool | Tensor:
     """Decide whether LayerDrop skips the next layer (Fan et al., 2020).
 
@@ -115,18 +115,20 @@ def skip_layer(layerdrop: float, training: bool) -> bool | Tensor:
 
     Returns:
         A bool, on which the host can branch; or, where the layer has to run either way, a tensor `[]` that says
-        whether its result counts: while torch compiles, and where several processes train together.
+        whether its result counts: while torch compiles, and in a process group.
     """
     if not training or layerdrop <= 0:
         return False
     skipped = torch.rand([], device="cpu") < layerdrop
-    return skipped if torch.compiler.is_compiling() or several_processes() else bool(skipped)
+    return skipped if torch.compiler.is_compiling() or in_process_group() else bool(skipped)
 
 
-def several_processes() -> bool:
-    """Say whether several processes train together; each then waits for a gradient of every parameter from all others."""
-    group = torch.distributed
-    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
+def in_process_group() -> bool:
+    """Say whether this process is one of a group; a wrapper such as DDP then waits for the gradient of every parameter.
+
+    A group of one counts: a launcher starts it and wraps the model just the same.
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 # %% ../nbs/26_conformer.ipynb #1b48bda4
