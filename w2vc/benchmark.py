@@ -196,7 +196,6 @@ def memory_peak(device: str = "cpu", *, reset: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# %% ../nbs/70_speed.ipynb #b70d4d05
 def limit_memory(gigabytes: float, device: str = "cpu") -> None:
     """Let this process hold at most so much more than it does now; what asks for more fails with an error, not with a crash.
 
@@ -297,7 +296,6 @@ class Side:
     failed: str = ""
 
 
-# %% ../nbs/70_speed.ipynb #dce269fd
 @dataclass(frozen=True)
 class Goal:
     """What a row should reach; None: nothing is asked.
@@ -460,7 +458,6 @@ def build(cls: type[PreTrainedModel], config: Wav2Vec2ConformerConfig, side: str
     return (ours if side == "ours" else as_peer(ours)).to(s.device)
 
 
-# %% ../nbs/70_speed.ipynb #b11a7588
 class Switchable:
     """A model whose kernels can be chosen between two calls.
 
@@ -489,7 +486,6 @@ class Switchable:
         return self.run(*args, **kwargs)
 
 
-# %% ../nbs/70_speed.ipynb #9139029e
 def product_shapes(config: Wav2Vec2ConformerConfig, frames: int) -> list[tuple[int, int, int]]:
     """Name the products that a conformer block spends its time on, as `(rows, inner, columns)`."""
     D, wide = config.hidden_size, config.intermediate_size
@@ -628,7 +624,6 @@ def _some_gradients(model: nn.Module) -> Tensor:
     return torch.cat(picked)
 
 
-# %% ../nbs/70_speed.ipynb #30401796
 def training_step(
     side: str, s: Setting, *, goal: str = "pretraining", large: bool = False, n_rows: int = 4,
     seconds: float = 5.0, dtype: torch.dtype = torch.float32, compiled: bool = False, **knobs: Any,
@@ -865,7 +860,6 @@ def decoding(side: str, s: Setting, *, beam: int = 0) -> Work:
     return Work(call, about=about)
 
 
-# %% ../nbs/70_speed.ipynb #4308c3b5
 def loading(side: str, s: Setting) -> Work:
     """Making a batch of the built-in speech (read, crop, mask, draw negatives), beside the training step that eats it."""
     if side == "peer":
@@ -957,7 +951,7 @@ _LONG = Goal("<= 4 GB above the weights", gigabytes=4)
 _SEEN, _HALF = Goal("measured"), torch.bfloat16
 _CARD = Goal(">= 1.5x faster, >= 50 % of the product rate", 1.5, None, 0.5)
 
-# %% ../nbs/70_speed.ipynb #05a4b5b9
+
 _TABLE = [
     Row("loss-8x10", "quantizer + contrastive loss, forward and backward, 8 x 10 s", _LOSS, partial(loss_head, n_rows=8, seconds=10.0), 3),
     Row("loss-4x5", "quantizer + contrastive loss, forward and backward, 4 x 5 s", _LOSS, partial(loss_head, n_rows=4, seconds=5.0), 5),
@@ -1039,7 +1033,6 @@ def _fastest_mode(work: Work, device: str) -> tuple[str, dict[str, Any]]:
     return best, tried
 
 
-# %% ../nbs/70_speed.ipynb #19046307
 def _serve_row(row: Row, side: str, s: Setting, send: Callable[..., None]) -> None:
     """Build one side of a row, compare, choose a mode; then run once for each line on standard input."""
     work = row.make(side, s)
@@ -1329,7 +1322,6 @@ def describe_machine(device: str = "cpu", threads: int = 1) -> dict[str, Any]:
     return machine
 
 
-# %% ../nbs/70_speed.ipynb #1a72dc94
 def _seconds(x: float) -> str:
     """Write a time readably."""
     return f"{x:.2f} s" if x >= 1 else f"{1000 * x:.3g} ms"
@@ -1610,6 +1602,5 @@ def plot_ratios(report: Report) -> Any:
     return fig
 
 
-# %% ../nbs/70_speed.ipynb #9538c61b
 if __name__ == "__main__" and len(sys.argv) == 3 and sys.argv[1] == "child":
     _child(json.loads(sys.argv[2]))
