@@ -257,9 +257,7 @@ def test_layerdrop_draws_only_when_it_can_skip(layerdrop: float, training: bool,
 
 def test_layerdrop_in_a_group_of_one_leaves_no_gradient_out(tmp_path: Path) -> None:
     """A launcher wraps a single process too; the second step fails if the first left a parameter without gradient."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         torch.manual_seed(0)
         encoder = ConformerEncoder(tiny_config(**{**SILENT, "layerdrop": 0.9}, num_hidden_layers=5)).train()

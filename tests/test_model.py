@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+import w2vc
 from helpers import assert_close, difference, randomise_, tiny_config
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.features import frame_mask
@@ -405,3 +406,18 @@ def test_forward_on_the_gpu_equals_the_cpu() -> None:
         want = model(audio(), attention_mask=mask)
         got = model.cuda()(audio().cuda(), attention_mask=mask.cuda())
     assert_close("model, cpu and gpu", got.last_hidden_state.cpu(), want.last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "name", ["Model", "ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector", "ForPreTraining"]
+)  # fmt: skip
+@pytest.mark.parametrize("knobs", [{}, {"use_weighted_layer_sum": True}], ids=["last", "mixed"])
+def test_the_mask_may_stay_on_the_host(name: str, knobs: dict[str, Any]) -> None:
+    """The meta device stands for an accelerator: it holds no values, and refuses to be mixed with tensors of the host."""
+    config = tiny_config(vocab_size=12, **knobs)
+    with torch.device("meta"):
+        model = getattr(w2vc, f"Wav2Vec2Conformer{name}")(config).eval()
+    mask = torch.ones(2, 8000, dtype=torch.long)
+    mask[1, 5000:] = 0
+    output = model(torch.empty(2, 8000, device="meta"), attention_mask=mask)
+    assert all(x.device.type == "meta" for x in output.values() if isinstance(x, Tensor))

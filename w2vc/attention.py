@@ -314,9 +314,7 @@ class SelfAttention(nn.Module):
         """
         kernel = self.config.attn_implementation
         if kernel not in KERNELS:
-            raise ValueError(
-                f"attn_implementation={kernel!r}; allowed are {KERNELS} ('flex' needs CUDA and comes later)"
-            )
+            raise ValueError(f"attn_implementation={kernel!r}; allowed are {KERNELS}")
         self._check(hidden, frame_mask, positions)
         if output_attentions and isinstance(frame_mask, Packing):
             raise ValueError(

@@ -189,7 +189,6 @@ def _even_out(batches: list[list[int]], multiple_of: int, seed: int | None, epoc
     return batches
 
 
-# %% ../nbs/48_batches.ipynb #cc77c465
 def bucket_batches(
     lengths: Sequence[int] | Tensor,
     max_samples: int,
@@ -249,7 +248,6 @@ class Draw(NamedTuple):
     number: int
 
 
-# %% ../nbs/48_batches.ipynb #d3731ffa
 class _Dealer(Sampler[list[Draw]]):
     """Deal out the batches of an epoch, from a position on."""
 
@@ -493,7 +491,6 @@ class Clip:
     problem: str = ""
 
 
-# %% ../nbs/48_batches.ipynb #5a58f73b
 class SpeechDataset(Dataset[Clip]):
     """Decode utterances when they are asked for, in whichever process asks.
 
@@ -833,7 +830,6 @@ def turn_order(utterance: Utterance) -> list[Segment]:
     return [Segment(number[turn.label], turn.start, turn.end) for turn in turns]
 
 
-# %% ../nbs/48_batches.ipynb #09fca666
 def frame_targets(
     segments: Sequence[Segment],
     label2id: dict[str, int],

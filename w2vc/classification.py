@@ -321,7 +321,7 @@ class FrameReader(PreTrainedModel):
             frames = weighted_layer_sum(output.hidden_states, weights)
             output.hidden_states = output.hidden_states if keep else None
             if base.adapter is not None:
-                samples = None if attention_mask is None else valid_lengths(attention_mask)
+                samples = None if attention_mask is None else valid_lengths(attention_mask).to(frames.device)
                 n_real = (
                     None
                     if samples is None
@@ -330,7 +330,8 @@ class FrameReader(PreTrainedModel):
                 frames = base.adapter(frames, n_real)
         if attention_mask is None:
             return output, frames, None
-        return output, frames, self._get_feature_vector_attention_mask(frames.shape[1], attention_mask)
+        real = self._get_feature_vector_attention_mask(frames.shape[1], attention_mask)
+        return output, frames, real.to(frames.device)  # a mask may have stayed on the host
 
 
 # %% ../nbs/44_classification.ipynb #8bd0afd3
