@@ -19,11 +19,11 @@ from w2vc.benchmark import (
     Setting,
     Side,
     count_flops,
+    difference_of_outputs,
     extrapolate,
     find_rows,
     fit_exponents,
     judge,
-    largest_difference,
     list_rows,
     matmul_peak,
     measure_row,
@@ -102,15 +102,15 @@ def test_a_peer_that_does_not_fit_leaves_our_own_goals() -> None:
     assert "does not fit (58 GB" in readme_table(Report({}, [row]))
 
 
-def test_largest_difference() -> None:
+def test_difference_of_outputs() -> None:
     ours = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([10.0])}
     theirs = {"a": torch.tensor([1.0, 2.5]), "b": torch.tensor([10.0])}
-    assert largest_difference(ours, theirs) == pytest.approx(0.2)
-    assert largest_difference({"a": torch.tensor([math.nan])}, {"a": torch.tensor([1.0])}) == math.inf
+    assert difference_of_outputs(ours, theirs) == pytest.approx(0.2)
+    assert difference_of_outputs({"a": torch.tensor([math.nan])}, {"a": torch.tensor([1.0])}) == math.inf
     with pytest.raises(ValueError, match="shapes differ"):
-        largest_difference({"a": torch.zeros(2)}, {"a": torch.zeros(3)})
+        difference_of_outputs({"a": torch.zeros(2)}, {"a": torch.zeros(3)})
     with pytest.raises(ValueError, match="differ in name"):
-        largest_difference({"a": torch.zeros(2)}, {"b": torch.zeros(2)})
+        difference_of_outputs({"a": torch.zeros(2)}, {"b": torch.zeros(2)})
 
 
 def test_flops_are_those_of_the_formulas() -> None:
@@ -172,7 +172,7 @@ def test_both_sides_of_a_row_compute_the_same(name: str, tmp_path: Path) -> None
         assert checked, "a row compares something"
         outputs.append({key: value.detach().float() for key, value in checked.items()})
         work.call()
-    assert largest_difference(*outputs) <= row.tolerance
+    assert difference_of_outputs(*outputs) <= row.tolerance
 
 
 @pytest.mark.parametrize("name", ["utterance", "step"])
@@ -181,7 +181,7 @@ def test_a_row_notices_other_weights(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(benchmark, "_disturb", lambda model: None)
     other = ROWS[name].make("peer", Setting(size="tiny"))
     found = [{k: v.detach() for k, v in (work.check or work.call)().items()} for work in (ours, other)]
-    assert largest_difference(*found) > ROWS[name].tolerance
+    assert difference_of_outputs(*found) > ROWS[name].tolerance
 
 
 @pytest.mark.parametrize("name", ["beam", "loading", "import"])

@@ -51,7 +51,7 @@ __all__ = [
     "limit_memory",
     "is_out_of_memory",
     "middle",
-    "largest_difference",
+    "difference_of_outputs",
     "Side",
     "Goal",
     "Measured",
@@ -245,7 +245,7 @@ def _rounded(value: Any) -> Any:
     return [_rounded(x) for x in value] if isinstance(value, list | tuple) else value
 
 
-def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+def difference_of_outputs(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """Compare what two sides computed: the largest max|a - b| / max|b| over the outputs.
 
     Raises:
@@ -1252,7 +1252,7 @@ def measure_row(row: Row, s: Setting, *, against: bool = True, repeats: int | No
                 _sum_up(getattr(done, name), answers[name], roof)
             if len(going) == 2 and math.isfinite(row.tolerance):
                 pair = [torch.load(Path(folder) / f"{name}.pt", weights_only=True) for name in sides]
-                done.difference = largest_difference(*pair)
+                done.difference = difference_of_outputs(*pair)
         finally:
             for child in children.values():
                 child.close()
