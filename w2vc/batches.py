@@ -426,12 +426,12 @@ def keyed_masks(
 
 # %% ../nbs/48_batches.ipynb #ab2cf523
 def _frame_noise(keys: Tensor, frame: Tensor, n: int) -> Tensor:
-    """Numbers in [0, 1) for each frame, `[A, n]` float32: two from each word of 64 bits, some thousand words at a time.
+    """Numbers in [0, 1) for each frame, `[A, N]` float32: two from each word of 64 bits, some thousand words at a time.
 
     Args:
         keys: `[A]`, the key of each frame's utterance.
         frame: `[A]`, which frame of it.
-        n: numbers for each.
+        n: $N$, numbers for each.
     """
     half = (n + 1) // 2
     steps = torch.arange(half, device=keys.device) + 1
