@@ -431,7 +431,7 @@ def _frame_noise(keys: Tensor, frame: Tensor, n: int) -> Tensor:
     Args:
         keys: `[A]`, the key of each frame's utterance.
         frame: `[A]`, which frame of it.
-        n: numbers for each.
+        n: $N$, numbers for each.
     """
     half = (n + 1) // 2
     steps = torch.arange(half, device=keys.device) + 1
