@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 
-from w2vc.benchmark import Report, readme_table
+from w2vc.benchmark import BenchmarkReport, readme_table
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- chapters: make readme -->", "<!-- end of chapters -->"
@@ -69,7 +69,7 @@ def fill(text: str, start: str, end: str, content: str) -> str:
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     text = fill(readme.read_text(encoding="utf-8"), START, END, table())
-    text = fill(text, SPEED, SPEED_END, readme_table(Report.load(FIGURES)))
+    text = fill(text, SPEED, SPEED_END, readme_table(BenchmarkReport.load(FIGURES)))
     readme.write_text(text, encoding="utf-8")
     PICTURE.write_bytes(picture())
     print(f"README.md and {PICTURE.relative_to(ROOT)} are up to date")

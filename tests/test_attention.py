@@ -668,7 +668,7 @@ def test_unknown_kernels_are_refused_at_the_call() -> None:
     with pytest.raises(ValueError, match=r"attn_implementation='flash'.*'sdpa', 'eager'"):
         layer(hidden)
     layer.config = SimpleNamespace(attn_implementation="flex")
-    with pytest.raises(ValueError, match="CUDA"):
+    with pytest.raises(ValueError, match="allowed are"):
         layer(hidden)
 
 

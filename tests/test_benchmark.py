@@ -13,9 +13,9 @@ import torch
 from w2vc import benchmark
 from w2vc.benchmark import (
     ROWS,
+    BenchmarkReport,
     Goal,
     Measured,
-    Report,
     Setting,
     Side,
     count_flops,
@@ -83,7 +83,7 @@ def test_outputs_that_differ_get_no_ratio(difference: float) -> None:
     assert row.memory_ratio is None
     assert row.met is False
     assert "outputs differ" in row.note
-    assert "2.5" not in readme_table(Report({}, [row])).splitlines()[-1]
+    assert "2.5" not in readme_table(BenchmarkReport({}, [row])).splitlines()[-1]
 
 
 def test_without_a_peer_a_ratio_is_open_and_a_missed_bound_is_missed() -> None:
@@ -99,7 +99,7 @@ def test_a_peer_that_does_not_fit_leaves_our_own_goals() -> None:
     row.peer = Side(failed="does not fit (58 GB predicted, 12 GB allowed)")
     judge(row)
     assert (row.ratio, row.met) == (None, True)
-    assert "does not fit (58 GB" in readme_table(Report({}, [row]))
+    assert "does not fit (58 GB" in readme_table(BenchmarkReport({}, [row]))
 
 
 def test_difference_of_outputs() -> None:
@@ -206,11 +206,11 @@ def test_two_children_take_turns_and_the_file_says_the_same(tmp_path: Path) -> N
     assert row.difference is not None
     assert row.difference <= row.tolerance
     assert report.machine["threads"] == 1
-    assert readme_table(Report.load(path)) == readme_table(report) == str(report)
+    assert readme_table(BenchmarkReport.load(path)) == readme_table(report) == str(report)
     again = run_benchmarks(["gpu-step"], size="tiny", out=path, progress=False)  # what the file had, stays
     if not torch.cuda.is_available():
         assert [r.name for r in again.rows] == ["loss-4x5", "gpu-step"]
-        assert "needs a CUDA device" in readme_table(Report.load(path))
+        assert "needs a CUDA device" in readme_table(BenchmarkReport.load(path))
 
 
 def test_what_does_not_fit_is_said_with_its_size() -> None:
@@ -250,7 +250,7 @@ def test_pictures_of_a_report() -> None:
     assert [ax.get_xscale() for ax in axes] == ["log", "log"]
     assert any("predicted" in text.get_text() for text in axes[1].get_legend().get_texts())
     assert plot_growth(growth, "batch", (1, 10, 600)).axes
-    (ax,) = plot_ratios(Report({}, [judge(made_up(Goal("", ratio=2)))])).axes
+    (ax,) = plot_ratios(BenchmarkReport({}, [judge(made_up(Goal("", ratio=2)))])).axes
     assert [text.get_text() for text in ax.texts] == ["2.5x"]
 
 

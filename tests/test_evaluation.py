@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from helpers import tiny_config
 from w2vc import evaluation as E
+from w2vc import measures as M
 from w2vc.audio import Wav2Vec2FeatureExtractor
 from w2vc.batches import data_loader, turn_order
 from w2vc.classification import (
@@ -248,7 +249,7 @@ def test_ctc_report(written: Path) -> None:
         Wav2Vec2Processor.from_pretrained(written),
     )
     said = [t.text for t in transcribe(speech[:6], model, processor, chunk_seconds=None)]
-    wer = E.word_error_rate([u.text for u in speech[:6]], said, normalise=E.plain_text)
+    wer = M.word_error_rate([u.text for u in speech[:6]], said, normalise=M.plain_text)
     assert report["WER"].value == wer.rate
     assert list(report) == ["WER", "CER", "WER digits", "CER digits", "WER keyword", "CER keyword"]
     assert f"{wer.errors:,} errors in {wer.length:,}" in report["WER"].note

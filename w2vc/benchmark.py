@@ -81,7 +81,7 @@ __all__ = [
     "ChildError",
     "Child",
     "measure_row",
-    "Report",
+    "BenchmarkReport",
     "describe_machine",
     "readme_table",
     "measure_growth",
@@ -1261,7 +1261,7 @@ def measure_row(row: Row, s: Setting, *, against: bool = True, repeats: int | No
 
 # %% ../nbs/70_speed.ipynb #e6050ebd
 @dataclass
-class Report:
+class BenchmarkReport:
     """Figures of one machine.
 
     Attributes:
@@ -1285,7 +1285,7 @@ class Report:
         draft.replace(target)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Report:
+    def load(cls, path: str | os.PathLike[str]) -> BenchmarkReport:
         """Read what `save` wrote."""
         table = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = []
@@ -1341,7 +1341,7 @@ def _gigabytes(side: Side | None) -> str:
     return f"{side.memory / 1e9:.2f} GB" if side.memory >= 1e8 else f"{side.memory / 1e6:.3g} MB"
 
 
-def readme_table(report: Report) -> str:
+def readme_table(report: BenchmarkReport) -> str:
     """Write the table of a report in Markdown: work, goal, what was measured, and whether the goal was met.
 
     Times are medians ± half the interquartile range; memory is what a call needs above what was held before.
@@ -1445,7 +1445,7 @@ def fit_exponents(
 
 
 # %% ../nbs/70_speed.ipynb #41b84a1b
-def _keep(report: Report, row: Measured, out: Path | None) -> None:
+def _keep(report: BenchmarkReport, row: Measured, out: Path | None) -> None:
     """Put a row into the report, in the order of the table, and write it down at once."""
     order = {name: i for i, name in enumerate(ROWS)}
     report.rows = sorted(
@@ -1459,7 +1459,7 @@ def run_benchmarks(
     rows: Sequence[str] | None = None, *, against: str | None = None, device: str = "cpu", threads: int | None = None,
     quick: bool = False, out: str | os.PathLike[str] | None = None, progress: bool = True, limit: float = 12.0,
     growth: bool = False, size: str | None = None,
-) -> Report:  # fmt: skip
+) -> BenchmarkReport:  # fmt: skip
     """Measure rows of the table, each side in a fresh process.
 
     Args:
@@ -1498,7 +1498,7 @@ def run_benchmarks(
     threads = threads or torch.get_num_threads()
     s = Setting(device, threads, size, limit=limit)
     path = None if out is None else Path(out)
-    report = Report.load(path) if path is not None and path.is_file() else Report({})
+    report = BenchmarkReport.load(path) if path is not None and path.is_file() else BenchmarkReport({})
     report.machine = describe_machine(device, threads)
 
     def say(text: str) -> None:
@@ -1577,7 +1577,7 @@ def plot_growth(
     return fig
 
 
-def plot_ratios(report: Report) -> Any:
+def plot_ratios(report: BenchmarkReport) -> Any:
     """Draw how many times faster than the peer each row is, on a log axis, with its goal as a tick.
 
     Returns:
