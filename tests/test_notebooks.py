@@ -140,10 +140,7 @@ def test_ends_with_what_was_built(path: Path) -> None:
 
 
 # Chapters whose questions are answered by the text below them alone. The others seal a guess and open it.
-UNSEALED = {"22_attention"}
-
-
-@pytest.mark.parametrize("path", [p for p in CHAPTERS if p.stem not in UNSEALED], ids=ident)
+@chapters
 def test_each_question_seals_and_opens_a_guess(path: Path) -> None:
     cells = read(path).cells
     asked = sum(c.source.count("**Predict") for c in cells if c.cell_type == "markdown")
