@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig
 from .features import frame_mask as real_frames
+from .features import listened_to
 from .positions import Positions, Remembered, apply_rotary, relative_shift
 
 # %% auto #0
@@ -386,8 +387,7 @@ class SelfAttention(nn.Module):
     def _project(self, table: Tensor, dtype: torch.dtype) -> Tensor:
         """Project the table, `[2T-1, D]`; in eval without gradients, once for the same table and weights."""
         layer = self.linear_pos
-        listened_to = layer._forward_hooks or layer._forward_pre_hooks  # they want to see each call
-        if self.training or torch.is_grad_enabled() or listened_to:
+        if self.training or torch.is_grad_enabled() or listened_to(layer):  # hooks want to see each call
             return layer(table)
         return self.remembered(lambda: layer(table), (layer, dtype), [table, *layer.parameters()])
 

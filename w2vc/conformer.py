@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Packing, SelfAttention
 from .config import Wav2Vec2ConformerConfig, get_activation
 from .convolution import ConvolutionModule
+from .features import listened_to
 from .positions import ConvolutionalPositions, Positions, make_positions
 
 # %% auto #0
@@ -194,7 +195,8 @@ class ConformerEncoder(nn.Module):
 
         Returns:
             Last hidden states `[B, T, D]`; L + 1 hidden states or None; L maps `[B, H, T, T]` or None.
-            A layer skipped by LayerDrop repeats the stream and has None for a map.
+            A layer skipped by LayerDrop repeats the stream and has None for a map; where it has to run all the same (`skip_layer`), the map that
+            nobody used.
 
         Raises:
             ValueError: If the mask has another shape or type.
@@ -257,7 +259,7 @@ class ConformerEncoder(nn.Module):
         """Whether nobody minds that the layers see `[1, N, D]`: neither maps nor hooks, which expect `[B, T, D]`."""
         if output_attentions or not self.config.padding_invariant:
             return False
-        return not any(part._forward_hooks or part._forward_pre_hooks for part in self.layers.modules())
+        return not listened_to(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: torch cannot pickle the parametrised dead layer, so its tensors travel instead."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .attention import Packing
 from .config import Wav2Vec2ConformerConfig, get_activation
+from .features import listened_to
 
 # %% auto #0
 __all__ = ["MaskedBatchNorm1d", "PointwiseConv1d", "DepthwiseConv1d", "fold_batch_norm", "ConvolutionModule"]
@@ -174,6 +175,6 @@ class ConvolutionModule(nn.Module):
 
     def _can_fold(self) -> bool:
         """Whether the two layers have become one: not in training, nor for hooks that want to see them apart."""
-        parts = (self.depthwise_conv, self.batch_norm)
-        listened_to = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        return not (self.batch_norm.training or self.batch_norm.running_mean is None or listened_to)
+        if self.batch_norm.training or self.batch_norm.running_mean is None:
+            return False
+        return not listened_to(self.depthwise_conv, self.batch_norm)

@@ -24,6 +24,7 @@ __all__ = [
     "fold_group_norm",
     "conv_by_products",
     "ConvLayer",
+    "listened_to",
     "FeatureEncoder",
     "valid_lengths",
     "FeatureProjection",
@@ -230,6 +231,15 @@ BLOCK = (
 )
 
 
+def listened_to(*modules: nn.Module) -> bool:
+    """Say whether a module, or one inside it, has a hook, which expects to be called as the plain form calls it."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+        for module in modules
+        for part in module.modules()
+    )
+
+
 class FeatureEncoder(nn.Module):
     """Turn samples into latent frames by a stack of strided convolutions (wav2vec 2.0, section 2).
 
@@ -258,13 +268,15 @@ class FeatureEncoder(nn.Module):
             lengths: valid samples per row `[B]`, best on the CPU wherever the samples are; None = every sample counts.
 
         Returns:
-            Latent frames `[B, T, C]`. Those of padding are 0, or arbitrary where the batch went through in one piece.
+            Latent frames `[B, T, C]`. With `config.padding_invariant` those of padding are 0.
         """
         samples = input_values.to(next(self.parameters()).dtype)
         lengths = lengths if self.config.padding_invariant else None
         graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         unknown = lengths is not None and lengths.device.type != "cpu"
-        if graph or unknown or samples.device.type == "mps" or self._watched():  # mps has no 64-bit numbers
+        replaced = any("forward" in vars(part) for part in self.conv_layers.modules())  # by somebody's own
+        watched = replaced or listened_to(self.conv_layers)
+        if graph or unknown or samples.device.type == "mps" or watched:  # mps has no 64-bit numbers
             return self._together(samples, lengths)
         B, S = samples.shape
         n_samples = [S] * B if lengths is None else lengths.tolist()
@@ -322,13 +334,6 @@ class FeatureEncoder(nn.Module):
         for layer, kernel, bias in zip(self.conv_layers, kernels, biases, strict=True):
             hidden = layer.frames(hidden, kernel, bias)  # type: ignore[operator]
         return hidden
-
-    def _watched(self) -> bool:
-        """Whether a layer has a hook or another `forward`, which expect whole batches."""
-        return any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or "forward" in vars(part)
-            for part in self.conv_layers.modules()
-        )
 
 
 # %% ../nbs/10_features.ipynb #80805e07
