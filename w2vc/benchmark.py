@@ -1542,6 +1542,8 @@ def plot_growth(
     Returns:
         A matplotlib figure.
     """
+    from matplotlib.ticker import LogLocator
+
     from w2vc.viz import OKABE_ITO, figure
 
     fig, axes = figure(1, 2, height=3.2)
@@ -1573,6 +1575,11 @@ def plot_growth(
             xlabel="seconds of sound" if kind == "length" else "rows of the batch",
             ylabel=unit,
         )
+        ax.set_xticks(sorted({p["x"] for side in looks for p in growth[kind].get(side, [])}))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")  # 0.05, not 5 x 10^-2
+        ax.minorticks_off()
     axes[1].legend(fontsize=8)
     return fig
 
