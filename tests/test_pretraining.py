@@ -66,6 +66,8 @@ def test_equals_the_plain_loss(  # noqa: PLR0917
     B: int, T: int, N: int, V: int, at_home: bool, with_codes: bool, block: int, seed: int
 ) -> None:
     states, targets, negatives, mask, codes = toy(B, T, 6, N, V, at_home, seed)
+    if N and at_home and seed % 2:  # as they are drawn: masked frames only, so that no other is read
+        negatives = sample_negative_indices((B, T), N, mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretraining, "_BLOCK", block)  # any block size gives the same sum
         fast = contrastive_loss(
@@ -399,6 +401,101 @@ def test_masks_of_any_type_and_quantised_frames_for_all() -> None:
     book = model.quantizer.codevectors.view(2, 8, -1)
     vectors = torch.cat([book[0, codes[..., 0]], book[1, codes[..., 1]]], -1)
     helpers.assert_close("targets of every frame", first.projected_quantized_states, model.project_q(vectors))
+
+
+# ---- a backward pass for those frames alone that the loss reads
+
+
+def gradients_of(
+    model: Wav2Vec2ConformerForPreTraining, inputs: dict[str, Tensor], more: bool = False
+) -> dict[str, Tensor]:
+    """Gradients of the loss; with `more`, also of a sum over the targets and states of all frames."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    out = model(**inputs)
+    loss = out.loss
+    if more:
+        loss = loss + out.projected_quantized_states.square().sum() + out.projected_states.sin().sum()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("visible", [False, True])
+def test_rows_apart_give_the_gradients_of_the_common_graph(training: bool, more: bool, visible: bool) -> None:
+    model = build(still(), training).double()
+    inputs = {k: x.double() if x.is_floating_point() else x for k, x in batch(model).items()}
+    if visible:  # one negative that is not masked: then every frame is read
+        rows, frames = (~inputs["mask_time_indices"].bool()).nonzero()[0].tolist()
+        asking = inputs["mask_time_indices"][rows].nonzero()[0, 0]
+        n_frames = inputs["mask_time_indices"].shape[1]
+        inputs["sampled_negative_indices"][rows, asking, 0] = rows * n_frames + frames
+    apart = gradients_of(model, inputs, more)
+    hooks = [
+        layer.register_forward_hook(lambda *_: None)  # who listens wants the plain way
+        for layer in (model.project_hid, model.project_q, model.quantizer.weight_proj)
+    ]
+    common = gradients_of(model, inputs, more)
+    for hook in hooks:
+        hook.remove()
+    assert apart.keys() == common.keys()
+    largest = max(float(grad.abs().max()) for grad in common.values())
+    for name, grad in common.items():  # the loss itself is fp32
+        torch.testing.assert_close(apart[name], grad, rtol=1e-5, atol=1e-6 * largest)
+
+
+def test_the_backward_pass_is_spared_for_frames_that_nobody_reads() -> None:
+    """In operations: with a quarter of the frames masked, the backward pass of the head costs a quarter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build(still(layerdrop=0.0), training=True)
+    given = {"last_hidden_state": torch.randn(2, 80, model.config.hidden_size).requires_grad_()}
+    given["extract_features"] = torch.randn(2, 80, model.config.conv_dim[-1]).requires_grad_()
+
+    class Given(nn.Module):
+        def forward(self, *_: Any, **__: Any) -> Any:
+            from types import SimpleNamespace
+
+            return SimpleNamespace(**given, hidden_states=None, attentions=None)
+
+    model.wav2vec2_conformer = Given()  # type: ignore[assignment]
+    mask = torch.zeros(2, 80, dtype=torch.bool)
+    mask[:, 10:30] = True
+    negatives = sample_negative_indices((2, 80), 4, mask)
+
+    def cost(listened: bool) -> int:
+        layers = (model.project_hid, model.project_q, model.quantizer.weight_proj)
+        hooks = [layer.register_forward_hook(lambda *_: None) for layer in layers if listened]
+        out = model(torch.zeros(2, 8), mask_time_indices=mask, sampled_negative_indices=negatives)
+        for hook in hooks:
+            hook.remove()
+        with FlopCounterMode(display=False) as counter:
+            out.loss.backward()
+        return counter.get_total_flops()
+
+    assert cost(listened=False) < 0.4 * cost(listened=True)
+
+
+def test_a_hook_that_changes_an_output_is_part_of_the_graph() -> None:
+    layer, x, frames = nn.Linear(5, 3), torch.randn(2, 4, 5), torch.tensor([1, 6, 2])
+    layer.register_forward_hook(lambda layer, given, out: out.sin())
+    rows = quantizer.rows_of(layer, layer(x), x, frames)
+    expected = layer(x).flatten(0, 1)[frames]
+    assert torch.equal(rows, expected)
+    (got,), (want,) = (torch.autograd.grad(y.square().sum(), layer.weight) for y in (rows, expected))
+    torch.testing.assert_close(got, want)
+
+
+def test_rows_apart_under_autocast() -> None:
+    model = build(still(), training=True)
+    inputs = batch(model)
+    full = gradients_of(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = gradients_of(model, inputs)
+    for name in ("project_q.weight", "quantizer.weight_proj.weight", "project_hid.weight"):
+        assert half[name].dtype == torch.float32
+        assert torch.cosine_similarity(half[name].flatten(), full[name].flatten(), dim=0) > 0.9
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -547,12 +547,16 @@ def loss_head(side: str, s: Setting, *, n_rows: int, seconds: float) -> Work:
             leaf.grad = None
         out = model(None, **asked)
         out.loss.backward()
-        gradients = torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
         named = ("loss", "projected_states", "projected_quantized_states", "codevector_perplexity")
-        return {name: out[name].detach() for name in named} | {"gradients": gradients}
+        return {name: out[name].detach() for name in named}
+
+    def check() -> dict[str, Tensor]:
+        outputs = call()
+        gradients = torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
+        return {**outputs, "gradients": gradients}
 
     codes = config.num_codevector_groups * config.num_codevectors_per_group
-    return Work(call, shapes=[(n_rows * T, config.conv_dim[-1], codes)])
+    return Work(call, check=check, shapes=[(n_rows * T, config.conv_dim[-1], codes)])
 
 
 # %% ../nbs/70_speed.ipynb #80b06840
@@ -1038,6 +1042,7 @@ def _serve_row(row: Row, side: str, s: Setting, send: Callable[..., None]) -> No
     work = row.make(side, s)
     if side == "peer":
         limit_memory(s.limit, s.device)
+    count_flops(lambda: torch.ones(2, 2) @ torch.ones(2, 2))  # what the counter imports is not the work's
     start = memory_now(s.device)
     if work.predict is not None:
         send(predicted=work.predict())

@@ -15,11 +15,12 @@ from torch.nn.functional import pad
 from .config import Wav2Vec2ConformerConfig
 from .model import ModelOutput, Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel
-from .quantizer import GumbelVectorQuantizer
+from .quantizer import GumbelVectorQuantizer, pick_frames, rows_of
 
 # %% auto #0
 __all__ = [
     "candidate_logits",
+    "Questions",
     "contrastive_loss",
     "diversity_loss",
     "Wav2Vec2ConformerForPreTrainingOutput",
@@ -28,6 +29,13 @@ __all__ = [
 
 
 # %% ../nbs/32_pretraining.ipynb #0c7721ee
+def _twins(codes: Tensor, candidates: Tensor) -> Tensor:
+    """Find wrong answers with the codes of the true one: codes `[B, T, G]`, candidates `[B, A, 1 + N]`; bool `[B, A, 1 + N]`."""
+    (B, A, n), G = candidates.shape, codes.shape[2]
+    chosen = codes.gather(1, candidates.reshape(B, A * n, 1).expand(-1, -1, G)).view(B, A, n, G)
+    return pad((chosen[:, :, 1:] == chosen[:, :, :1]).all(-1), (1, 0))
+
+
 def candidate_logits(
     states: Tensor, targets: Tensor, candidates: Tensor, codes: Tensor, temperature: float
 ) -> Tensor:
@@ -49,47 +57,144 @@ def candidate_logits(
     B, A, n = candidates.shape  # n = 1 + N
     with torch.autocast(states.device.type, enabled=False):
         states, targets = states.float(), targets.float()
+        same = _twins(codes, candidates)
         products = states @ targets.transpose(1, 2)  # [B, A, T]
         # dividing what was picked by the lengths needs no copies of states and targets with length 1
         length = targets.norm(dim=-1).clamp_min(1e-8).gather(1, candidates.flatten(1)).view(B, A, n)
         length = length * states.norm(dim=-1, keepdim=True).clamp_min(1e-8)
     logits = products.gather(2, candidates) / (length * temperature)
-    G = codes.shape[2]
-    chosen = codes.gather(1, candidates.reshape(B, A * n, 1).expand(-1, -1, G)).view(B, A, n, G)
-    same = (chosen[:, :, 1:] == chosen[:, :, :1]).all(-1)
-    return logits.masked_fill(pad(same, (1, 0)), float("-inf"))
+    return logits.masked_fill(same, float("-inf"))
 
 
 # %% ../nbs/32_pretraining.ipynb #bf3488d9
-def _read_indices(negatives: Tensor, mask: Tensor) -> tuple[int, bool]:
+def _read_indices(negatives: Tensor, mask: Tensor) -> tuple[int, bool, bool]:
     """Check the negatives and count the masked frames, with one read from the device.
 
     Returns:
-        The largest number of masked frames in a row (in the whole batch if some negative is a stranger), and whether
-        every negative of a masked frame stays inside its own utterance.
+        The largest number of masked frames in a row (in the whole batch if some negative is a stranger), whether
+        every negative of a masked frame stays inside its own utterance, and whether every one is masked itself.
     """
     B, T = mask.shape
     first = torch.arange(B, device=negatives.device)[:, None, None] * T
-    at_home = (((negatives >= first) & (negatives < first + T)) | ~mask[..., None]).all()
+    nobody = ~mask[..., None]  # what stands beside a frame that is not masked does not matter
+    at_home = (((negatives >= first) & (negatives < first + T)) | nobody).all()
     if torch.compiler.is_compiling():  # no read: score every row, and let the device refuse strangers
         torch._assert_async(at_home, "when compiled, negatives must stay inside their own utterance")
-        return T, True
+        return T, True, False
     low, high = negatives.aminmax() if negatives.numel() else (first.sum() * 0, first.sum() * 0)
-    numbers = [mask.sum(1).max(), mask.sum(), at_home, low, high]
-    longest, total, home, least, most = torch.stack([n.long() for n in numbers]).tolist()
+    pointed = mask.flatten().take(negatives.clamp(0, B * T - 1).long())
+    numbers = [mask.sum(1).max(), mask.sum(), at_home, (pointed | nobody).all(), low, high]
+    longest, total, home, hidden, least, most = torch.stack([n.long() for n in numbers]).tolist()
     if least < 0 or most >= B * T:
         raise ValueError(
             f"sampled_negative_indices lie in {least}..{most}, allowed are 0..{B * T - 1}: "
             f"indices into the flattened frames of {B} utterances x {T} frames"
         )
-    return (longest, True) if home else (total, False)
+    return (longest, True, bool(hidden)) if home else (total, False, bool(hidden))
 
 
 # %% ../nbs/32_pretraining.ipynb #7a79ec24
-def _check_shapes(
-    states: Tensor, targets: Tensor, negatives: Tensor, mask: Tensor, codes: Tensor | None
-) -> tuple[int, int, int]:
-    """Refuse inputs of the loss that do not fit together; returns `B, T, N`."""
+@dataclass(frozen=True)
+class Questions:
+    """What the contrastive loss asks of a batch, and which frames it has to read for that.
+
+    Attributes:
+        frames: `[B * R]` long, the frames that are read, R of each utterance, as numbers in the flattened batch.
+        wrong: `[B, A, N]` long, the wrong answers as places 0..R-1 among the frames read of the utterance; the first A
+            of these are the ones that ask.
+        scored: `[B, A]` bool, False where a short utterance fills up with frames that are not masked.
+        some: Whether frames are left out (else there is nothing to gain from treating those read apart).
+    """
+
+    frames: Tensor
+    wrong: Tensor
+    scored: Tensor
+    some: bool
+
+    @classmethod
+    def of(cls, negatives: Tensor, mask: Tensor) -> Questions:
+        """Put the masked frames in front, and number the negatives anew.
+
+        With negatives outside the mask all frames are read, and with those of other utterances the batch counts as one
+        utterance.
+
+        Args:
+            negatives: `[B, T, N]` integers, indices into the flattened `B * T` frames.
+            mask: `[B, T]` bool or any int type, True = this frame is hidden and is scored.
+
+        Raises:
+            ValueError: on shapes that do not fit, and on negatives that are no integers or name no frame.
+        """
+        _check_indices(negatives, mask)
+        mask = mask.to(torch.bool)
+        n_asked, at_home, hidden = _read_indices(negatives, mask)
+        if not at_home:
+            mask, negatives = mask.reshape(1, -1), negatives.reshape(1, mask.numel(), -1)
+        B, T, N = negatives.shape
+        n_read = n_asked if hidden else T
+        order = mask.int().argsort(dim=1, descending=True, stable=True)  # masked frames first
+        read, own = order[:, :n_read], order[:, :n_asked]
+        place = torch.empty_like(order).scatter_(1, order, torch.arange(T, device=order.device).expand(B, T))
+        wrong = negatives.gather(1, own[..., None].expand(-1, -1, N)).long() % T
+        wrong = place.gather(1, wrong.flatten(1)).view(B, n_asked, N)
+        scored = mask.gather(1, own)
+        if n_read < T:  # a frame that only fills up may have any number beside it
+            wrong = wrong.masked_fill(~scored[..., None], 0)
+        first = torch.arange(B, device=order.device)[:, None] * T
+        return cls((first + read).flatten(), wrong, scored, n_read < T)
+
+    def loss(self, states: Tensor, targets: Tensor, codes: Tensor, temperature: float) -> Tensor:
+        """Sum over the scored frames of the surprise about the true target.
+
+        Args:
+            states: `[B * R, P]` of the frames read, as `targets`.
+            targets: `[B * R, P]`.
+            codes: `[B * R, G]` integers.
+            temperature: above 0.
+
+        Returns:
+            A scalar in fp32.
+        """
+        B, A, _ = self.wrong.shape
+        R = len(self.frames) // B
+        states, targets, codes = (x.view(B, R, x.shape[-1]) for x in (states, targets, codes))
+        total = states.new_zeros((), dtype=torch.float32)
+        size = max(1, _BLOCK // max(1, B * R))
+        for begin in range(0, max(A, 1), size):  # once even if nobody asks, to stay part of the graph
+            wrong = self.wrong[:, begin : begin + size]
+            own = (
+                torch.arange(begin, begin + wrong.shape[1], device=wrong.device)
+                .view(1, -1, 1)
+                .expand(B, -1, 1)
+            )
+            asking = states[:, begin : begin + wrong.shape[1]]
+            logits = candidate_logits(asking, targets, torch.cat([own, wrong], 2), codes, temperature)
+            surprise = -logits.log_softmax(-1)[..., 0]
+            total = total + surprise.where(self.scored[:, begin : begin + wrong.shape[1]], 0).sum()
+        return total
+
+
+_BLOCK = 2**24  # similarities held at a time: 64 MB, so that long audio and large batches stay bounded
+
+
+# %% ../nbs/32_pretraining.ipynb #5b9aabe1
+def _check_indices(negatives: Tensor, mask: Tensor) -> None:
+    """Refuse a mask and negatives that do not fit together."""
+    if mask.dim() != 2:
+        raise ValueError(f"mask_time_indices has shape {tuple(mask.shape)}, expected (batch, frames)")
+    if negatives.dim() != 3 or negatives.shape[:2] != mask.shape:
+        raise ValueError(
+            f"sampled_negative_indices has shape {tuple(negatives.shape)}, expected (batch, frames, negatives) "
+            f"with (batch, frames) = {tuple(mask.shape)}"
+        )
+    if negatives.dtype == torch.bool or negatives.is_floating_point():
+        raise ValueError(
+            f"sampled_negative_indices has dtype {negatives.dtype}, expected integers (frame indices)"
+        )
+
+
+def _check_shapes(states: Tensor, targets: Tensor, mask: Tensor, codes: Tensor | None) -> None:
+    """Refuse inputs of the loss that do not fit together."""
     B, T = states.shape[:2]
     if targets.shape != states.shape:
         raise ValueError(
@@ -99,26 +204,13 @@ def _check_shapes(
         raise ValueError(
             f"mask_time_indices has shape {tuple(mask.shape)}, expected (batch, frames) = {(B, T)}"
         )
-    if negatives.dim() != 3 or tuple(negatives.shape[:2]) != (B, T):
-        raise ValueError(
-            f"sampled_negative_indices has shape {tuple(negatives.shape)}, expected (batch, frames, negatives) "
-            f"with (batch, frames) = {(B, T)}"
-        )
-    if negatives.dtype == torch.bool or negatives.is_floating_point():
-        raise ValueError(
-            f"sampled_negative_indices has dtype {negatives.dtype}, expected integers (frame indices)"
-        )
     if codes is not None and (codes.dim() != 3 or tuple(codes.shape[:2]) != (B, T)):
         raise ValueError(
             f"codes has shape {tuple(codes.shape)}, expected (batch, frames, groups) with {(B, T)}"
         )
-    return B, T, negatives.shape[2]
 
 
-# %% ../nbs/32_pretraining.ipynb #5b9aabe1
-_BLOCK = 2**24  # similarities held at a time: 64 MB, so that long audio and large batches stay bounded
-
-
+# %% ../nbs/32_pretraining.ipynb #1b8028ee
 def contrastive_loss(
     states: Tensor,
     targets: Tensor,
@@ -136,9 +228,9 @@ def contrastive_loss(
     Args:
         states: `[B, T, P]` projected context states.
         targets: `[B, T, P]` projected quantized frames.
-        negatives: `[B, T, N]` integers, indices into the flattened `B * T` frames. If all stay inside their own
-            utterance the similarities are `[B, A, T]` (A: the most masked frames of a row); if not, the batch counts
-            as one utterance.
+        negatives: `[B, T, N]` integers, indices into the flattened `B * T` frames. If all are masked frames of their
+            own utterance the similarities are `[B, A, A]` (A: the most masked frames of a row), and `[B, A, T]` if
+            some are not masked; if some are of other utterances, the batch counts as one utterance.
         mask: `[B, T]` bool or any int type, True = this frame was hidden and is scored.
         temperature: above 0.
         codes: `[B, T, G]` integers, the codes of the targets: a negative with the codes of the positive is left out.
@@ -150,26 +242,14 @@ def contrastive_loss(
     Raises:
         ValueError: on shapes that do not fit, and on negatives that are no integers or name no frame.
     """
-    B, T, N = _check_shapes(states, targets, negatives, mask, codes)
-    mask = mask.to(torch.bool)
+    _check_shapes(states, targets, mask, codes)
+    questions = Questions.of(negatives, mask)
     if codes is None:
-        codes = torch.unique(targets.detach().flatten(0, 1), dim=0, return_inverse=True)[1].view(B, T, 1)
-    n_rows, at_home = _read_indices(negatives, mask)
-    if not at_home:
-        B, T, mask = 1, B * T, mask.reshape(1, B * T)
-        states, targets, negatives, codes = (x.reshape(1, T, -1) for x in (states, targets, negatives, codes))
-    rows = mask.int().argsort(dim=1, descending=True, stable=True)[:, :n_rows]  # masked frames first
-    total = states.new_zeros((), dtype=torch.float32)
-    for block in torch.split(rows, max(1, _BLOCK // (B * T)), dim=1):
-        own = block[..., None]  # [B, A, 1]
-        wrong = negatives.gather(1, own.expand(-1, -1, N)).long() % T
-        picked = states.gather(1, own.expand(-1, -1, states.shape[2]))
-        logits = candidate_logits(picked, targets, torch.cat([own, wrong], 2), codes, temperature)
-        surprise = -logits.log_softmax(-1)[..., 0]  # [B, A]
-        total = (
-            total + surprise.where(mask.gather(1, block), 0).sum()
-        )  # short rows carry some unmasked frames
-    return total
+        codes = torch.unique(targets.detach().flatten(0, 1), dim=0, return_inverse=True)[1].view(
+            *mask.shape, 1
+        )
+    read = (pick_frames(x, questions.frames) for x in (states, targets, codes))
+    return questions.loss(*read, temperature)
 
 
 # %% ../nbs/32_pretraining.ipynb #88dbb6ce
@@ -280,18 +360,23 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
         )
         states = self.project_hid(base.last_hidden_state)
         features = self.dropout_features(base.extract_features)
-        codevectors, perplexity, codes = self.quantizer(features, mask_time_indices, return_codes=True)
+        questions = asked = None
+        if sampled_negative_indices is not None and mask_time_indices is not None:
+            questions = Questions.of(sampled_negative_indices, mask_time_indices)
+            asked = questions.frames if questions.some else None
+        codevectors, perplexity, codes, *own = self.quantizer(
+            features, mask_time_indices, return_codes=True, asked=asked
+        )
         targets = self.project_q(codevectors.to(self.project_q.weight.dtype))
         loss = contrastive = diversity = None
-        if sampled_negative_indices is not None and mask_time_indices is not None:
-            config = self.config
-            contrastive = contrastive_loss(
-                states,
-                targets,
-                sampled_negative_indices,
-                mask_time_indices,
-                temperature=config.contrastive_logits_temperature,
-                codes=codes,
+        if questions is not None and mask_time_indices is not None:
+            config, frames = self.config, questions.frames
+            own_vectors = own[0] if own else pick_frames(codevectors, frames)
+            contrastive = questions.loss(
+                rows_of(self.project_hid, states, base.last_hidden_state, frames),
+                rows_of(self.project_q, targets, own_vectors, frames),
+                pick_frames(codes, frames),
+                config.contrastive_logits_temperature,
             )
             num_codes = config.num_codevector_groups * config.num_codevectors_per_group
             diversity = diversity_loss(perplexity, mask_time_indices, num_codes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Wav2Vec2ConformerConfig
+from .features import listened_to
 
 # %% auto #0
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "StraightThroughLookup",
     "codebook_perplexity",
     "RelaxedChoice",
+    "pick_frames",
+    "rows_of",
     "GumbelVectorQuantizer",
 ]
 
@@ -111,15 +114,16 @@ def _softmax_backward(probs: Tensor, grad: Tensor) -> Tensor:
 class RelaxedChoice(torch.autograd.Function):
     """Soft answer and perplexity of a training step, with fewer large tensors in the backward pass than the two on their own.
 
-    Values and gradients are those of `gumbel_relaxed(logits, temperature)` and
+    Values and gradients are those of `gumbel_relaxed(logits, temperature)`, which is given, and
     `codebook_perplexity(logits.softmax(-1), mask)`. What is kept for the backward pass is the soft answer and the
     finished gradient of the perplexity (Eq. 16.6).
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-        """Answer both: logits `[F, G, V]` fp32, mask `[F]` or None; returns soft `[F, G, V]` and a scalar."""
-        soft = gumbel_relaxed(logits, temperature)
+    def forward(
+        ctx: Any, logits: Tensor, soft: Tensor, mask: Tensor | None, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Answer both: logits and soft `[F, G, V]` fp32, mask `[F]` or None; returns soft and a scalar."""
         probs = logits.softmax(-1)
         average = _average_use(probs, mask)  # [G, V]
         logs = average.clamp_min(torch.finfo(average.dtype).tiny).log()
@@ -132,18 +136,93 @@ class RelaxedChoice(torch.autograd.Function):
             slope *= (keep.to(slope.dtype) / keep.sum().clamp_min(1))[:, None, None]
         ctx.save_for_backward(soft, slope)
         ctx.temperature = temperature
-        return soft, perplexities.sum()
+        return soft.view_as(soft), perplexities.sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Add up what the two answers send back."""
         soft, slope = ctx.saved_tensors
         to_soft, to_perplexity = grads
         to_logits = _softmax_backward(soft, to_soft).div_(ctx.temperature)
-        return to_logits.addcmul_(slope, to_perplexity), None, None
+        return to_logits.addcmul_(slope, to_perplexity), None, None, None
 
 
-# %% ../nbs/16_quantizer.ipynb #fa08272c
+# %% ../nbs/16_quantizer.ipynb #dfd27d11
+class _Frames(torch.autograd.Function):
+    """Pick rows, each at most once: the backward pass then writes them back, where that of `index_select` adds, into a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frames: Tensor) -> Tensor:
+        """Pick: x `[F, ...]`, frames `[A]`; returns `[A, ...]`."""
+        ctx.save_for_backward(frames)
+        ctx.shape = x.shape
+        return x.index_select(0, frames)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Write the gradient of each row to its place, and zeros to the others."""
+        (frames,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, frames, grad), None
+
+
+def pick_frames(x: Tensor, frames: Tensor) -> Tensor:
+    """Pick frames of a batch: `[B, T, ...]` and numbers of frames in the flattened batch, `[A]` long, none twice; `[A, ...]`."""
+    picked: Tensor = _Frames.apply(x.flatten(0, 1), frames)  # type: ignore[no-untyped-call]
+    return picked
+
+
+class _RowsOfLinear(torch.autograd.Function):
+    """Rows of a linear layer's output, handed through; in the backward pass the layer, on these rows alone."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any, rows: Tensor, x: Tensor, frames: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Hand through: rows `[A, O]`; x `[F, I]` and frames `[A]`, or the rows of x and None; weight `[O, I]`, bias `[O]`."""
+        ctx.save_for_backward(x, frames, weight)
+        ctx.has_bias = bias is not None
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, Tensor, Tensor | None]:
+        """The two products of a linear layer, and the sum for the bias."""
+        x, frames, weight = ctx.saved_tensors
+        to_x = grad @ weight
+        if frames is not None:
+            to_x = to_x.new_zeros(x.shape).index_copy_(0, frames, to_x)
+            x = x.index_select(0, frames)
+        return None, to_x, None, grad.T @ x.to(grad.dtype), grad.sum(0) if ctx.has_bias else None
+
+
+def rows_of(layer: nn.Module, output: Tensor, x: Tensor, frames: Tensor) -> Tensor:
+    """Pick frames out of what a linear layer gave, with a graph of their own: its backward pass costs nothing for the others.
+
+    A layer that is no plain `nn.Linear` (a quantized or adapted one, one with hooks), or one that is being compiled, is
+    left alone: the result is the same, and the graph the common one.
+
+    Args:
+        layer: What made `output`.
+        output: `[B, T, O]`, `layer` of all frames.
+        x: `[B, T, I]`, the layer's input; or `[A, I]`, the same frames of it, if these have a graph of their own.
+        frames: `[A]` long, numbers of frames in the flattened batch `[B * T]`, none twice.
+
+    Returns:
+        `[A, O]`.
+    """
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not listened_to(layer)
+    if not plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return pick_frames(output, frames)
+    rows = pick_frames(output.detach(), frames)
+    weight, bias = layer.weight, layer.bias
+    bias = None if bias is None else bias.to(rows.dtype)  # autocast: the layer computed in another dtype
+    whole = x.dim() == 3
+    result: Tensor = _RowsOfLinear.apply(  # type: ignore[no-untyped-call]
+        rows, x.flatten(0, 1) if whole else x, frames if whole else None, weight.to(rows.dtype), bias
+    )
+    return result
+
+
+# %% ../nbs/16_quantizer.ipynb #cd3231f0
 class GumbelVectorQuantizer(nn.Module):
     """A product quantizer: `G` codebooks of `V` codes, chosen with Gumbel noise in training, by the best score in eval.
 
@@ -193,7 +272,11 @@ class GumbelVectorQuantizer(nn.Module):
         return self.logits(features).argmax(-1).view(*features.shape[:2], self.num_groups)
 
     def forward(
-        self, features: Tensor, mask_time_indices: Tensor | None = None, return_codes: bool = False
+        self,
+        features: Tensor,
+        mask_time_indices: Tensor | None = None,
+        return_codes: bool = False,
+        asked: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Quantize every frame; measure the codes in use at the masked frames.
 
@@ -202,6 +285,9 @@ class GumbelVectorQuantizer(nn.Module):
             mask_time_indices: `[B, T]` bool or any int type, True = hidden from the encoder. Only these frames
                 enter the perplexity; None counts all.
             return_codes: also return the codes used, `[B, T, G]` long (drawn with noise in training).
+            asked: `[A]` long, numbers of frames in the flattened batch, all masked ones among them. Their code vectors
+                come a second time, at the end, `[A, codevector_dim]`: a backward pass from there, and from the
+                perplexity, costs nothing for the other frames.
 
         Returns:
             Code vectors `[B, T, codevector_dim]`, and the perplexity (scalar): in training that of the average
@@ -216,16 +302,38 @@ class GumbelVectorQuantizer(nn.Module):
                 f"mask_time_indices has shape {tuple(mask_time_indices.shape)}, expected (batch, frames) = {(B, T)}"
             )
         mask = None if mask_time_indices is None else mask_time_indices.reshape(B * T)
-        logits = self.logits(features)  # [F, G, V] with F = B * T
+        choose = self._draw if self.training else self._best
+        codevectors, perplexity, codes, *rest = choose(features, mask, asked)
+        out = codevectors.reshape(B, T, -1), perplexity
+        return out + (codes.view(B, T, -1),) * return_codes + tuple(x.flatten(1) for x in rest)
+
+    def _draw(self, features: Tensor, mask: Tensor | None, asked: Tensor | None) -> tuple[Tensor, ...]:
+        """Choose with noise: code vectors `[F, G, d]`, perplexity, codes `[F, G]`, and the vectors `[A, G, d]` of who is asked."""
+        scores = self.weight_proj(features)
+        logits = scores.float().view(-1, self.num_groups, self.num_vars)  # [F, G, V] with F = B * T
         table = self.codevectors.view(self.num_groups, self.num_vars, -1)  # [G, V, d]
-        if self.training:
-            soft, perplexity = RelaxedChoice.apply(logits, mask, self.temperature)  # type: ignore[no-untyped-call]
-            codes = soft.argmax(-1)  # [F, G]
-            codevectors = StraightThroughLookup.apply(table, codes, soft)  # type: ignore[no-untyped-call]
-        else:
-            codes = logits.argmax(-1)
-            codevectors = table[torch.arange(self.num_groups, device=codes.device), codes]
-            counted = torch.zeros_like(logits).scatter_(-1, codes[..., None], 1.0)
-            perplexity = codebook_perplexity(counted, mask)
-        codevectors = codevectors.reshape(B, T, -1)
-        return (codevectors, perplexity, codes.view(B, T, -1)) if return_codes else (codevectors, perplexity)
+        soft = gumbel_relaxed(logits, self.temperature)
+        codes = soft.argmax(-1)
+        if asked is None:
+            soft, perplexity = RelaxedChoice.apply(logits, soft.detach(), mask, self.temperature)  # type: ignore[no-untyped-call]
+            return StraightThroughLookup.apply(table, codes, soft), perplexity, codes  # type: ignore[no-untyped-call]
+        everywhere = StraightThroughLookup.apply(table, codes, soft)  # type: ignore[no-untyped-call]
+        own = rows_of(self.weight_proj, scores, features, asked)
+        own_soft, perplexity = RelaxedChoice.apply(  # type: ignore[no-untyped-call]
+            own.float().view(-1, self.num_groups, self.num_vars),
+            soft.detach().index_select(0, asked),
+            None if mask is None else mask.index_select(0, asked),
+            self.temperature,
+        )
+        own_vectors = StraightThroughLookup.apply(table, codes.index_select(0, asked), own_soft)  # type: ignore[no-untyped-call]
+        return everywhere, perplexity, codes, own_vectors
+
+    def _best(self, features: Tensor, mask: Tensor | None, asked: Tensor | None) -> tuple[Tensor, ...]:
+        """Choose the best scores; returns what `_draw` does. The choice has no gradient, the code vectors have."""
+        logits = self.logits(features)
+        codes = logits.argmax(-1)
+        table = self.codevectors.view(self.num_groups, self.num_vars, -1)
+        codevectors = table[torch.arange(self.num_groups, device=codes.device), codes]
+        counted = torch.zeros_like(logits).scatter_(-1, codes[..., None], 1.0)
+        chosen = codevectors, codebook_perplexity(counted, mask), codes
+        return chosen if asked is None else (*chosen, codevectors.index_select(0, asked))

@@ -262,14 +262,12 @@ class PretrainingObjective(Objective):
     def __init__(self, recipe: Recipe, model: Any, processor: Any) -> None:
         super().__init__(recipe, model, processor)
         self.chance = 1 / (1 + model.config.num_negatives)
-        model.quantizer.weight_proj.register_forward_hook(self._tap_scores)
-        model.quantizer.register_forward_hook(self._tap_codes)
+        model.quantizer.register_forward_hook(self._tap_quantizer)
 
-    def _tap_scores(self, module: nn.Module, inputs: Any, scores: Tensor) -> None:
-        self.taps["scores"] = scores.detach()
-
-    def _tap_codes(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        self.taps["codes"] = output[2]
+    @torch.no_grad()
+    def _tap_quantizer(self, module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        """Keep codes and scores; a hook on the layer of the scores itself would keep its backward pass from being spared."""
+        self.taps["codes"], self.taps["scores"] = output[2], module.logits(inputs[0])
 
     def collator(self, training: bool) -> Collator:
         """Crops, hidden frames and negatives."""
