@@ -673,3 +673,25 @@ def test_the_measurement_itself(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     print(measure(sys.argv[1], *map(float, sys.argv[2:3])))
+
+
+def test_a_loaded_model_knows_where_its_processor_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from w2vc.evaluation import evaluate
+    from w2vc.views import open_checkpoint
+
+    clip = load_speech("builtin", "test").filter(kind="digits")[:2]
+    model = w2vc.load_demo("ctc")
+    assert transcribe(clip[0], model).text == transcribe(clip[0]).text
+    assert evaluate(model, clip, draws=10).measures["CER"].value < 0.5
+    assert open_checkpoint(model)[1].tokenizer.pad_token_id == model.config.pad_token_id
+
+    conformer().save_pretrained(tmp_path / "bare")
+    monkeypatch.chdir(tmp_path)
+    bare = Wav2Vec2ConformerForCTC.from_pretrained("bare")
+    monkeypatch.chdir("/")
+    assert bare.name_or_path == str(tmp_path / "bare")
+    with pytest.raises(FileNotFoundError, match="has no preprocessor_config.json"):
+        transcribe(clip[0], bare)
+    assert open_checkpoint(bare)[1] is None

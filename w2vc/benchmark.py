@@ -897,7 +897,10 @@ def importing(side: str, s: Setting) -> Work:
 
 
 def loading_weights(side: str, s: Setting) -> Work:
-    """Open a checkpoint of the released size, 618 million random numbers in one file."""
+    """Open a checkpoint of the released size, 618 million random numbers in one file, and touch each page of its weights.
+
+    A file that is only mapped is read when its weights are first used; so that this counts on both sides, they are.
+    """
     config = s.pick(
         Wav2Vec2ConformerConfig.large(), Wav2Vec2ConformerConfig.tiny(), quick=Wav2Vec2ConformerConfig()
     )
@@ -914,8 +917,9 @@ def loading_weights(side: str, s: Setting) -> Work:
 
     def call() -> dict[str, Tensor]:
         model = cls.from_pretrained(folder)
-        picked = [p.detach().flatten()[:64].clone() for _, p in sorted(model.named_parameters())]
-        return {"weights": torch.cat(picked)}
+        weights = [p.detach().flatten() for _, p in sorted(model.named_parameters())]
+        touched = torch.stack([w[::1024].double().sum() for w in weights])  # a page has 1024 numbers
+        return {"weights": torch.cat([w[:64] for w in weights]), "touched": touched}
 
     return Work(call, about={"gigabytes of weights": size / 1e9})
 
@@ -977,7 +981,7 @@ _TABLE = [
     Row("beam", "beam search of 1 minute, width 32", _SEEN, partial(decoding, beam=32), 3, peer=""),
     Row("loading", "making a batch of 4 x 5 s, beside the step that eats it", _SEEN, loading, 3, math.inf, peer="step"),
     Row("import", "import w2vc, beside import torch", Goal("<= 1.3x", 1 / 1.3), importing, 5, peer="torch"),
-    Row("load-large", "opening a checkpoint of 618 M parameters", _SEEN, loading_weights, 3),
+    Row("load-large", "opening a checkpoint of 618 M parameters, to their first use", _SEEN, loading_weights, 3),
     Row("gpu-inference", "GPU, bf16, large config: inference, 16 x 10 s", _CARD, partial(utterance, dtype=_HALF, layers=24, n_rows=16, compiled=True), 10, 0.1, "cuda"),
     Row("gpu-step", "GPU, bf16, large config: pre-training step, 8 x 10 s", Goal(">= 2x faster, >= 50 % of the product rate", 2, None, 0.5), partial(training_step, large=True, n_rows=8, seconds=10.0, dtype=_HALF, layerdrop=0.0, compiled=True), 5, 0.2, "cuda"),
     Row("gpu-minutes", "GPU, bf16, large config: 10 minutes in one forward", _SEEN, partial(minutes, seconds=600.0, layers=24, dtype=_HALF), 3, 0.1, "cuda"),
@@ -1019,14 +1023,14 @@ def _timed(work: Work, device: str) -> tuple[float, float]:
 
 
 def _fastest_mode(work: Work, device: str) -> tuple[str, dict[str, Any]]:
-    """Try every mode of a side once after a first call, and choose the fastest; a mode that fails is written down."""
+    """Try every mode of a side twice after a first call, and choose the fastest; a mode that fails is written down."""
     tried: dict[str, Any] = {}
     for mode in work.modes if len(work.modes) > 1 else ():
         try:
             work.switch(mode)
             if "compiled" in mode or device != "cpu":
                 work.call()
-            tried[mode] = _timed(work, device)[0]
+            tried[mode] = min(_timed(work, device)[0] for _ in range(2))  # one alone may have been disturbed
         except Exception as error:  # whatever a compiler says, the other modes remain
             tried[mode] = (
                 f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]

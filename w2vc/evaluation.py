@@ -1184,7 +1184,7 @@ def evaluate(
     Args:
         model: A model, or the folder or hub id of one.
         speech: A set, or a name for `open_speech`.
-        processor: Feature extractor, for CTC with its tokenizer; None: that of the `model`'s folder.
+        processor: Feature extractor, for CTC with its tokenizer; None: what lies where the model was loaded from.
         split: For `open_speech`.
         limit: For `open_speech`.
         device: Where a model that is loaded here goes.
@@ -1206,8 +1206,9 @@ def evaluate(
         )
     if isinstance(model, str | os.PathLike):
         cls = model_class(model, revision=revision)
-        processor = _processor_of(model, cls, revision) if processor is None else processor
         model = cls.from_pretrained(model, device=device, dtype=dtype, revision=revision)
+    if processor is None and model.name_or_path is not None:
+        processor = _processor_of(model.name_or_path, type(model), model.revision)
     judge = next((judge for cls, judge in JUDGES.items() if isinstance(model, cls)), None)
     trial = Trial(model, speech, processor, **options)
     if judge is None or not len(speech) or trial.by not in {"utterance", "speaker"}:

@@ -664,6 +664,8 @@ class PreTrainedModel(ModelBase):
     """A model that goes to files and comes back; see `ModelBase` for what a subclass must do."""
 
     load_report: LoadReport | None = None  # what `from_pretrained` found
+    name_or_path: str | None = None  # where it found it: a processor lies there, too
+    revision: str | None = None
 
     def files(self, *, max_shard_bytes: int = 5_000_000_000) -> dict[str, bytes | Callable[[Path], Any]]:
         """The files of a checkpoint, config.json and weights, for `write_together`.
@@ -732,4 +734,7 @@ class PreTrainedModel(ModelBase):
             tensors = join_head(tensors, encoder_tensors, name_or_path)
         source = repr(os.fspath(name_or_path))
         model.load_report = fill(model, tensors, device=device, strict=strict, source=source)
+        here = os.path.isdir(name_or_path)  # in full, for a program that later works in another folder
+        model.name_or_path = os.path.abspath(name_or_path) if here else os.fspath(name_or_path)
+        model.revision = revision
         return model.to(device=device, dtype=dtype).eval()

@@ -248,8 +248,8 @@ def contrastive_loss(
         codes = torch.unique(targets.detach().flatten(0, 1), dim=0, return_inverse=True)[1].view(
             *mask.shape, 1
         )
-    read = (pick_frames(x, questions.frames) for x in (states, targets, codes))
-    return questions.loss(*read, temperature)
+    states, targets, codes = (pick_frames(x, questions.frames) for x in (states, targets, codes))
+    return questions.loss(states, targets, codes, temperature)
 
 
 # %% ../nbs/32_pretraining.ipynb #88dbb6ce

@@ -372,6 +372,8 @@ def _open_model(model: Any, processor: Any) -> tuple[Wav2Vec2ConformerForCTC, Wa
         model, dtype = (demo_folder("ctc"), torch.float32) if model is None else (model, None)
         processor = model if processor is None else processor
         model = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=dtype)
+    if processor is None and getattr(model, "name_or_path", None) is not None:
+        processor = Wav2Vec2Processor.from_pretrained(model.name_or_path, revision=model.revision)
     if isinstance(processor, (str, os.PathLike)):
         processor = Wav2Vec2Processor.from_pretrained(processor)
     if not isinstance(processor, Wav2Vec2Processor):
@@ -452,7 +454,7 @@ def transcribe(
             the audio of a data set's row; or a list, an iterator or a `Speech` of those.
         model: a `Wav2Vec2ConformerForCTC`, on any device and of any type; or a folder or hub id, loaded on each call;
             None: the small demo checkpoint that comes with the package (English letters; chapter 54).
-        processor: a `Wav2Vec2Processor`, or the folder or hub id of one; None: that of the `model`'s folder.
+        processor: a `Wav2Vec2Processor`, or the folder or hub id of one; None: what lies where the model was loaded from.
         sampling_rate: samples per second of arrays; everything else knows its own.
         chunk_seconds: length of a chunk, context included; None takes each recording in one pass.
         context_seconds: context on each side of a cut; None: a sixth of the chunk.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import os
 from collections.abc import Sequence
@@ -82,20 +83,20 @@ def open_checkpoint(
 
     Args:
         model: A model, which is given back as it is; a folder or hub id; None: the demo checkpoint.
-        processor: The processor, if the model does not come from a folder.
+        processor: The processor; None: what lies where the model was loaded from.
         head: Which demo checkpoint, as for `load_demo`.
 
     Raises:
         FileNotFoundError: No checkpoint there.
     """
-    folder = demo_folder(head) if model is None else model
-    if not isinstance(folder, str | os.PathLike):
-        return cast(PreTrainedModel, folder), processor
-    opened = model_class(folder).from_pretrained(folder, dtype=torch.float32)
-    try:
-        return opened, AutoProcessor.from_pretrained(folder) if processor is None else processor
-    except FileNotFoundError:  # weights alone: the usual feature extractor will do, and there is no text
-        return opened, None
+    model = demo_folder(head) if model is None else model
+    if isinstance(model, str | os.PathLike):
+        model = model_class(model).from_pretrained(model, dtype=torch.float32)
+    opened = cast(PreTrainedModel, model)
+    if processor is None and opened.name_or_path is not None:
+        with contextlib.suppress(FileNotFoundError):  # weights alone: the usual feature extractor will do
+            processor = AutoProcessor.from_pretrained(opened.name_or_path, revision=opened.revision)
+    return opened, processor
 
 
 # %% ../nbs/66_views.ipynb #bd1729e1
