@@ -692,6 +692,6 @@ def test_a_loaded_model_knows_where_its_processor_lies(
     bare = Wav2Vec2ConformerForCTC.from_pretrained("bare")
     monkeypatch.chdir("/")
     assert bare.name_or_path == str(tmp_path / "bare")
-    with pytest.raises(FileNotFoundError, match="has no preprocessor_config.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no preprocessor_config\.json"):
         transcribe(clip[0], bare)
     assert open_checkpoint(bare)[1] is None

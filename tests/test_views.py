@@ -226,7 +226,7 @@ def test_another_head_is_refused(view: Any, utterance: Utterance) -> None:
 
 def test_a_ctc_model_without_a_processor_is_refused(folder: Path, utterance: Utterance) -> None:
     with pytest.raises(ValueError, match="processor="):
-        ctc_view(Wav2Vec2ConformerForCTC.from_pretrained(folder), utterance)
+        ctc_view(Wav2Vec2ConformerForCTC(Wav2Vec2ConformerConfig.from_pretrained(folder)), utterance)
 
 
 def test_tracks_need_a_frame() -> None:

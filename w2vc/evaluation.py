@@ -1207,8 +1207,9 @@ def evaluate(
     if isinstance(model, str | os.PathLike):
         cls = model_class(model, revision=revision)
         model = cls.from_pretrained(model, device=device, dtype=dtype, revision=revision)
-    if processor is None and model.name_or_path is not None:
-        processor = _processor_of(model.name_or_path, type(model), model.revision)
+    where = getattr(model, "name_or_path", None)
+    if processor is None and where is not None:
+        processor = _processor_of(where, type(model), model.revision)
     judge = next((judge for cls, judge in JUDGES.items() if isinstance(model, cls)), None)
     trial = Trial(model, speech, processor, **options)
     if judge is None or not len(speech) or trial.by not in {"utterance", "speaker"}:

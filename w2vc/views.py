@@ -93,9 +93,10 @@ def open_checkpoint(
     if isinstance(model, str | os.PathLike):
         model = model_class(model).from_pretrained(model, dtype=torch.float32)
     opened = cast(PreTrainedModel, model)
-    if processor is None and opened.name_or_path is not None:
+    where = getattr(opened, "name_or_path", None)
+    if processor is None and where is not None:
         with contextlib.suppress(FileNotFoundError):  # weights alone: the usual feature extractor will do
-            processor = AutoProcessor.from_pretrained(opened.name_or_path, revision=opened.revision)
+            processor = AutoProcessor.from_pretrained(where, revision=opened.revision)
     return opened, processor
 
 
