@@ -20,6 +20,7 @@ from w2vc.classification import (
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
 )
+from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.ctc import Wav2Vec2ConformerForCTC
 from w2vc.explore import Explorer
 from w2vc.model import Wav2Vec2ConformerModel
