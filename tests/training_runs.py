@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import multiprocessing
 import os
 import socket
@@ -14,9 +16,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import w2vc.quantizer
+from w2vc.batches import data_loader
 from w2vc.recipes import Recipe, read_overrides
 from w2vc.speech import Speech, load_speech
-from w2vc.training import OBJECTIVE_CLASSES, MetricsLog, Trainer, train
+from w2vc.training import OBJECTIVE_CLASSES, MetricsLog, Stream, Trainer, gather_speech, put_together, train
 
 CALM = {  # nothing random inside the model, so that cuts of a batch can be compared
     "hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "conformer_conv_dropout": 0.0,
@@ -61,7 +64,7 @@ def gradients_of_a_step(trainer: Trainer) -> dict[str, Tensor]:
         {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     )
     trainer.update()
-    return seen
+    return put_together(seen)
 
 
 def trainer_for(
@@ -103,32 +106,39 @@ def in_child(task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     return child
 
 
-def together(folder: Path) -> None:
-    """Run `child_of_two` in two processes that train together over gloo, with the variables that launchers set."""
+def together(
+    child: Callable[[Path, int], None], folder: Path, *, seconds: float = 300, **settings: str
+) -> None:
+    """Run `child` in two processes that train together over gloo, with the variables that launchers set.
+
+    Args:
+        child: Given the folder and its number.
+        folder: Where they leave what they find.
+        seconds: Who is not done by then hangs, and fails.
+        settings: More variables.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [in_child(child_of_two, folder, rank, port) for rank in range(2)]
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = [in_child(one_of_two, child, folder, rank, place | settings) for rank in range(2)]
     try:
-        for child in children:
-            child.join(timeout=300)
+        for one in children:
+            one.join(timeout=seconds)
     finally:
-        for child in children:
-            child.kill()
-    assert [child.exitcode for child in children] == [0, 0]
+        for one in children:
+            one.kill()
+    assert [one.exitcode for one in children] == [0, 0]
 
 
-def child_of_two(folder: Path, rank: int, port: int) -> None:
-    """One of two processes: the gradient of a batch cut in four, and runs with LayerDrop and a base model frozen at first."""
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ |= {key: str(value) for key, value in place.items()}
+def one_of_two(child: Callable[[Path, int], None], folder: Path, rank: int, place: dict[str, str]) -> None:
+    """Take a place in the group, and begin."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **place}
     AcceleratorState._reset_state(reset_partial_state=True)  # what this process was before it was copied
+    child(folder, rank)
+
+
+def child_of_two(folder: Path, rank: int) -> None:
+    """One of two processes: the gradient of a batch cut in four, and runs with LayerDrop and a base model frozen at first."""
     found: dict[str, Any] = {}
     noisy = w2vc.quantizer.gumbel_relaxed
     w2vc.quantizer.gumbel_relaxed = fixed_noise
@@ -151,3 +161,100 @@ def child_of_two(folder: Path, rank: int, port: int) -> None:
             piece.model.state_dict(),
         )
     torch.save(found, folder / f"found-{rank}.pt")
+
+
+IN_PIECES = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def poison(trainer: Trainer, bad: str) -> None:
+    """Let the loss of every batch with the utterance `bad` be no number."""
+    forward = trainer.objective.forward
+
+    def poisoned(model: Any, batch: Any, count: int) -> Any:
+        loss, output = forward(model, batch, count)
+        return loss * math.nan if bad in batch["ids"] else loss, output
+
+    trainer.objective.forward = poisoned  # type: ignore[method-assign]
+
+
+def few_steps(objective: str, folder: Path, *cut: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights after three steps, in double precision, and the figures of an evaluation before them."""
+    plan = make_recipe(
+        objective, "run.steps=3", "run.evaluate_every=9", "optimizer.clip=1", "data.label=speaker", *cut,
+        layerdrop=0.0, diversity_loss_weight=0.0, apply_spec_augment=False,
+    )  # fmt: skip
+    speech = gather_speech(plan.data.train)[:8]
+    trainer = trainer_for(plan, speech, folder, speech[:3])
+    if trainer.world == 1:  # the batches of two processes in turn
+        trainer.stream = Stream(data_loader(
+            speech, trainer.objective.collator(True), max_seconds=plan.data.batch_seconds, max_rows=plan.data.batch_rows,
+            seed=plan.run.seed, processes=2, rank=None,
+        ))  # fmt: skip
+    trainer.log = MetricsLog(folder / "log")
+    trainer.thaw()
+    figures = trainer.evaluate()
+    weights = {name: p.detach() for name, p in trainer.run().model.named_parameters()}
+    return weights, figures
+
+
+def child_in_pieces(folder: Path, rank: int) -> None:
+    """One of two processes that hold a piece of the model each."""
+    found: dict[str, Any] = {}
+    noisy = w2vc.quantizer.gumbel_relaxed
+    w2vc.quantizer.gumbel_relaxed = fixed_noise
+    for objective in ("pretraining", "ctc"):
+        cut = ("data.batch_rows=1", "run.accumulate=2")
+        found[objective] = cut_gradients(objective, cut, folder / objective)
+    for objective in ("pretraining", "ctc", "xvector"):
+        found[f"{objective}-steps"] = few_steps(objective, folder / f"{objective}-steps", "data.batch_rows=2")
+    w2vc.quantizer.gumbel_relaxed = noisy
+    for objective, more in (
+        ("pretraining", ("model.features_gradient=0", "model.checkpointing=true")),
+        ("ctc", ("model.frozen_steps=2", "run.ema=0.5", "run.evaluate_every=4")),
+    ):
+        settings = (*more, "run.accumulate=2", "run.steps=4", "optimizer.clip=1")
+        plan = make_recipe(objective, *settings, layerdrop=0.5, hidden_dropout=0.1)
+        whole = train(plan, folder / f"{objective}-whole", progress=False).model
+        pieces = folder / f"{objective}-pieces"
+        while not (piece := train(plan, pieces, max_minutes=0, progress=False)).finished:
+            pass
+        found[f"{objective}-whole"], found[f"{objective}-pieces"] = (
+            whole.state_dict(),
+            piece.model.state_dict(),
+        )
+    half = make_recipe("pretraining", "run.precision=bf16", "run.steps=3", "model.features_gradient=0.1")
+    train(half, folder / "half-pieces", progress=False)
+    train(plan, folder / "other", max_minutes=0, progress=False)
+    del os.environ["ACCELERATE_USE_FSDP"]  # the same run goes on, with the whole model in both processes
+    train(plan, folder / "other", progress=False)
+    train(half, folder / "half-whole", progress=False)
+    torch.save(found, folder / f"found-{rank}.pt")
+
+
+class Short:
+    """The batches of a loader, but for the last ones."""
+
+    def __init__(self, loader: Any, batches: int) -> None:
+        self.loader, self.batches, self.batch_sampler = loader, batches, loader.batch_sampler
+
+    def __iter__(self) -> Any:
+        return itertools.islice(self.loader, self.batches)
+
+
+def poisoned_child(folder: Path, rank: int) -> None:
+    """One of two processes, one of which gets a bad clip now and then, and less to validate on."""
+    plan = make_recipe("ctc", "run.steps=8", "data.batch_rows=1", mask_time_prob=0.0)
+    speech = gather_speech(plan.data.train)[:6]
+    trainer = trainer_for(plan, speech, folder / "run", speech[:4], double=False)
+    poison(trainer, speech[3].id)
+
+    def give_up(module: nn.Module, inputs: Any) -> None:
+        """Refuse in the middle of the model, when samples are looked at one by one."""
+        if torch.is_inference_mode_enabled():
+            raise ValueError("not a number")
+
+    trainer.model.base_model.encoder.layers[1].register_forward_pre_hook(give_up)
+    assert len(trainer.valid) == 2
+    trainer.valid = Short(trainer.valid, 2 - rank)
+    trainer.run()
+    torch.save(trainer.skipped, folder / f"skipped-{rank}.pt")

@@ -232,11 +232,19 @@ BLOCK = (
 
 
 def listened_to(*modules: nn.Module) -> bool:
-    """Say whether a module, or one inside it, has a hook, which expects to be called as the plain form calls it."""
-    return any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+    """Say whether a module, or one inside it, has a hook, which expects to be called as the plain form calls it.
+
+    The hooks of FSDP (chapter 53) do not count: they fetch weights, whatever a module is called with.
+    """
+    hooks = (
+        hook
         for module in modules
         for part in module.modules()
+        for table in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+        for hook in table.values()
+    )
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks
     )
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "smooth_curve",
     "diversity_share",
     "block_of",
+    "whole_tensor",
     "gradient_norms",
     "Alarm",
     "find_alarms",
@@ -174,6 +175,11 @@ def block_of(name: str) -> str:
 
 
 # %% ../nbs/51_health.ipynb #be7eb6e2
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor as it is; or, if the processes of a group hold a piece each (a DTensor), put together, for which all must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> dict[str, float]:
     """Length of the gradient of each block, with one read from the device."""
@@ -183,7 +189,9 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
             blocks.setdefault(block_of(name), []).append(p.grad)
     if not blocks:
         return {}
-    norms = [torch.stack(torch._foreach_norm(grads)).float().norm() for grads in blocks.values()]
+    norms = [
+        whole_tensor(torch.stack(torch._foreach_norm(grads)).float().norm()) for grads in blocks.values()
+    ]
     return dict(zip(blocks, torch.stack(norms).tolist(), strict=True))
 
 

@@ -259,6 +259,6 @@ def scaling_plan(
 
 # %% ../nbs/72_scale.ipynb #268ae3c2
 def launch_settings() -> dict[str, Path]:
-    """Settings files for `accelerate launch` that come with the package, by name: "cpu_2", "ddp_8", "ddp_64", "ddp_128", "fsdp_8"."""
+    """Settings files for `accelerate launch` that come with the package, by name: "cpu_2", "cpu_2_fsdp", "ddp_8", "ddp_64", "ddp_128", "fsdp_8"."""
     folder = Path(str(resources.files("w2vc"))) / "assets" / "scale"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

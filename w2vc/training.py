@@ -11,8 +11,9 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from .audio import BatchFeature, Wav2Vec2FeatureExtractor
 from .batches import Collator, CTCCollator, LabelCollator, PretrainingCollator, data_loader
 from .classification import Wav2Vec2ConformerForAudioFrameClassification
 from .config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically, write_together
+from .conformer import in_process_group
 from .ctc import Wav2Vec2ConformerForCTC
 from .features import frame_mask
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
@@ -39,7 +41,7 @@ from .text import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
 # isort: split
 from .batches import label_names, model_inputs, turn_order
 from .classification import Wav2Vec2ConformerForSequenceClassification
-from .health import compare_with_bands, gradient_norms, stored_bands
+from .health import compare_with_bands, gradient_norms, stored_bands, whole_tensor
 from .recipes import learning_rate, matmul_speed
 
 # %% auto #0
@@ -59,7 +61,12 @@ __all__ = [
     "make_optimizer",
     "blame",
     "Stream",
+    "wants_pieces",
     "make_accelerator",
+    "cut_weights",
+    "whole_weights",
+    "put_together",
+    "piece_of",
     "MetricsLog",
     "read_metrics",
     "averaged_weights",
@@ -592,25 +599,141 @@ class Stream:
 
 
 # %% ../nbs/53_training.ipynb #853a9eec
+def wants_pieces() -> bool:
+    """Say whether `accelerate launch` asked for FSDP, a model in pieces, and this process is one of a group.
+
+    Raises:
+        ValueError: It asked for something that this loop does not do.
+    """
+    told = {
+        key: os.environ.get(key, "false").lower()
+        for key in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
+    }
+    if told["ACCELERATE_USE_FSDP"] != "true":
+        return False
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise refuse(
+            "fsdp_version",
+            version,
+            "2: FSDP 1 joins the weights of a block to one long vector, which has no names (fsdp_version: 2)",
+        )
+    if told["FSDP_OFFLOAD_PARAMS"] == "true":
+        raise refuse("fsdp_offload_params", True, "false: pieces stay on their device")
+    if told["FSDP_ACTIVATION_CHECKPOINTING"] == "true":
+        raise refuse(
+            "fsdp_activation_checkpointing", True, "false: set model.checkpointing in the recipe instead"
+        )
+    return in_process_group()
+
+
 def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
-    """Accelerate's handle on devices, processes and precision; `accelerate launch` decides how many processes there are."""
+    """Accelerate's handle on devices, processes and precision; `accelerate launch` decides how many processes there are.
+
+    Raises:
+        ValueError: The launcher asked for a way to train that this loop does not know.
+    """
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "w2vc[train]"') from error
+    wants_pieces()  # refuses before Accelerate complains less clearly
     if AcceleratorState._shared_state:  # another run of this process may have had another precision
         AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in {"FSDP", "DEEPSPEED", "MEGATRON_LM"}:
+    if kind in {"DEEPSPEED", "MEGATRON_LM"}:
+        raise refuse("distributed_type", kind, "data-parallel training (MULTI_GPU) or FSDP (chapter 72)")
+    if precision == "fp16" and wants_pieces():
         raise refuse(
-            "distributed_type",
-            kind,
-            "data-parallel training: of a model in pieces every forward waits for all processes, and this loop runs some on one alone, "
-            "to name the samples of a bad step and to validate on shares of unequal length (chapter 72)",
+            "run.precision", precision, "'bf16' or 'no' with FSDP: the loss scale of fp16 is not tried there"
         )
     return accelerator
+
+
+# %% ../nbs/53_training.ipynb #d88983ba
+def _reshards() -> bool:
+    """Whether a block forgets the others' pieces after its forward, to gather them again for its backward."""
+    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+
+
+def cut_weights(model: PreTrainedModel, device: torch.device) -> None:
+    """Leave this process its piece of each weight, in place (FSDP2): the parameters become DTensors.
+
+    Each block of the encoder is gathered when its turn comes, and the rest for the whole step.
+
+    Args:
+        model: The same on all processes, or nearly: the first process's weights count, as in data-parallel training.
+        device: Where the model is.
+
+    Raises:
+        ImportError: torch is too old.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise ImportError(f"FSDP needs torch 2.13 or newer, and this is {torch.__version__}")
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(tensor.detach(), 0)
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module .* returned a view"
+    )  # nobody writes to our outputs in place
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in cast(Any, model.base_model).encoder.layers:
+        fully_shard(block, mesh=mesh, reshard_after_forward=_reshards())
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+# %% ../nbs/53_training.ipynb #3118c3f0
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Let every process hold all weights for a while, so that it may run forwards alone; all must enter together.
+
+    Without gradients. A model that is not in pieces stays as it is. The first time in the life of a cut model, a forward must run inside, on
+    each process.
+    """
+    if not in_process_group():
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield  # an error ends the run: nothing to clean up then
+    if parts:  # FSDP notes each forward to plan the next backward: forget those that failed, or that others did not run
+        parts[0].reset_iter_state()
+    for part in parts:
+        part.set_reshard_after_forward(_reshards() and part is not parts[0], recurse=False)
+
+
+def put_together(value: Any, keep: bool = True) -> Any:
+    """Tables and lists of tensors, with those that are in pieces made whole, on the host; all processes must ask.
+
+    Args:
+        value: State of a model or an optimiser.
+        keep: False takes part and forgets the result.
+    """
+    if isinstance(value, Mapping):
+        return {key: put_together(item, keep) for key, item in value.items()}
+    if isinstance(value, list):
+        return [put_together(item, keep) for item in value]
+    if not hasattr(value, "full_tensor"):
+        return value
+    gathered = whole_tensor(value)
+    return gathered.cpu() if keep else None
+
+
+def piece_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's piece of a whole tensor, cut as `like` is; the tensor itself if that is not cut."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    like = cast(DTensor, like)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 # %% ../nbs/53_training.ipynb #33bd188d
@@ -741,7 +864,7 @@ class Outcome:
         finished: The run is over; False: it can be resumed.
         reason: Why it stopped.
         best: The best value of the monitored figure, and its step.
-        model: The trained model, in eval mode.
+        model: The trained model, in eval mode; after training in pieces, a whole one for each process, read from `last/`.
     """
 
     folder: Path
@@ -793,7 +916,13 @@ class RunState:
             self.model.freeze_base_model()
         if recipe.model.checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.model.to(self.device), recipe))
+        self.model.to(self.device)
+        self.in_pieces = wants_pieces()
+        if self.in_pieces:
+            # adds autocast, and no wrapper
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+            cut_weights(self.model, self.device)
+        self.optimizer: Any = self.accelerator.prepare_optimizer(make_optimizer(self.model, recipe))
         self.learners = [p for p in self.model.parameters() if p.requires_grad]
         self.frozen: list[nn.Parameter] = []
         self.wrapped: Any = None
@@ -825,7 +954,8 @@ class RunState:
     def thaw(self) -> None:
         """Freeze or free the base model as the step asks, and wrap the model for its processes.
 
-        Data-parallel training notes which parameters learn when it wraps the model, so it is wrapped anew on a change.
+        Data-parallel training notes which parameters learn when it wraps the model, so it is wrapped anew on a change. A model
+        in pieces has no wrapper: its hooks look at each step.
         """
         freeze = self.step < self.recipe.model.frozen_steps
         if self.wrapped is not None and freeze == bool(self.frozen):
@@ -836,9 +966,9 @@ class RunState:
             p.requires_grad_(not freeze)
         if not freeze:
             self.frozen = []
-        if self.wrapped is not None:
+        if self.wrapped is not None and not self.in_pieces:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.wrapped = self.model if self.in_pieces else self.accelerator.prepare_model(self.model)
         self.learn()
 
     def learn(self) -> None:
@@ -850,7 +980,19 @@ class RunState:
 
 # %% ../nbs/53_training.ipynb #c6cd6537
 class SavedRun(RunState):
-    """A run that goes to the disk and comes back."""
+    """A run that goes to the disk and comes back. Its files are the same whether the model is in pieces or not."""
+
+    def model_files(self) -> dict[str, Any]:
+        """The files of the model, for the first process, and nothing for the others; all must ask."""
+        if not self.in_pieces:
+            return self.model.files() if self.is_main else {}
+        weights = put_together(self.model.state_dict(), keep=self.is_main)
+        if not self.is_main:
+            return {}
+        with torch.device("meta"):  # FSDP renamed the class of the pieces, and config.json names it
+            model = self.objective.head(self.model.config)
+        model.load_state_dict(weights, assign=True)
+        return model.files()
 
     def save(self) -> None:
         """Write `last/`: model and state of the run together, all or nothing."""
@@ -862,15 +1004,19 @@ class SavedRun(RunState):
             from accelerate.utils import gather_object
 
             states = gather_object(states)
+        optimizer, average = self.optimizer.state_dict(), self.average
+        if self.in_pieces:
+            optimizer, average = put_together([optimizer, average], keep=self.is_main)
+        files = self.model_files()
         if self.is_main:
             scaler = self.accelerator.scaler
             state = {
-                "step": self.step, "stream": self.stream.state_dict(), "optimizer": self.optimizer.state_dict(), "rng": states,
-                "average": self.average, "skipped": self.skipped, "in_a_row": self.in_a_row, "waiting": self.waiting,
+                "step": self.step, "stream": self.stream.state_dict(), "optimizer": optimizer, "rng": states,
+                "average": average, "skipped": self.skipped, "in_a_row": self.in_a_row, "waiting": self.waiting,
                 "best": None if self.best is None else list(self.best), "scaler": None if scaler is None else scaler.state_dict(),
                 "since": self._since, "recipe": self.recipe.to_dict(),
             }  # fmt: skip
-            files = self.model.files() | {"training_state.pt": lambda path: torch.save(state, path)}
+            files |= {"training_state.pt": lambda path: torch.save(state, path)}
             write_together(self.folder / "last", files, remove=OLD_WEIGHTS)
         self.accelerator.wait_for_everyone()
 
@@ -896,13 +1042,24 @@ class SavedRun(RunState):
             raise ValueError(
                 f"{self.folder} holds a run of {len(state['rng'])} process(es), and there are {self.world}"
             )
-        self.model.load_state_dict(read_checkpoint(last), strict=True)
+        own = self.model.state_dict()
+        weights = {
+            name: piece_of(tensor, own.get(name, tensor)) for name, tensor in read_checkpoint(last).items()
+        }
+        self.model.load_state_dict(weights, strict=True)
+        learners = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, moments in state["optimizer"]["state"].items():
+            moments |= {
+                key: piece_of(moment, learners[i]) for key, moment in moments.items() if key != "step"
+            }
         self.optimizer.load_state_dict(state["optimizer"])
         self.stream.load_state_dict(state["stream"])
         self.step, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
         self.waiting, self._since = state["waiting"], state["since"]
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
-        self.average = {name: value.to(self.device) for name, value in state["average"].items()}
+        self.average = {
+            name: piece_of(value.to(self.device), own[name]) for name, value in state["average"].items()
+        }
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rng = state["rng"][self.accelerator.process_index]
@@ -992,7 +1149,12 @@ class GuardedRun(LoggedRun):
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # fp16: lower the scale
         guilty = [b for b, value in zip(batches, losses, strict=True) if not math.isfinite(float(value))]
-        names = [name for batch in guilty for name in blame(self.objective, batch)]
+        with whole_weights(self.model):  # who has nothing to blame must help the others
+            names = [name for batch in guilty for name in blame(self.objective, batch)]
+        if self.world > 1:
+            from accelerate.utils import gather_object
+
+            names = gather_object(names)
         self.skipped += 1
         self.in_a_row += 1
         overflow = self.recipe.run.precision == "fp16" and math.isfinite(loss)
@@ -1000,7 +1162,7 @@ class GuardedRun(LoggedRun):
         self.log.add("skip", self.step + 1, reason=what, samples=names[:20])
         if not overflow:
             self.say(
-                f"step {self.step + 1} left out: {what}; samples: {', '.join(names[:8]) or 'of another process'}"
+                f"step {self.step + 1} left out: {what}; samples: {', '.join(names[:8]) or 'none alone'}"
             )
         if self.in_a_row >= self.recipe.run.tolerance:
             raise RuntimeError(
@@ -1019,6 +1181,12 @@ def _sum_up(total: Sums, more: Mapping[str, Tensor], device: torch.device) -> No
 
 class SteppingRun(GuardedRun):
     """A run that can take a step of the optimiser."""
+
+    def no_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Hold back the exchange of gradients until the `last` micro-batch of a step."""
+        if self.in_pieces:
+            self.wrapped.set_requires_gradient_sync(last)
+        return nullcontext() if last or self.in_pieces else self.accelerator.no_sync(self.wrapped)
 
     def update(self) -> None:
         """One step of the optimiser, over all its micro-batches and processes.
@@ -1044,17 +1212,19 @@ class SteppingRun(GuardedRun):
         for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             batch.to(self.device)
             last = i == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self.no_sync(last):
                 loss, output = objective.forward(self.wrapped, batch, count)
+                if log:  # before the backward, after which a process has its pieces only
+                    _sum_up(sums, objective.measure(batch, output), self.device)
                 if log and last:
                     notes |= objective.pulls(output)
                 self.accelerator.backward(loss * scale)
             losses.append(loss.detach())
-            if log:
-                _sum_up(sums, objective.measure(batch, output), self.device)
             del loss, output
         clip = self.recipe.optimizer.clip
-        norm = self.accelerator.clip_grad_norm_(self.learners, math.inf if clip is None else clip)
+        norm = whole_tensor(
+            self.accelerator.clip_grad_norm_(self.learners, math.inf if clip is None else clip)
+        )
         mean = self._over_processes(torch.stack(losses).sum()) / total
         mean_loss, length = torch.stack([mean, norm.to(mean.dtype)]).tolist()  # the one read of this step
         if math.isfinite(mean_loss) and math.isfinite(length):
@@ -1065,9 +1235,10 @@ class SteppingRun(GuardedRun):
             self.in_a_row = 0
             if self.average:
                 learners = dict(self.model.named_parameters())
-                torch._foreach_lerp_(
-                    list(self.average.values()), [learners[n] for n in self.average], 1 - run.ema
-                )
+                with torch.no_grad():  # or the average would remember how it came about, step after step
+                    torch._foreach_lerp_(
+                        list(self.average.values()), [learners[n] for n in self.average], 1 - run.ema
+                    )
         else:
             blocks = {}
             self._skip(batches, losses, before, mean_loss, length)
@@ -1129,7 +1300,12 @@ class JudgedRun(SteppingRun):
         lines: list[str] = []
         self.model.eval()
         self.valid.batch_sampler.set_epoch(0)
-        with averaged_weights(self.model, self.average):
+        if (
+            self.in_pieces
+        ):  # everybody judges with the running statistics of the first process, whose are saved
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        with averaged_weights(self.model, self.average), whole_weights(self.model):
             for i, batch in enumerate(self.valid):
                 if i == self.recipe.run.valid_batches:
                     break
@@ -1188,9 +1364,10 @@ class JudgedRun(SteppingRun):
         self.waiting = 0 if better else self.waiting + 1
         if better:
             self.best = (value, self.step)
-            if self.is_main:
-                with averaged_weights(self.model, self.average):
-                    write_together(self.folder / "best", self.model.files(), remove=OLD_WEIGHTS)
+            with averaged_weights(self.model, self.average):
+                files = self.model_files()
+                if self.is_main:
+                    write_together(self.folder / "best", files, remove=OLD_WEIGHTS)
         shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float))
         self.say(f"step {self.step}: {shown}{' (best)' if better else ''}")
 
@@ -1258,7 +1435,10 @@ class Trainer(JudgedRun):
         reason = f"{self.waiting} evaluations without a better one" if self.tired() else "the end of the time"
         reason = "the last step" if self.step >= plan.steps else reason
         finished = self.step >= plan.steps or self.tired()
-        return Outcome(self.folder, self.step, finished, reason, self.best, self.model.eval())
+        model = self.model
+        if self.in_pieces:  # nobody should have to wait for other processes to use it
+            model = self.objective.head.from_pretrained(self.folder / "last").to(self.device)
+        return Outcome(self.folder, self.step, finished, reason, self.best, model.eval())
 
 
 # %% ../nbs/53_training.ipynb #9ca90eb0
@@ -1300,6 +1480,8 @@ def make_trainer(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bo
             recipe, model.config, model.num_parameters(), train.seconds, processes=trainer.world, speed=speed
         )
         print(describe_cost(recipe, cost, trainer.world))
+        if trainer.in_pieces:
+            print(f"FSDP: each of {trainer.world} processes holds a piece of the weights")
     return trainer
 
 
