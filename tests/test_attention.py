@@ -405,7 +405,15 @@ def test_flex_equals_eager(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_flex_in_half_precision(kind: str | None, dtype: torch.dtype, flexed: list[str]) -> None:
+def test_flex_in_half_precision(
+    kind: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes, real = [], module.compiled_flex
+
+    def watch(backend: str) -> Callable[..., Tensor]:
+        return lambda *x: (dtypes.append({x[0].dtype, x[1].dtype}), real(backend)(*x))[1]
+
+    monkeypatch.setattr(module, "compiled_flex", watch)
     eager, flex = with_kernels(build(kind), "eager", "flex")
     hidden, mask, positions = torch.randn(3, 40, 32), mask_of([40, 25, 0], 40), positions_for(eager, 40)
     with torch.no_grad():
@@ -413,7 +421,7 @@ def test_flex_in_half_precision(kind: str | None, dtype: torch.dtype, flexed: li
         with torch.autocast("cpu", torch.bfloat16):
             cast = flex(hidden, mask, positions)[0]
         out = flex.to(dtype)(hidden.to(dtype), mask, positions_for(eager, 40, dtype))[0]
-    assert len(flexed) == 2
+    assert dtypes == [{torch.bfloat16}, {dtype}]
     assert (cast.dtype, out.dtype) == (torch.bfloat16, dtype)
     assert difference(cast, want) < 12 * torch.finfo(torch.bfloat16).eps
     assert difference(out, want) < 12 * torch.finfo(dtype).eps
@@ -507,7 +515,7 @@ def test_flex_takes_tensors_that_could_have_gradients() -> None:
 def test_flex_compiles_for_kinds_of_input_and_not_for_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(module.flex_attention, dynamic=True, backend=counter)
+    compiled = module.compiled_flex(counter)
     monkeypatch.setattr(module, "compiled_flex", lambda _: compiled)
     layer = build("relative", attn_implementation="flex")
 
