@@ -13,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import w2vc.attention as module
 from helpers import assert_close, difference, grad_difference, peer_config, randomise_, tiny_config
-from w2vc.attention import SelfAttention, attend, block_length, hide_padding
+from w2vc.attention import Packing, SelfAttention, attend, block_length, hide_padding
 from w2vc.positions import Positions, Remembered, make_positions
 
 KINDS = ["relative", "rotary", None]
@@ -358,6 +360,204 @@ def test_a_short_utterance_is_one_block_and_computed_once(monkeypatch: pytest.Mo
     assert calls == [250, 125, 125]
 
 
+# --------------------------------------------------------------------------------------- flex attention
+
+
+@pytest.fixture
+def flexed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backend of each call of flex attention; empty, if SDPA or the readable path ran instead."""
+    calls: list[str] = []
+    real = module.compiled_flex
+    monkeypatch.setattr(module, "compiled_flex", lambda backend: (calls.append(backend), real(backend))[1])
+    return calls
+
+
+def with_kernels(layer: SelfAttention, *kernels: str) -> list[SelfAttention]:
+    """The same layer under several kernels; `attn_implementation` is read at each call."""
+    copies = [copy.deepcopy(layer) for _ in kernels]
+    for each, kernel in zip(copies, kernels, strict=True):
+        each.config.attn_implementation = kernel
+    return copies
+
+
+@pytest.mark.parametrize("size", [99, 6])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_equals_eager(
+    kind: str | None, masked: bool, size: int, flexed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At several lengths, alone and in a batch, with one row that has no real frame, in one block and in many."""
+    small_blocks(monkeypatch, size)
+    shapes = ((3, 17), (3, 13), (1, 24), (2, 1))
+    for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        eager, flex = with_kernels(build(kind).to(dtype), "eager", "flex")
+        for n_rows, n_frames in shapes if dtype == torch.float32 else shapes[:1]:
+            hidden = torch.randn(n_rows, n_frames, 32, dtype=dtype)
+            mask = mask_of([n_frames, max(1, n_frames - 5), 0][:n_rows], n_frames) if masked else None
+            positions = positions_for(eager, n_frames, dtype)
+            flexed.clear()
+            with torch.no_grad():
+                got, want = flex(hidden, mask, positions)[0], eager(hidden, mask, positions)[0]
+            assert flexed == ["eager"] * (1 + (n_frames - 1) // size)
+            assert got.dtype == dtype
+            assert_close(f"attention.flex.{dtype}", got, want, tol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_in_half_precision(
+    kind: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes, real = [], module.compiled_flex
+
+    def watch(backend: str) -> Callable[..., Tensor]:
+        return lambda *x: (dtypes.append({x[0].dtype, x[1].dtype}), real(backend)(*x))[1]
+
+    monkeypatch.setattr(module, "compiled_flex", watch)
+    eager, flex = with_kernels(build(kind), "eager", "flex")
+    hidden, mask, positions = torch.randn(3, 40, 32), mask_of([40, 25, 0], 40), positions_for(eager, 40)
+    with torch.no_grad():
+        want = eager(hidden, mask, positions)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = flex(hidden, mask, positions)[0]
+        out = flex.to(dtype)(hidden.to(dtype), mask, positions_for(eager, 40, dtype))[0]
+    assert dtypes == [{torch.bfloat16}, {dtype}]
+    assert (cast.dtype, out.dtype) == (torch.bfloat16, dtype)
+    assert difference(cast, want) < 12 * torch.finfo(torch.bfloat16).eps
+    assert difference(out, want) < 12 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_hides_padding_and_mixes_packed_batches(kind: str | None, flexed: list[str]) -> None:
+    eager, flex = with_kernels(build(kind), "eager", "flex")
+    mask, positions = mask_of([15, 6], 15), positions_for(eager, 15)
+    hidden = torch.randn(2, 15, 32)
+    loud = torch.where(mask[..., None], hidden, 1e4 * torch.randn(2, 15, 32))
+    packing = Packing.of(mask, "cpu")
+    assert packing is not None
+    inside = positions
+    if isinstance(positions, tuple):
+        inside = tuple(packing.pack(x.expand(2, -1, -1))[0] for x in positions)
+    with torch.no_grad():
+        want = eager(hidden, mask, positions)[0][mask]
+        assert_close("attention.flex.padding", flex(loud, mask, positions)[0][mask], want)
+        assert_close("attention.flex.packed", flex(packing.pack(hidden), packing, inside)[0][0], want)
+        hole = torch.arange(15) != 4  # frames that are missing in the middle are hidden as well
+        other = flex(hidden[:1], hole[None], positions)[0][:, hole]
+        assert_close("attention.flex.hole", other, eager(hidden[:1], hole[None], positions)[0][:, hole])
+    assert len(flexed) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_gives_maps_and_gradients_as_the_other_kernels_do(
+    kind: str | None, flexed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(monkeypatch, 6)
+    eager, flex = with_kernels(build(kind), "eager", "flex")
+    hidden, mask, positions = torch.randn(2, 17, 32), mask_of([17, 5], 17), positions_for(eager, 17)
+    with torch.no_grad():
+        out, maps = flex(hidden, mask, positions, output_attentions=True)
+        want, want_maps = eager(hidden, mask, positions, output_attentions=True)
+        assert torch.equal(out, want)
+        assert torch.equal(maps, want_maps)
+        assert flex(hidden, mask, positions)[1] is None
+    flexed.clear()
+    weight, inputs = torch.randn(2, 17, 32), [hidden.clone().requires_grad_() for _ in range(2)]
+    for layer, x in zip((flex, eager), inputs, strict=True):
+        (layer(x, mask, positions)[0] * weight).sum().backward()
+    assert flexed == []  # no gradients on a CPU: SDPA
+    assert grad_difference(flex, eager) <= 1e-5
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is not None
+    assert_close("attention.flex.input_gradient", inputs[0].grad, inputs[1].grad)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sdpa_takes_over_from_flex_under_dropout(kind: str | None, grad: bool, flexed: list[str]) -> None:
+    sdpa, flex = with_kernels(build(kind, attention_dropout=0.3).train(), "sdpa", "flex")
+    hidden, mask, positions = torch.randn(2, 11, 32), mask_of([11, 7], 11), positions_for(sdpa, 11)
+    results = []
+    with torch.set_grad_enabled(grad):
+        for layer in (sdpa, flex):
+            torch.manual_seed(3)
+            results.append(layer(hidden, mask, positions)[0])
+        assert flexed == []
+        assert torch.equal(*results)
+        with torch.no_grad():
+            flex.eval()(hidden, mask, positions)
+    assert flexed == ["eager"]
+
+
+def test_what_flex_attention_fits() -> None:
+    """The rule for all devices, read off shapes: fake CUDA tensors have no values."""
+    some = (torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    with FakeTensorMode():
+        wide, narrow = (torch.empty(1, 2, 5, width, device="cuda") for width in (16, 8))
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert module.flex_fits(wide, None, p=0.0)
+                assert module.flex_fits(wide, some, p=0.0) == (not grad)
+                assert not module.flex_fits(wide, None, p=0.1)
+                assert not module.flex_fits(narrow, None, p=0.0)
+                assert module.flex_fits(torch.empty(1, 2, 5, 8), some, p=0.0) == (not grad)
+    assert not module.flex_fits(torch.empty(1, 2, 5, 16, device="meta"), None, p=0.0)
+
+
+def test_flex_takes_tensors_that_could_have_gradients() -> None:
+    query, key, value = torch.randn(3, 1, 2, 7, 8).requires_grad_()
+    with torch.no_grad():
+        got = module.flex_block(query, key, value, None, None, p=0.0)
+        want = module.attend_block(query, key, value, None, None, p=0.0)
+    assert difference(got, want) <= 1e-5
+
+
+def test_flex_compiles_for_kinds_of_input_and_not_for_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = module.compiled_flex(counter)
+    monkeypatch.setattr(module, "compiled_flex", lambda _: compiled)
+    layer = build("relative", attn_implementation="flex")
+
+    def hear(n_rows: int, n_frames: int) -> int:
+        hidden = torch.randn(n_rows, n_frames, 32)
+        layer(hidden, mask_of([n_frames, n_frames - 2, 5][:n_rows], n_frames), positions_for(layer, n_frames))
+        return counter.frame_count
+
+    with torch.no_grad():
+        first = hear(3, 17)
+        assert [hear(n_rows, n_frames) for n_rows, n_frames in ((3, 30), (2, 11), (3, 24))] == [first] * 3
+        small_blocks(monkeypatch, 7)
+        later = hear(3, 20)
+        assert [hear(n_rows, n_frames) for n_rows, n_frames in ((3, 30), (2, 11), (3, 24))] == [later] * 3
+    assert later <= first + 1
+    for heads in range(1, 9):  # with these, more kinds than torch compiles by itself: 8
+        layer = build(None, attn_implementation="flex", hidden_size=24 * heads, num_attention_heads=heads)
+        with torch.no_grad():
+            layer(torch.randn(2, 9, 24 * heads))
+    assert counter.frame_count == later + 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_on_a_cpu_makes_nothing_larger_than_a_block(kind: str | None, flexed: list[str]) -> None:
+    layer, n_frames = build(kind, attn_implementation="flex"), 3000
+    hidden, positions = torch.randn(1, n_frames, 32), positions_for(layer, n_frames)
+    with torch.no_grad():
+        size = block_length(torch.empty(1).expand(1, 4, n_frames, 8))
+        assert size < n_frames / 10
+        seen: list[int] = []
+        real = module.compiled_flex
+
+        def watch(backend: str) -> Callable[..., Tensor]:
+            return lambda query, *rest: (seen.append(query.shape[2]), real(backend)(query, *rest))[1]
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(module, "compiled_flex", watch)
+            layer(hidden, None, positions)
+    assert max(seen) == size
+    assert sum(seen) == n_frames
+
+
 # ------------------------------------------------------------------------- projected positions, remembered
 
 
@@ -665,9 +865,9 @@ def test_wrong_inputs_are_refused_by_name() -> None:
 def test_unknown_kernels_are_refused_at_the_call() -> None:
     layer, hidden = build(None), torch.randn(1, 3, 32)
     layer.config = SimpleNamespace(attn_implementation="flash")  # a real config refuses it earlier
-    with pytest.raises(ValueError, match=r"attn_implementation='flash'.*'sdpa', 'eager'"):
+    with pytest.raises(ValueError, match=r"attn_implementation='flash'.*'sdpa', 'eager', 'flex'"):
         layer(hidden)
-    layer.config = SimpleNamespace(attn_implementation="flex")
+    layer.config = SimpleNamespace(attn_implementation=None)
     with pytest.raises(ValueError, match="allowed are"):
         layer(hidden)
 
@@ -687,7 +887,7 @@ def test_nothing_looks_at_values(kind: str | None, monkeypatch: pytest.MonkeyPat
     layer = build(kind).to("meta")
     make = make_positions(layer.config)
     positions = None if make is None else make(7, "meta", torch.float32)
-    for kernel in ("eager", "sdpa"):
+    for kernel in module.KERNELS:
         layer.config.attn_implementation = kernel
         mask = torch.ones(2, 7, dtype=torch.bool, device="meta")
         for size in (99, 3):
@@ -713,3 +913,41 @@ def test_gpu_kernels_agree_with_the_cpu(kind: str | None, dtype: torch.dtype) ->
         out, _ = layer(hidden.to("cuda", dtype), mask.cuda(), positions)
         tol = 1e-3 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
         assert difference(out.cpu(), want) < tol
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_flex_equals_eager(
+    kind: str | None, dtype: torch.dtype, flexed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled to one kernel: values against the CPU's in fp32; gradients, its own or those of SDPA, against eager's."""
+    eager, flex = with_kernels(build(kind, hidden_size=64), "eager", "flex")  # heads of 16 channels
+    reference, make = copy.deepcopy(eager), make_positions(eager.config)
+    eager.to("cuda", dtype), flex.to("cuda", dtype)
+    tol = 1e-3 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+    for size in (999, 40):
+        small_blocks(monkeypatch, size)
+        for n_rows, n_frames in ((3, 150), (1, 130), (2, 33)):
+            hidden = torch.randn(n_rows, n_frames, 64)
+            mask = mask_of([n_frames, n_frames - 5, 0][:n_rows], n_frames)
+            positions = None if make is None else make.cuda()(n_frames, "cuda", dtype)
+            inputs = (hidden.to("cuda", dtype), mask.cuda(), positions)
+            flexed.clear()
+            with torch.no_grad():
+                want, _ = reference(hidden, mask, positions_for(reference, n_frames))
+                got, _ = flex(*inputs)
+            assert set(flexed) == {"inductor"}
+            assert difference(got.cpu(), want) < tol
+            assert (
+                difference(
+                    flex(*inputs, output_attentions=True)[1], eager(*inputs, output_attentions=True)[1]
+                )
+                < tol
+            )
+            flexed.clear()
+            for layer in (eager, flex):
+                layer.zero_grad()
+                layer(*inputs)[0].float().square().sum().backward()
+            assert bool(flexed) == (kind != "relative")
+            assert grad_difference(flex, eager) < tol

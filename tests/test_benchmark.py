@@ -6,9 +6,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from w2vc import benchmark
 from w2vc.benchmark import (
@@ -18,6 +20,7 @@ from w2vc.benchmark import (
     Measured,
     Setting,
     Side,
+    Switchable,
     count_flops,
     difference_of_outputs,
     extrapolate,
@@ -39,6 +42,18 @@ def made_up(goal: Goal, *, difference: float | None = 0.0, **about: float) -> Me
     ours = Side(seconds=2.0, spread=0.5, memory=10**9, share=0.9, samples=[2.0])
     peer = Side(seconds=5.0, spread=0.1, memory=3 * 10**9, share=0.5, samples=[5.0], mode="eager")
     return Measured("row", "a row", goal, ours, peer, difference=difference, tolerance=1e-5, about=about)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_that_are_tried(device: str) -> None:
+    """Flex attention on CUDA alone, where it is one kernel; the fake tensors have a device and no memory."""
+    with FakeTensorMode():
+        weight = torch.empty(2, device=device)
+    model = SimpleNamespace(parameters=lambda: iter([weight]))
+    flex = ["flex"] if device == "cuda" else []
+    assert Switchable(model, "ours", compiled=False).modes == ["sdpa", *flex]
+    assert Switchable(model, "ours", compiled=True).modes == ["sdpa", *flex, "sdpa, compiled"]
+    assert Switchable(model, "peer", compiled=True).modes == ["eager", "sdpa", "sdpa, compiled"]
 
 
 def test_median_and_spread() -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import w2vc.conformer as module
-from helpers import assert_close, randomise_, tiny_config
+from helpers import assert_close, grad_difference, randomise_, tiny_config
+from w2vc import attention
 from w2vc.conformer import ConformerEncoder
 from w2vc.ctc import Wav2Vec2ConformerForCTC
 from w2vc.features import frame_mask
@@ -212,3 +214,61 @@ def test_inductor_gives_the_eager_numbers(training: bool) -> None:
     for name in want:
         if "running" in name:
             assert_close("inductor, statistics", got[name], want[name])
+
+
+# --------------------------------------------------------------------------------------- flex attention
+
+
+def flex_pair(kind: str | None, **knobs: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    plain = build("ctc", position_embeddings_type=kind, num_hidden_layers=1, **knobs).eval()
+    flex = copy.deepcopy(plain)
+    flex.config.attn_implementation = "flex"
+    return plain, flex
+
+
+@pytest.mark.parametrize("kind", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
+def test_flex_attention_is_a_part_of_the_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, at any length; here aot_eager stands for the compiler of CUDA."""
+    monkeypatch.setattr(attention, "flex_fits", lambda query, relative, p: True)
+    plain, flex = flex_pair(kind)
+    graphs: list[str] = []
+
+    def note(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(flex, fullgraph=True, backend=note)
+    with torch.no_grad():
+        for samples in (3000, 4000, 5123):
+            inputs = inputs_for("ctc", plain, samples)
+            assert_close("compiled, flex", compiled(**inputs).logits, plain(**inputs).logits)
+    assert len(graphs) == 2  # of the first length, and of any
+    assert all("torch.ops.higher_order.flex_attention" in graph for graph in graphs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["relative", "rotary", None])
+def test_inductor_takes_sdpa_for_flex_on_a_cpu(kind: str | None) -> None:
+    plain, flex = flex_pair(kind)
+    compiled = torch.compile(flex, fullgraph=True)
+    with torch.no_grad():
+        inputs = inputs_for("ctc", plain)
+        assert_close("inductor, flex", compiled(**inputs).logits, plain(**inputs).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["relative", "rotary", None])
+def test_gpu_compiles_flex_into_the_model(kind: str | None, training: bool) -> None:
+    plain, flex = flex_pair(kind, hidden_size=64)  # heads of 16 channels
+    plain.train(training).cuda(), flex.train(training).cuda()
+    compiled = torch.compile(flex, fullgraph=True)
+    for samples in (3000, 4000) if not training else (3000,):
+        inputs = {name: x.cuda() for name, x in inputs_for("ctc", plain, samples).items()}
+        with torch.set_grad_enabled(training):
+            want, got = plain(**inputs).logits, compiled(**inputs).logits
+        assert_close("gpu, flex", got, want, 1e-3)
+    if training:
+        want.square().sum().backward()
+        got.square().sum().backward()
+        assert grad_difference(flex, plain) <= 1e-3

@@ -234,7 +234,7 @@ knob_changes = st.fixed_dictionaries(
         "padding_invariant": st.booleans(),
         "hidden_states_pre_norm": st.booleans(),
         "output_attentions": st.booleans(),
-        "attn_implementation": st.sampled_from(["eager", "sdpa"]),
+        "attn_implementation": st.sampled_from(["eager", "sdpa", "flex"]),
         "output_hidden_size": st.integers(1, 64),
         "hidden_act": st.sampled_from(sorted(ACTIVATIONS)),
         "problem_type": st.sampled_from([None, "regression", "multi_label_classification"]),

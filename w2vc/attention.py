@@ -5,8 +5,12 @@
 # %% ../nbs/22_attention.ipynb #dc1a99f5
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -23,12 +27,16 @@ __all__ = [
     "KERNELS",
     "attend",
     "split_heads",
+    "distance_scores",
     "position_scores",
     "hide_padding",
     "with_positions",
     "block_length",
     "attend_block",
     "attend_in_blocks",
+    "compiled_flex",
+    "flex_fits",
+    "flex_block",
     "Packing",
     "SelfAttention",
 ]
@@ -69,8 +77,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 # %% ../nbs/22_attention.ipynb #f10f9edf
-def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
-    """Score each key by its distance from the query: terms (b) and (d), scaled.
+def distance_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
+    """Score each distance from the query: terms (b) and (d), scaled.
 
     Source: Transformer-XL (Dai et al., 2019), section 3.3.
 
@@ -81,12 +89,17 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
         bias_v: `[H, K]`, what every frame asks of a distance.
 
     Returns:
-        `[B, H, T, T]`, or the n rows of it.
+        `[B, H, T, 2T-1]`, or n rows of `n+T-1` distances.
     """
     asking = (query + bias_v[:, None]) * query.shape[-1] ** -0.5  # [B, H, n, K]
-    scores = torch.einsum(
+    return torch.einsum(
         "bhnk,hrk->bhnr", asking, distance_keys
     )  # unlike `@`, makes no copy of the keys per row
+
+
+def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
+    """Score each key by its distance from the query, `[B, H, T, T]`, or n rows of it: `distance_scores`, shifted."""
+    scores = distance_scores(query, distance_keys, bias_v)
     return relative_shift(
         scores, n_keys=scores.shape[-1] - scores.shape[-2] + 1
     )  # [B, H, n, n+T-1] -> [B, H, n, T]
@@ -176,10 +189,11 @@ def attend_in_blocks(
     relative: Relative | None,
     *,
     p: float,
+    kernel: str = "sdpa",
 ) -> Tensor:
     """Do the same as `attend`, without holding the scores of all queries at once.
 
-    Without relative positions the fused kernel needs no blocks: it makes the scores piece by piece itself.
+    Without relative positions a fused kernel needs no blocks: it makes the scores piece by piece itself.
 
     Args:
         query: `[B, H, T, K]`.
@@ -188,28 +202,89 @@ def attend_in_blocks(
         frame_mask: `[B, T]` bool, True = real frame, or None.
         relative: Distance keys `[H, 2T-1, K]`, and u and v, `[H, K]` each; or None.
         p: Dropout probability of the weights.
+        kernel: "sdpa" for `attend_block`, "flex" for `flex_block`.
 
     Returns:
         The mixed values `[B, H, T, K]`.
     """
     n_frames = query.shape[2]
-    size = n_frames if relative is None else block_length(query)
-    if relative is None or size == n_frames:
-        return attend_block(query, key, value, frame_mask, relative, p=p)
-    distance_keys, bias_u, bias_v = relative
+    mix = flex_block if kernel == "flex" else attend_block
+    fused = kernel == "sdpa" or query.is_cuda
+    size = n_frames if relative is None and fused else block_length(query)
+    if size == n_frames:
+        return mix(query, key, value, frame_mask, relative, p=p)
     mixed = []
     for first in range(0, n_frames, size):
         rows = query[:, :, first : first + size]
         after = first + rows.shape[2]
-        seen = distance_keys[:, n_frames - after : 2 * n_frames - 1 - first]  # [H, n+T-1, K]
-        inputs = (rows, key, value, frame_mask, (seen, bias_u, bias_v))
+        near = None
+        if relative is not None:
+            distance_keys, bias_u, bias_v = relative
+            seen = distance_keys[:, n_frames - after : 2 * n_frames - 1 - first]  # [H, n+T-1, K]
+            near = (seen, bias_u, bias_v)
+        inputs = (rows, key, value, frame_mask, near)
         if torch.is_grad_enabled():  # the second run draws the same dropout noise
-            mixed.append(
-                checkpoint(attend_block, *inputs, p=p, use_reentrant=False, preserve_rng_state=p > 0)
-            )
+            mixed.append(checkpoint(mix, *inputs, p=p, use_reentrant=False, preserve_rng_state=p > 0))
         else:
-            mixed.append(attend_block(*inputs, p=p))
+            mixed.append(mix(*inputs, p=p))
     return torch.cat(mixed, dim=2)
+
+
+# %% ../nbs/22_attention.ipynb #fd89bc46
+@cache
+def compiled_flex(backend: str) -> Callable[..., Tensor]:
+    """Compile flex attention at its first use: by "inductor" into one kernel, by "eager" into plain operations."""
+    return torch.compile(flex_attention, dynamic=True, backend=backend)
+
+
+def flex_fits(query: Tensor, relative: Relative | None, *, p: float) -> bool:
+    """Say whether flex attention can do this: not with dropout, and not all gradients, devices and widths."""
+    if p > 0 or torch.compiler.is_exporting():
+        return False
+    if query.device.type == "cuda":  # its products need 16 channels or more
+        return query.shape[-1] >= 16 and (relative is None or not torch.is_grad_enabled())
+    return query.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def flex_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_mask: Tensor | None,
+    relative: Relative | None,
+    *,
+    p: float,
+) -> Tensor:
+    """Let n queries attend to all T keys with flex attention; gives what `attend_block` gives.
+
+    On CUDA it is compiled to one fused kernel, alone or as a part of a compiled model; on a CPU it is not fused, and of
+    use for tests alone. `attend_block` steps in for what flex attention cannot do: dropout, gradients of relative
+    positions, heads narrower than 16 channels on CUDA, gradients or a compiled model on a CPU, exported programs, and
+    other devices.
+    """
+    if not flex_fits(query, relative, p=p):
+        return attend_block(query, key, value, frame_mask, relative, p=p)
+    if not torch.is_grad_enabled():  # a CPU refuses what could have gradients, even where none are wanted
+        query, key, value = query.detach(), key.detach(), value.detach()
+    scores = seen = None
+    zero = torch.full((), query.shape[2] - 1, device=query.device)  # first query's column of distance 0
+    if relative is not None:
+        distance_keys, bias_u, bias_v = relative
+        scores = distance_scores(query, distance_keys, bias_v)  # [B, H, n, n+T-1]
+        query = (query + bias_u[:, None]).to(key.dtype)  # autocast made it float32
+    if frame_mask is not None:
+        seen = frame_mask | ~frame_mask.any(dim=-1, keepdim=True)  # [B, T]
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if scores is not None:
+            score = score + scores[b, h, q, zero + k - q]
+        return score if seen is None else torch.where(seen[b, k], score, -torch.inf)
+
+    if torch.compiler.is_compiling():  # it becomes a part of the larger graph
+        return flex_attention(query, key, value, score_mod)
+    run = compiled_flex("inductor" if query.is_cuda else "eager")
+    with torch._dynamo.config.patch(recompile_limit=64):  # masked or not, one row or more, ...
+        return run(query, key, value, score_mod)
 
 
 # %% ../nbs/22_attention.ipynb #1df40d1a
@@ -258,15 +333,16 @@ class Packing:
 
 
 # %% ../nbs/22_attention.ipynb #90def4c0
-KERNELS = ("sdpa", "eager")  # what `config.attn_implementation` may say
+KERNELS = ("sdpa", "eager", "flex")  # what `config.attn_implementation` may say
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with relative, rotary or no positions.
 
     `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is torch's
-    fused attention (in blocks of queries for relative positions), "eager" the readable path. Maps need the readable
-    path, so a call that asks for them takes it.
+    fused attention (in blocks of queries for relative positions), "eager" the readable path, "flex" torch's
+    FlexAttention, meant for CUDA. Maps need the readable path, so a call that asks for them takes it; where flex cannot
+    be used, in training with dropout for one, `flex_block` takes SDPA.
 
     Source: Vaswani et al. (2017), section 3.2; Transformer-XL (Dai et al., 2019), section 3.3.
 
@@ -356,7 +432,8 @@ class SelfAttention(nn.Module):
             query, bias = with_positions(query, frame_mask, relative)
             return attend(query, key, value, bias, self.dropout)
         p = self.dropout.p if self.dropout.training else 0.0
-        return attend_in_blocks(query, key, value, frame_mask, relative, p=p), None
+        kernel = self.config.attn_implementation
+        return attend_in_blocks(query, key, value, frame_mask, relative, p=p, kernel=kernel), None
 
     def _mix_padded(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, relative: Relative | None

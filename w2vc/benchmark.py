@@ -471,6 +471,8 @@ class Switchable:
         self.model, self.side, self.run = model, side, model
         plain = ["sdpa"] if side == "ours" else ["eager", "sdpa"]
         self.modes = [*plain, *([f"{plain[-1]}, compiled"] if compiled else [])]
+        if side == "ours" and next(model.parameters()).is_cuda:  # elsewhere flex attention is not fused
+            self.modes.insert(1, "flex")
 
     def switch(self, mode: str) -> None:
         """Choose the kernel of attention, and whether the model is compiled."""

@@ -387,7 +387,7 @@ class SwitchKnobs(CheckedKnobs):
     output_hidden_states: bool = knob(False, flag, "return the output of every layer")
     return_dict: bool = knob(True, flag, "return a named output instead of a tuple")
     attn_implementation: str = knob(
-        "sdpa", one_of("sdpa", "eager"), "attention kernel: changes speed, not results"
+        "sdpa", one_of("sdpa", "eager", "flex"), "attention kernel: changes speed, not results"
     )
     padding_invariant: bool = knob(True, flag, "padding never changes a result; False: as in transformers")
     hidden_states_pre_norm: bool = knob(
