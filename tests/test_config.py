@@ -476,3 +476,12 @@ def test_offline_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_pat
         FileNotFoundError, match=r"^'nobody/no-such-checkpoint' is no folder here.*cannot be reached"
     ):
         Wav2Vec2ConformerConfig.from_pretrained("nobody/no-such-checkpoint")
+
+
+def test_flex_is_saved_under_the_name_of_transformers() -> None:
+    from transformers import Wav2Vec2ConformerConfig as Peer
+
+    config = Wav2Vec2ConformerConfig.tiny(attn_implementation="flex")
+    assert config.to_dict()["attn_implementation"] == "flex_attention"
+    assert Wav2Vec2ConformerConfig.from_dict(config.to_dict()).attn_implementation == "flex"
+    assert Peer.from_dict(config.to_dict())._attn_implementation == "flex_attention"
