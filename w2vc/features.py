@@ -5,11 +5,14 @@
 # %% ../nbs/10_features.ipynb #5a176180
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig, get_activation
@@ -23,6 +26,7 @@ __all__ = [
     "MaskedGroupNorm",
     "fold_group_norm",
     "conv_by_products",
+    "Remade",
     "ConvLayer",
     "listened_to",
     "FeatureEncoder",
@@ -177,6 +181,45 @@ def conv_by_products(hidden: Tensor, taps: Tensor, bias: Tensor | None, stride: 
     return result
 
 
+# %% ../nbs/10_features.ipynb #7b1c0d5e
+class Remade:
+    """What an activation gave, as operations may save it for their backward pass: not at all, it is made anew there.
+
+    Args:
+        tensor: The activation's output.
+        activation: A function without state.
+        before: What it was given; the activation saves that anyway.
+    """
+
+    def __init__(self, tensor: Tensor, activation: Callable[[Tensor], Tensor], before: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.activation, self.before = activation, before
+        self.again: Tensor | None = None
+        self.saved = self.wanted = 0
+
+    def hooks(self) -> saved_tensors_hooks:
+        """A context; in it, operations that save the tensor, or a view of it, save a note."""
+        return saved_tensors_hooks(self._note, self._make)
+
+    def _note(self, tensor: Tensor) -> Any:
+        whole = self.tensor()
+        if whole is None or (tensor is not whole and tensor._base is not whole):
+            return tensor
+        self.saved += 1
+        return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def _make(self, note: Any) -> Tensor:
+        if isinstance(note, Tensor):
+            return note
+        if self.again is None:
+            self.again = self.activation(self.before)
+        view = self.again.as_strided(*note)
+        self.wanted += 1
+        if self.wanted % self.saved == 0:  # all who saved it have had it
+            self.again = None
+        return view
+
+
 # %% ../nbs/10_features.ipynb #bb5418e4
 class ConvLayer(nn.Module):
     """One layer of the feature encoder: strided convolution, a norm or none, activation.
@@ -216,13 +259,22 @@ class ConvLayer(nn.Module):
         weight = self.conv.weight
         return weight.permute(2, 1, 0).contiguous() if isinstance(self.layer_norm, nn.LayerNorm) else weight
 
-    def frames(self, hidden: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        """Map frames of one utterance `[T_in, C_in]` to `[T, C]`; a group norm must be folded into kernel and bias."""
+    def frames(
+        self, hidden: Tensor, kernel: Tensor, bias: Tensor | None, made: Remade | None
+    ) -> tuple[Tensor, Remade]:
+        """Map frames of one utterance `[T_in, C_in]` to `[T, C]`; a group norm must be folded into kernel and bias.
+
+        `made` says how `hidden` can be made anew, and the second result says it of the first.
+        """
+        with contextlib.nullcontext() if made is None else made.hooks():
+            if isinstance(self.layer_norm, nn.LayerNorm):
+                before = conv_by_products(hidden, kernel, bias, self.conv.stride[0])
+            else:
+                before = nn.functional.conv1d(hidden.T[None], kernel, bias, self.conv.stride)[0].T
         if isinstance(self.layer_norm, nn.LayerNorm):
-            hidden = self.layer_norm(conv_by_products(hidden, kernel, bias, self.conv.stride[0]))
-        else:
-            hidden = nn.functional.conv1d(hidden.T[None], kernel, bias, self.conv.stride)[0].T
-        return self.activation(hidden)
+            before = self.layer_norm(before)
+        hidden = self.activation(before)
+        return hidden, Remade(hidden, self.activation, before)
 
 
 # %% ../nbs/10_features.ipynb #ae52e6ea
@@ -338,9 +390,11 @@ class FeatureEncoder(nn.Module):
 
     def _block(self, samples: Tensor, kernels: list[Tensor], biases: list[Tensor | None]) -> Tensor:
         """Some samples of one utterance `[S']` -> their frames `[T', C]`."""
-        hidden = samples[:, None]  # [S', 1]
+        hidden, made = samples[:, None], None  # [S', 1]
         for layer, kernel, bias in zip(self.conv_layers, kernels, biases, strict=True):
-            hidden = layer.frames(hidden, kernel, bias)  # type: ignore[operator]
+            hidden, made = layer.frames(hidden, kernel, bias, made)  # type: ignore[operator]
+            if self.gradient_checkpointing:  # it makes the whole block anew
+                made = None
         return hidden
 
 
