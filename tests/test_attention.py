@@ -15,11 +15,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import w2vc.attention as module
-from helpers import assert_close, difference, grad_difference, peer_config, randomise_, tiny_config
+from helpers import (
+    assert_close,
+    difference,
+    grad_difference,
+    peer_config,
+    randomise_,
+    tiny_config,
+    torch_noise,
+)
 from w2vc.attention import Packing, SelfAttention, attend, block_length, hide_padding
 from w2vc.positions import Positions, Remembered, make_positions
 
@@ -107,7 +116,8 @@ def test_training_with_dropout_equals_the_peers_given_equal_noise(kind: str | No
     peer = peer_of(layer).train()
     hidden, positions = torch.randn(2, 11, 32), positions_for(layer, 11)
     torch.manual_seed(5)
-    out, maps = layer(hidden, None, positions, output_attentions=True)
+    with torch_noise():
+        out, maps = layer(hidden, None, positions, output_attentions=True)
     torch.manual_seed(5)
     want, want_maps = run_peer(peer, hidden, None, positions)
     assert maps is not None
@@ -117,6 +127,23 @@ def test_training_with_dropout_equals_the_peers_given_equal_noise(kind: str | No
 
 
 # -------------------------------------------------------------------------------------- kernels agree
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_kernels_agree_in_training_with_dropout(kind: str | None, padded: bool) -> None:
+    layer = build(kind, attention_dropout=0.4).train()
+    hidden, positions = torch.randn(2, 13, 32, requires_grad=True), positions_for(layer, 13)
+    mask = mask_of([13, 8], 13) if padded else None
+    found = []
+    for kernel in ("eager", "sdpa"):
+        layer.config.attn_implementation = kernel
+        torch.manual_seed(6)  # the same noise
+        out, _ = layer(hidden, mask, positions)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [hidden, *layer.parameters()])])
+    for readable, lean in zip(*found, strict=True):
+        torch.testing.assert_close(readable, lean, rtol=1e-5, atol=1e-5)
+
 
 
 @settings(max_examples=25, deadline=None)
@@ -674,6 +701,11 @@ def test_compiles_whole_with_equal_value_and_gradient(
     torch._dynamo.reset()
     monkeypatch.setattr(module, "BLOCK_BYTES", 2**24 if size == 99 else 2**9)
     monkeypatch.setattr(module, "FEWEST_QUERIES", size)
+    monkeypatch.setattr(  # what a compiled layer calls, for equal noise
+        module,
+        "_attend_dropping",
+        lambda q, k, v, bias, drop: scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop.p),
+    )
     layer = build(kind, attention_dropout=0.2, attn_implementation="sdpa").train(training)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     hidden, mask, positions = torch.randn(2, 11, 32), mask_of([11, 7], 11), positions_for(layer, 11)

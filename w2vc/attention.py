@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig
+from .features import Dropout, listened_to, remaking
 from .features import frame_mask as real_frames
-from .features import listened_to
 from .positions import Positions, Remembered, apply_rotary, relative_shift
 
 # %% auto #0
@@ -167,6 +167,18 @@ def block_length(query: Tensor) -> int:
 
 
 # %% ../nbs/22_attention.ipynb #f9f84c05
+def _attend_dropping(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: Dropout
+) -> Tensor:
+    """Do what `attend` does, and save less for the backward pass: on a CPU torch has no fused kernel with dropout."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    soft = (scores if bias is None else scores.add_(bias)).softmax(dim=-1)
+    seed = dropout.seed(soft)
+    weights = dropout(soft, seed)
+    with remaking(weights, lambda soft: dropout(soft, seed), soft):
+        return weights @ value
+
+
 def attend_block(
     query: Tensor,
     key: Tensor,
@@ -178,6 +190,8 @@ def attend_block(
 ) -> Tensor:
     """Let n queries attend to all T keys with torch's fused kernel, dropout p; gives the n mixed values."""
     query, bias = with_positions(query, frame_mask, relative)
+    if p > 0 and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _attend_dropping(query, key, value, bias, Dropout(p))
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
 
 
@@ -358,7 +372,7 @@ class SelfAttention(nn.Module):
         self.linear_k = nn.Linear(width, width)
         self.linear_v = nn.Linear(width, width)
         self.linear_out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.attention_dropout)
         self.position_kind = config.position_embeddings_type
         if self.position_kind == "relative":
             self.linear_pos = nn.Linear(width, width, bias=False)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Packing, SelfAttention
 from .config import Wav2Vec2ConformerConfig, get_activation
 from .convolution import ConvolutionModule
-from .features import listened_to
+from .features import Dropout, listened_to, remaking
 from .positions import ConvolutionalPositions, Positions, make_positions
 
 # %% auto #0
@@ -46,14 +46,23 @@ class FeedForward(nn.Module):
         super().__init__()
         self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = get_activation(config.hidden_act)
-        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+        self.intermediate_dropout = Dropout(config.activation_dropout)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_dropout = nn.Dropout(config.hidden_dropout)
+        self.output_dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`, frame by frame."""
-        inner = self.intermediate_dropout(self.activation(self.intermediate_dense(hidden)))  # [B, T, F]
-        return self.output_dropout(self.output_dense(inner))  # [B, T, D]
+        wide = self.intermediate_dense(hidden)  # [B, T, F]
+        dropout, seed = self.intermediate_dropout, self.intermediate_dropout.seed(wide)
+
+        def bend(wide: Tensor) -> Tensor:
+            return dropout(self.activation(wide), seed)
+
+        inner = bend(wide)
+        cheap = dropout.repeats(seed)  # for the backward pass, make it anew rather than keep it
+        with remaking(inner, bend, wide, self.activation, dropout) if cheap else nullcontext():
+            update = self.output_dense(inner)
+        return self.output_dropout(update)  # [B, T, D]
 
 
 # %% ../nbs/26_conformer.ipynb #55c74797
@@ -73,7 +82,7 @@ class ConformerBlock(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
         self.self_attn = SelfAttention(config)
         # attention_dropout acts twice: on the maps (inside self_attn) and here, on the attention's output
-        self.self_attn_dropout = nn.Dropout(config.attention_dropout)
+        self.self_attn_dropout = Dropout(config.attention_dropout)
         self.conv_module = ConvolutionModule(config)  # it brings its own layer norm
         self.ffn2_layer_norm = nn.LayerNorm(config.hidden_size)
         self.ffn2 = FeedForward(config)
@@ -175,7 +184,7 @@ class ConformerEncoder(nn.Module):
         self.pos_conv_embed = ConvolutionalPositions(config)
         self.layers = nn.ModuleList(ConformerBlock(config) for _ in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
 
     def forward(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import Packing
 from .config import Wav2Vec2ConformerConfig, get_activation
-from .features import listened_to
+from .features import Dropout, listened_to
 
 # %% auto #0
 __all__ = ["MaskedBatchNorm1d", "PointwiseConv1d", "DepthwiseConv1d", "fold_batch_norm", "ConvolutionModule"]
@@ -141,7 +141,7 @@ class ConvolutionModule(nn.Module):
         self.batch_norm = MaskedBatchNorm1d(D)
         self.activation = get_activation(config.hidden_act)
         self.pointwise_conv2 = PointwiseConv1d(D, D, 1, bias=False)
-        self.dropout = nn.Dropout(config.conformer_conv_dropout)
+        self.dropout = Dropout(config.conformer_conv_dropout)
 
     def forward(self, hidden: Tensor, frame_mask: Tensor | Packing | None = None) -> Tensor:
         """Mix frames.
@@ -171,7 +171,7 @@ class ConvolutionModule(nn.Module):
         if not folded:
             x = self.batch_norm(x, mask)
         x = self.pointwise_conv2(self.activation(x))
-        return self.dropout(x).mT
+        return self.dropout(x.mT)
 
     def _can_fold(self) -> bool:
         """Whether the two layers have become one: not in training, nor for hooks that want to see them apart."""

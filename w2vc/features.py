@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -26,11 +29,14 @@ __all__ = [
     "MaskedGroupNorm",
     "fold_group_norm",
     "conv_by_products",
-    "Remade",
-    "ConvLayer",
     "listened_to",
+    "Remade",
+    "remaking",
+    "ConvLayer",
     "FeatureEncoder",
     "valid_lengths",
+    "keep_noise",
+    "Dropout",
     "FeatureProjection",
     "check_inputs",
 ]
@@ -181,13 +187,31 @@ def conv_by_products(hidden: Tensor, taps: Tensor, bias: Tensor | None, stride: 
     return result
 
 
+# %% ../nbs/10_features.ipynb #5e07b1aa
+def listened_to(*modules: nn.Module) -> bool:
+    """Say whether a module, or one inside it, has a hook, which expects to be called as the plain form calls it.
+
+    The hooks of FSDP (chapter 53) do not count: they fetch weights, whatever a module is called with.
+    """
+    hooks = (
+        hook
+        for module in modules
+        for part in module.modules()
+        for table in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+        for hook in table.values()
+    )
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks
+    )
+
+
 # %% ../nbs/10_features.ipynb #7b1c0d5e
 class Remade:
     """What an activation gave, as operations may save it for their backward pass: not at all, it is made anew there.
 
     Args:
         tensor: The activation's output.
-        activation: A function without state.
+        activation: What made it; a second call must give the same.
         before: What it was given; the activation saves that anyway.
     """
 
@@ -218,6 +242,23 @@ class Remade:
         if self.wanted % self.saved == 0:  # all who saved it have had it
             self.again = None
         return view
+
+
+def remaking(
+    tensor: Tensor, function: Callable[[Tensor], Tensor], before: Tensor, *parts: Any
+) -> AbstractContextManager[Any]:
+    """A context in which `tensor = function(before)` is not saved for a backward pass, but made anew there.
+
+    It does nothing where that is impossible or of no use: without gradients, while a graph is recorded, if one of the
+    `parts` that the function calls is a module with hooks, which would be called twice, or if somebody else decides
+    already what is saved, such as `torch.utils.checkpoint`.
+    """
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if recorded or not torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    taken = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    watched = listened_to(*(part for part in parts if isinstance(part, nn.Module)))
+    return contextlib.nullcontext() if taken or watched else Remade(tensor, function, before).hooks()
 
 
 # %% ../nbs/10_features.ipynb #bb5418e4
@@ -260,13 +301,13 @@ class ConvLayer(nn.Module):
         return weight.permute(2, 1, 0).contiguous() if isinstance(self.layer_norm, nn.LayerNorm) else weight
 
     def frames(
-        self, hidden: Tensor, kernel: Tensor, bias: Tensor | None, made: Remade | None
-    ) -> tuple[Tensor, Remade]:
+        self, hidden: Tensor, kernel: Tensor, bias: Tensor | None, saving: AbstractContextManager[Any]
+    ) -> tuple[Tensor, AbstractContextManager[Any]]:
         """Map frames of one utterance `[T_in, C_in]` to `[T, C]`; a group norm must be folded into kernel and bias.
 
-        `made` says how `hidden` can be made anew, and the second result says it of the first.
+        `saving` is a context in which nobody saves `hidden`, and the second result is one for the first.
         """
-        with contextlib.nullcontext() if made is None else made.hooks():
+        with saving:
             if isinstance(self.layer_norm, nn.LayerNorm):
                 before = conv_by_products(hidden, kernel, bias, self.conv.stride[0])
             else:
@@ -274,30 +315,13 @@ class ConvLayer(nn.Module):
         if isinstance(self.layer_norm, nn.LayerNorm):
             before = self.layer_norm(before)
         hidden = self.activation(before)
-        return hidden, Remade(hidden, self.activation, before)
+        return hidden, remaking(hidden, self.activation, before, self.activation)
 
 
 # %% ../nbs/10_features.ipynb #ae52e6ea
 BLOCK = (
     100  # frames encoded at a time, two seconds: what seven layers hold of them fits in a processor's cache
 )
-
-
-def listened_to(*modules: nn.Module) -> bool:
-    """Say whether a module, or one inside it, has a hook, which expects to be called as the plain form calls it.
-
-    The hooks of FSDP (chapter 53) do not count: they fetch weights, whatever a module is called with.
-    """
-    hooks = (
-        hook
-        for module in modules
-        for part in module.modules()
-        for table in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
-        for hook in table.values()
-    )
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks
-    )
 
 
 class FeatureEncoder(nn.Module):
@@ -390,11 +414,9 @@ class FeatureEncoder(nn.Module):
 
     def _block(self, samples: Tensor, kernels: list[Tensor], biases: list[Tensor | None]) -> Tensor:
         """Some samples of one utterance `[S']` -> their frames `[T', C]`."""
-        hidden, made = samples[:, None], None  # [S', 1]
+        hidden, saving = samples[:, None], contextlib.nullcontext()  # [S', 1]
         for layer, kernel, bias in zip(self.conv_layers, kernels, biases, strict=True):
-            hidden, made = layer.frames(hidden, kernel, bias, made)  # type: ignore[operator]
-            if self.gradient_checkpointing:  # it makes the whole block anew
-                made = None
+            hidden, saving = layer.frames(hidden, kernel, bias, saving)  # type: ignore[operator]
         return hidden
 
 
@@ -411,6 +433,68 @@ def valid_lengths(attention_mask: Tensor) -> Tensor:
     return (attention_mask != 0).sum(-1)
 
 
+# %% ../nbs/10_features.ipynb #91d3f0c2
+def keep_noise(shape: Sequence[int], p: float, seed: int) -> tuple[Tensor, float]:
+    """Draw which numbers dropout keeps, on the CPU.
+
+    Returns:
+        `shape` bool, and the factor that keeps the mean: p is rounded to a multiple of 1/65,536, and the factor fits that.
+    """
+    size = math.prod(shape)
+    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, size=-(-size // 4), dtype=np.uint64)
+    noise = torch.from_numpy(words.view(np.int16)[:size]).view(*shape)  # uniform in -32,768 .. 32,767
+    dropped = round(p * 2**16)
+    return noise >= dropped - 2**15, 2**16 / (2**16 - dropped)
+
+
+class _Drop(torch.autograd.Function):
+    """Dropout that keeps a seed for its backward pass, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, p: float, seed: int) -> Tensor:
+        """Set numbers to 0, and enlarge the others."""
+        ctx.p, ctx.seed = p, seed
+        keep, factor = keep_noise(hidden.shape, p, seed)
+        return torch.where(keep, hidden, 0.0).mul_(factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Do the same to the gradient."""
+        keep, factor = keep_noise(grad.shape, ctx.p, ctx.seed)
+        return torch.where(keep, grad, 0.0) * factor, None, None
+
+
+class Dropout(nn.Dropout):
+    """Dropout (Srivastava et al., 2014) that costs little on a CPU: two bytes are drawn for a number, and a seed is kept.
+
+    The seed comes from torch's global generator. Elsewhere, and while a graph is recorded, it is `nn.Dropout`.
+    """
+
+    def seed(self, hidden: Tensor) -> int | None:
+        """Draw a seed; None where torch's own dropout is used, or nothing is dropped."""
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not self.training or not 0 < self.p < 1 or hidden.device.type != "cpu" or recorded:
+            return None
+        return int(torch.randint(2**63 - 1, ()))
+
+    def repeats(self, seed: int | None) -> bool:
+        """Whether a second call with the same seed gives the same."""
+        return seed is not None or not self.training or self.p == 0
+
+    def forward(self, hidden: Tensor, seed: int | None = None) -> Tensor:
+        """Drop some of the numbers, in training.
+
+        Args:
+            hidden: Any shape.
+            seed: Of `seed(hidden)`, for one who wants the same again; None draws one.
+        """
+        seed = self.seed(hidden) if seed is None else seed
+        if seed is None:
+            return super().forward(hidden)
+        dropped: Tensor = _Drop.apply(hidden, self.p, seed)  # type: ignore[no-untyped-call]
+        return dropped
+
+
 # %% ../nbs/10_features.ipynb #8c997a99
 class FeatureProjection(nn.Module):
     """Normalise latent frames and project them to the width of the model (wav2vec 2.0, section 4.2)."""
@@ -420,7 +504,7 @@ class FeatureProjection(nn.Module):
         self.config = config
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
-        self.dropout = nn.Dropout(config.feat_proj_dropout)
+        self.dropout = Dropout(config.feat_proj_dropout)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Project latent frames.
