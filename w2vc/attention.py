@@ -228,6 +228,7 @@ def attend_in_blocks(
     if size == n_frames:
         return mix(query, key, value, frame_mask, relative, p=p)
     mixed = []
+    whole = None if torch.is_grad_enabled() else torch.empty_like(query)
     for first in range(0, n_frames, size):
         rows = query[:, :, first : first + size]
         after = first + rows.shape[2]
@@ -237,11 +238,11 @@ def attend_in_blocks(
             seen = distance_keys[:, n_frames - after : 2 * n_frames - 1 - first]  # [H, n+T-1, K]
             near = (seen, bias_u, bias_v)
         inputs = (rows, key, value, frame_mask, near)
-        if torch.is_grad_enabled():  # the second run draws the same dropout noise
+        if whole is None:  # the second run draws the same dropout noise
             mixed.append(checkpoint(mix, *inputs, p=p, use_reentrant=False, preserve_rng_state=p > 0))
-        else:
-            mixed.append(mix(*inputs, p=p))
-    return torch.cat(mixed, dim=2)
+        else:  # small pieces between large temporary tensors would keep the allocator from using their room again
+            whole[:, :, first:after] = mix(*inputs, p=p)
+    return torch.cat(mixed, dim=2) if whole is None else whole
 
 
 # %% ../nbs/22_attention.ipynb #fd89bc46
