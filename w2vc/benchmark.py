@@ -1614,12 +1614,15 @@ def plot_ratios(report: BenchmarkReport) -> Any:
         ax.barh(
             i, ratio - 1, left=1, color=OKABE_ITO.blue if ratio >= 1 else OKABE_ITO.vermillion, height=0.6
         )
-        ax.text(max(ratio, 1) * 1.04, i, f"{ratio:.3g}x", va="center", fontsize=8)
+        end = max(ratio, 1)
+        end = goal if goal and end < goal < 1.6 * end else end  # the mark would stand in the figure
+        ax.text(end * 1.04, i, f"{ratio:.3g}x", va="center", fontsize=8)
         if goal:
             ax.plot([goal, goal], [i - 0.4, i + 0.4], color="black", linewidth=2)
     ax.axvline(1, color="0.4", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     ax.set(xscale="log", xlabel="times faster than the peer (black: the goal)")
+    ax.xaxis.set_major_formatter("{x:g}")
     return fig
 
 
