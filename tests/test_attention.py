@@ -145,7 +145,6 @@ def test_kernels_agree_in_training_with_dropout(kind: str | None, padded: bool) 
         torch.testing.assert_close(readable, lean, rtol=1e-5, atol=1e-5)
 
 
-
 @settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),

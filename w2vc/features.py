@@ -485,7 +485,7 @@ class Dropout(nn.Dropout):
         """Drop some of the numbers, in training.
 
         Args:
-            hidden: Any shape.
+            hidden: `[...]`, any shape.
             seed: Of `seed(hidden)`, for one who wants the same again; None draws one.
         """
         seed = self.seed(hidden) if seed is None else seed

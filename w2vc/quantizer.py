@@ -178,7 +178,7 @@ class _RowsOfLinear(torch.autograd.Function):
     def forward(  # noqa: PLR0917
         ctx: Any, rows: Tensor, x: Tensor, frames: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """Hand through: rows `[A, O]`; x `[F, I]` and frames `[A]`, or the rows of x and None; weight `[O, I]`, bias `[O]`."""
+        """Hand through: rows `[A, D_out]`; x `[F, D_in]` and frames `[A]`, or the rows of x and None; weight `[D_out, D_in]`, bias."""
         ctx.save_for_backward(x, frames, weight)
         ctx.has_bias = bias is not None
         return rows.view_as(rows)
@@ -202,12 +202,12 @@ def rows_of(layer: nn.Module, output: Tensor, x: Tensor, frames: Tensor) -> Tens
 
     Args:
         layer: What made `output`.
-        output: `[B, T, O]`, `layer` of all frames.
-        x: `[B, T, I]`, the layer's input; or `[A, I]`, the same frames of it, if these have a graph of their own.
+        output: `[B, T, D_out]`, `layer` of all frames.
+        x: `[B, T, D_in]`, the layer's input; or `[A, D_in]`, the same frames of it, if these have a graph of their own.
         frames: `[A]` long, numbers of frames in the flattened batch `[B * T]`, none twice.
 
     Returns:
-        `[A, O]`.
+        `[A, D_out]`.
     """
     plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not listened_to(layer)
     if not plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
