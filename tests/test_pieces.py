@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import w2vc.quantizer
 from training_runs import (
     IN_PIECES,
+    agree_with_the_whole,
     child_in_pieces,
-    cut_gradients,
     few_steps,
     fixed_noise,
     largest_gap,
@@ -50,10 +50,7 @@ def of_two(folder: Path) -> list[dict[str, Any]]:
 def test_pieces_see_the_gradient_of_the_whole(
     objective: str, of_two: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(w2vc.quantizer, "gumbel_relaxed", fixed_noise)
-    one = cut_gradients(objective, ("data.batch_rows=4", "run.accumulate=1"), tmp_path)
-    for found in of_two:
-        assert largest_gap(found[objective], one) <= 1e-6
+    agree_with_the_whole(objective, of_two, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("objective", ["pretraining", "ctc", "xvector"])

@@ -21,6 +21,7 @@ import w2vc.health
 import w2vc.quantizer
 import w2vc.training
 from training_runs import (
+    agree_with_the_whole,
     child_of_two,
     cut_gradients,
     fixed_noise,
@@ -68,10 +69,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_processes_see_the_gradient_of_one(
     objective: str, of_two: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(w2vc.quantizer, "gumbel_relaxed", fixed_noise)
-    one = cut_gradients(objective, ("data.batch_rows=4", "run.accumulate=1"), tmp_path)
-    for found in of_two:
-        assert largest_gap(found[objective], one) <= 1e-6
+    agree_with_the_whole(objective, of_two, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("objective", ["pretraining", "ctc"])

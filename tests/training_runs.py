@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -137,14 +138,27 @@ def one_of_two(child: Callable[[Path, int], None], folder: Path, rank: int, plac
     child(folder, rank)
 
 
+def gradients_of_quarters(folder: Path) -> dict[str, Any]:
+    """By objective, the gradient of a batch that two processes cut in four."""
+    cut = ("data.batch_rows=1", "run.accumulate=2")
+    return {name: cut_gradients(name, cut, folder / name) for name in ("pretraining", "ctc")}
+
+
+def agree_with_the_whole(
+    objective: str, of_two: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assert that both of two processes have the gradient of one that takes the batch at once."""
+    monkeypatch.setattr(w2vc.quantizer, "gumbel_relaxed", fixed_noise)
+    one = cut_gradients(objective, ("data.batch_rows=4", "run.accumulate=1"), folder)
+    for found in of_two:
+        assert largest_gap(found[objective], one) <= 1e-6
+
+
 def child_of_two(folder: Path, rank: int) -> None:
     """One of two processes: the gradient of a batch cut in four, and runs with LayerDrop and a base model frozen at first."""
-    found: dict[str, Any] = {}
     noisy = w2vc.quantizer.gumbel_relaxed
     w2vc.quantizer.gumbel_relaxed = fixed_noise
-    for objective in ("pretraining", "ctc"):
-        cut = ("data.batch_rows=1", "run.accumulate=2")
-        found[objective] = cut_gradients(objective, cut, folder / objective)
+    found = gradients_of_quarters(folder)
     w2vc.quantizer.gumbel_relaxed = noisy
     for objective in ("pretraining", "ctc"):
         freeze = "model.frozen_steps=2" if objective == "ctc" else "model.features_gradient=0"
@@ -199,12 +213,9 @@ def few_steps(objective: str, folder: Path, *cut: str) -> tuple[dict[str, Tensor
 
 def child_in_pieces(folder: Path, rank: int) -> None:
     """One of two processes that hold a piece of the model each."""
-    found: dict[str, Any] = {}
     noisy = w2vc.quantizer.gumbel_relaxed
     w2vc.quantizer.gumbel_relaxed = fixed_noise
-    for objective in ("pretraining", "ctc"):
-        cut = ("data.batch_rows=1", "run.accumulate=2")
-        found[objective] = cut_gradients(objective, cut, folder / objective)
+    found = gradients_of_quarters(folder)
     for objective in ("pretraining", "ctc", "xvector"):
         found[f"{objective}-steps"] = few_steps(objective, folder / f"{objective}-steps", "data.batch_rows=2")
     w2vc.quantizer.gumbel_relaxed = noisy

@@ -772,6 +772,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'w2vc.features.frame_mask': ('features.html#frame_mask', 'w2vc/features.py'),
                                'w2vc.features.keep_noise': ('features.html#keep_noise', 'w2vc/features.py'),
                                'w2vc.features.listened_to': ('features.html#listened_to', 'w2vc/features.py'),
+                               'w2vc.features.read_dropped': ('features.html#read_dropped', 'w2vc/features.py'),
                                'w2vc.features.receptive_field': ('features.html#receptive_field', 'w2vc/features.py'),
                                'w2vc.features.remaking': ('features.html#remaking', 'w2vc/features.py'),
                                'w2vc.features.valid_lengths': ('features.html#valid_lengths', 'w2vc/features.py')},

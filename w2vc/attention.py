@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig
-from .features import Dropout, listened_to, remaking
+from .features import Dropout, listened_to, read_dropped
 from .features import frame_mask as real_frames
 from .positions import Positions, Remembered, apply_rotary, relative_shift
 
@@ -173,10 +173,7 @@ def _attend_dropping(
     """Do what `attend` does, and save less for the backward pass: on a CPU torch has no fused kernel with dropout."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     soft = (scores if bias is None else scores.add_(bias)).softmax(dim=-1)
-    seed = dropout.seed(soft)
-    weights = dropout(soft, seed)
-    with remaking(weights, lambda soft: dropout(soft, seed), soft):
-        return weights @ value
+    return read_dropped(dropout, soft, lambda weights: weights @ value)
 
 
 def attend_block(

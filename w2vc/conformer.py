@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Packing, SelfAttention
 from .config import Wav2Vec2ConformerConfig, get_activation
 from .convolution import ConvolutionModule
-from .features import Dropout, listened_to, remaking
+from .features import Dropout, listened_to, read_dropped
 from .positions import ConvolutionalPositions, Positions, make_positions
 
 # %% auto #0
@@ -53,15 +53,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`, frame by frame."""
         wide = self.intermediate_dense(hidden)  # [B, T, F]
-        dropout, seed = self.intermediate_dropout, self.intermediate_dropout.seed(wide)
-
-        def bend(wide: Tensor) -> Tensor:
-            return dropout(self.activation(wide), seed)
-
-        inner = bend(wide)
-        cheap = dropout.repeats(seed)  # for the backward pass, make it anew rather than keep it
-        with remaking(inner, bend, wide, self.activation, dropout) if cheap else nullcontext():
-            update = self.output_dense(inner)
+        update = read_dropped(self.intermediate_dropout, wide, self.output_dense, self.activation)
         return self.output_dropout(update)  # [B, T, D]
 
 

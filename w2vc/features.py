@@ -37,6 +37,7 @@ __all__ = [
     "valid_lengths",
     "keep_noise",
     "Dropout",
+    "read_dropped",
     "FeatureProjection",
     "check_inputs",
 ]
@@ -493,6 +494,32 @@ class Dropout(nn.Dropout):
             return super().forward(hidden)
         dropped: Tensor = _Drop.apply(hidden, self.p, seed)  # type: ignore[no-untyped-call]
         return dropped
+
+
+def read_dropped(
+    dropout: Dropout,
+    before: Tensor,
+    read: Callable[[Tensor], Tensor],
+    bend: Callable[[Tensor], Tensor] = lambda before: before,
+) -> Tensor:
+    """Compute `read(dropout(bend(before)))`; what is read is made anew for the backward pass, with the same noise.
+
+    Args:
+        dropout: Where it cannot repeat its noise, what is read is kept.
+        before: `[...]`, what `bend` is given.
+        read: A layer or a product, which would save its input.
+        bend: A cheap function without state, such as an activation.
+    """
+    seed = dropout.seed(before)
+
+    def make(before: Tensor) -> Tensor:
+        dropped: Tensor = dropout(bend(before), seed)
+        return dropped
+
+    made = make(before)
+    repeats = dropout.repeats(seed)
+    with remaking(made, make, before, bend, dropout) if repeats else contextlib.nullcontext():
+        return read(made)
 
 
 # %% ../nbs/10_features.ipynb #8c997a99
