@@ -130,7 +130,7 @@ def test_keeping_few_frames_changes_nothing(T: int) -> None:
     for seed in range(5):
         emissions = (draw(T, 4, seed) * 1).round(decimals=0)
         labels = torch.randint(1, 4, (1, min(T // 2, 6)), generator=torch.Generator().manual_seed(seed))
-        states = module.weave_blanks(labels)[0]
+        states = module.extend_labels(labels)[0]
         skips = torch.tensor([s > 1 and bool(states[s] != states[s - 2]) for s in range(len(states))])
         walk = module.best_walk(emissions, states, torch.where(skips, 0.0, -math.inf).double())
         assert walk.tolist() == walk_in_one_piece(emissions, states, skips)

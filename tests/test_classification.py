@@ -20,7 +20,7 @@ from w2vc.classification import (
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
     classification_loss,
-    loss_kind,
+    resolve_problem_type,
     masked_mean,
     weighted_layer_sum,
 )
@@ -92,12 +92,12 @@ def test_masked_mean_at_the_edges() -> None:
         assert masked_mean(long, m).dtype == torch.float16
 
 
-def test_loss_kind_follows_problem_type() -> None:
-    assert loss_kind(helpers.tiny_config(num_labels=1)) == NUMBERS
-    assert loss_kind(helpers.tiny_config(num_labels=2)) == ONE
+def test_resolve_problem_type_follows_problem_type() -> None:
+    assert resolve_problem_type(helpers.tiny_config(num_labels=1)) == NUMBERS
+    assert resolve_problem_type(helpers.tiny_config(num_labels=2)) == ONE
     for n, kind in itertools.product((1, 2, 3), (NUMBERS, MANY)):
-        assert loss_kind(helpers.tiny_config(num_labels=n, problem_type=kind)) == kind
-    assert loss_kind(helpers.tiny_config(num_labels=3, problem_type=ONE)) == ONE
+        assert resolve_problem_type(helpers.tiny_config(num_labels=n, problem_type=kind)) == kind
+    assert resolve_problem_type(helpers.tiny_config(num_labels=3, problem_type=ONE)) == ONE
 
 
 @pytest.mark.parametrize("places", [(4,), (4, 7)], ids=["sequence", "frames"])

@@ -25,9 +25,9 @@ from w2vc.ctc import (
     check_labels,
     collapse,
     ctc_loss,
-    frames_needed,
+    min_input_length,
     pack_labels,
-    weave_blanks,
+    extend_labels,
 )
 from w2vc.model import Wav2Vec2ConformerModel
 from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
@@ -92,8 +92,8 @@ def test_equals_torch_in_value_and_gradient(  # noqa: PLR0917
         reduction="none",
     )
     torch.testing.assert_close(ours, theirs)
-    needed = frames_needed(*pack_labels(labels, blank))
-    assert torch.equal(ours.isinf(), needed > n_frames)  # feasible exactly where frames_needed says so
+    needed = min_input_length(*pack_labels(labels, blank))
+    assert torch.equal(ours.isinf(), needed > n_frames)  # feasible exactly where min_input_length says so
     finite = ours.isfinite()
     weights = torch.rand(B, generator=g, dtype=torch.float64)[finite]
     (mine,) = torch.autograd.grad((ours[finite] * weights).sum(), logits)
@@ -155,14 +155,14 @@ def test_collapse_weave_and_pack() -> None:
     assert collapse([0, 3, 3, 0, 3, 1, 1, 0]) == [3, 3, 1]
     assert collapse([3, 3, 0, 1], blank=3) == [0, 1]
     assert collapse([]) == collapse([0, 0]) == []
-    assert weave_blanks(torch.tensor([[4, 5]]), 9).tolist() == [[9, 4, 9, 5, 9]]
-    assert weave_blanks(torch.zeros(2, 0, dtype=torch.long)).tolist() == [[0], [0]]
+    assert extend_labels(torch.tensor([[4, 5]]), 9).tolist() == [[9, 4, 9, 5, 9]]
+    assert extend_labels(torch.zeros(2, 0, dtype=torch.long)).tolist() == [[0], [0]]
     packed, n = pack_labels(torch.tensor([[-100, 3, 0, 2], [1, 1, -100, 1]], dtype=torch.int32))
     assert packed.tolist() == [[3, 2, 0, 0], [1, 1, 1, 0]]
     assert n.tolist() == [2, 3]
     assert packed.dtype == torch.long
-    assert frames_needed(packed, n).tolist() == [2, 5]
-    assert frames_needed(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.long)).tolist() == [
+    assert min_input_length(packed, n).tolist() == [2, 5]
+    assert min_input_length(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.long)).tolist() == [
         0,
         0,
     ]
@@ -170,13 +170,13 @@ def test_collapse_weave_and_pack() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(text=st.lists(st.integers(1, 3), max_size=6))
-def test_frames_needed_is_the_length_of_the_shortest_path(text: list[int]) -> None:
+def test_min_input_length_is_the_length_of_the_shortest_path(text: list[int]) -> None:
     path: list[int] = []
     for label in text:
         path += [0, label] if path and path[-1] == label else [label]
     assert collapse(path) == text
     labels = torch.tensor([text], dtype=torch.long).view(1, -1)
-    assert frames_needed(labels, torch.tensor([len(text)])).item() == len(path)
+    assert min_input_length(labels, torch.tensor([len(text)])).item() == len(path)
     if path:
         assert ctc_loss(torch.randn(1, len(path), 4), labels).isfinite().all()
         assert ctc_loss(torch.randn(1, len(path), 4), labels, torch.tensor([len(path) - 1])).isinf().all()

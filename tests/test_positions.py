@@ -25,7 +25,7 @@ from w2vc.positions import (
     apply_rotary,
     make_positions,
     relative_shift,
-    rotary_speeds,
+    rotary_frequencies,
     rotate_half,
 )
 
@@ -240,8 +240,8 @@ def test_rotary_equals_the_peers(base: int, n_frames: int) -> None:
         assert_close(f"positions.{name}", a, b)
 
 
-def test_rotary_speeds_fall_from_one_by_the_base() -> None:
-    speeds = rotary_speeds(8, 10000)
+def test_rotary_frequencies_fall_from_one_by_the_base() -> None:
+    speeds = rotary_frequencies(8, 10000)
     assert torch.allclose(speeds, torch.tensor([1.0, 0.1, 0.01, 0.001]))
     assert speeds.dtype == torch.float32
 
@@ -285,11 +285,11 @@ CASTS = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-def test_rotary_speeds_survive(cast: str) -> None:
+def test_rotary_frequencies_survive(cast: str) -> None:
     holder = CASTS[cast](nn.Sequential(nn.Linear(2, 2), rotary()))
     positions = holder[1]
     assert positions.inv_freq.dtype == torch.float32
-    assert torch.equal(positions.inv_freq, rotary_speeds(8, 10000))
+    assert torch.equal(positions.inv_freq, rotary_frequencies(8, 10000))
     assert list(positions.state_dict()) == ["inv_freq"]
 
 
@@ -313,7 +313,7 @@ def test_rotary_is_right_after_any_sequence_of_casts_and_lengths(steps: list[str
             n_frames = int(step[2:])
             for dtype in (torch.float32, torch.bfloat16):
                 cos, sin = holder[0](n_frames, "cpu", dtype)
-                angle = torch.arange(n_frames, dtype=torch.float32)[:, None] * rotary_speeds(8, 10000).repeat(
+                angle = torch.arange(n_frames, dtype=torch.float32)[:, None] * rotary_frequencies(8, 10000).repeat(
                     2
                 )
                 assert torch.equal(cos, angle.cos().to(dtype))
@@ -348,19 +348,19 @@ def test_rotary_repairs_speeds_that_a_file_rounded(assign: bool, meta: bool, dty
         holder = holder.to("meta")
         if not assign:
             holder = holder.to_empty(device="cpu")
-    holder.load_state_dict({"0.inv_freq": rotary_speeds(8, 10000).to(dtype)}, assign=assign)
-    assert torch.equal(holder[0].inv_freq, rotary_speeds(8, 10000))
+    holder.load_state_dict({"0.inv_freq": rotary_frequencies(8, 10000).to(dtype)}, assign=assign)
+    assert torch.equal(holder[0].inv_freq, rotary_frequencies(8, 10000))
 
 
 def test_rotary_built_on_the_meta_device_comes_back_with_its_speeds() -> None:
     with torch.device("meta"):
         positions = rotary()
     assert positions.inv_freq.is_meta
-    assert torch.equal(positions.to_empty(device="cpu").inv_freq, rotary_speeds(8, 10000))
+    assert torch.equal(positions.to_empty(device="cpu").inv_freq, rotary_frequencies(8, 10000))
 
 
 def test_rotary_is_saved_and_missing_speeds_are_reported() -> None:
-    assert torch.equal(rotary().half().state_dict()["inv_freq"], rotary_speeds(8, 10000))
+    assert torch.equal(rotary().half().state_dict()["inv_freq"], rotary_frequencies(8, 10000))
     with pytest.raises(RuntimeError, match="inv_freq"):
         rotary().load_state_dict({}, strict=True)
 

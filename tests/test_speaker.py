@@ -27,7 +27,7 @@ from w2vc.speaker import (
     XVectorOutput,
     check_speakers,
     cosine_score,
-    fewest_samples,
+    min_samples,
     statistics_pooling,
     tap_spans,
     tdnn_output_lengths,
@@ -365,7 +365,7 @@ def test_padding_theorem_for_gradients() -> None:
     kernels=st.lists(st.integers(1, 4), min_size=1, max_size=3), dilation=st.integers(1, 3),
     adapters=st.integers(0, 2), adapter_kernel=st.integers(3, 5), stride=st.integers(1, 3), mixed=st.booleans(),
 )  # fmt: skip
-def test_fewest_samples_is_exact(  # noqa: PLR0917
+def test_min_samples_is_exact(  # noqa: PLR0917
     kernels: list[int], dilation: int, adapters: int, adapter_kernel: int, stride: int, mixed: bool
 ) -> None:
     n = len(kernels)
@@ -373,7 +373,7 @@ def test_fewest_samples_is_exact(  # noqa: PLR0917
         tdnn_dim=(4,) * n, tdnn_kernel=tuple(kernels), tdnn_dilation=(dilation,) * n, use_weighted_layer_sum=mixed,
         add_adapter=adapters > 0, num_adapter_layers=max(adapters, 1), adapter_kernel_size=adapter_kernel, adapter_stride=stride,
     )  # fmt: skip
-    least = fewest_samples(config)
+    least = min_samples(config)
 
     def pooled(samples: int) -> int:
         frames = conv_output_lengths(torch.tensor(samples), config.conv_kernel, config.conv_stride)
@@ -387,7 +387,7 @@ def test_fewest_samples_is_exact(  # noqa: PLR0917
 
 def test_an_utterance_too_short_is_named() -> None:
     model = build(still())
-    least = fewest_samples(model.config)
+    least = min_samples(model.config)
     for padded in (False, True):  # exactly enough: one frame, whose deviation is 0
         mask = (torch.arange(SAMPLES) < torch.tensor([[SAMPLES], [least]])).long()
         inputs = {"input_values": torch.randn(2, SAMPLES) * mask, "attention_mask": mask}
@@ -408,7 +408,7 @@ def test_where_values_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
     """On a device, or while a graph is compiled: the shape is checked, and a short row gives statistics of 0."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     model = build(still())
-    least = fewest_samples(model.config)
+    least = min_samples(model.config)
     with pytest.raises(ValueError, match="row 0 has"):
         model(torch.randn(2, least - 1))
     mask = (torch.arange(SAMPLES) < torch.tensor([[SAMPLES], [least - 1]])).long()
@@ -420,7 +420,7 @@ def test_where_values_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_pooled_frame_is_nan_in_the_peer_and_not_here() -> None:
     ours = build(still(), training=True)
     theirs = helpers.twin(ours)
-    values = torch.randn(2, fewest_samples(ours.config))
+    values = torch.randn(2, min_samples(ours.config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert theirs(values).embeddings.isnan().all()
@@ -702,7 +702,7 @@ def test_gpu_equals_cpu(training: bool) -> None:
 @pytest.mark.gpu
 def test_gpu_errors() -> None:
     model = build(still()).cuda()
-    least = fewest_samples(model.config)
+    least = min_samples(model.config)
     with pytest.raises(ValueError, match=r"labels\[1\] = 99"):
         model(torch.randn(2, SAMPLES).cuda(), labels=torch.tensor([0, 99]).cuda())
     with pytest.raises(ValueError, match="row 0 has"):  # seen by the shape

@@ -14,6 +14,7 @@ from .ctc import CausalLMOutput, Wav2Vec2ConformerForCTC
 from .decoding import CTCDecoder, NGramModel, beam_search
 from .demo import load_demo
 from .fairseq import convert_fairseq, load_fairseq, read_fairseq
+from .fast import slow_down, speed_up
 from .masking import compute_mask_indices
 from .model import Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
 from .negatives import sample_negative_indices
@@ -63,6 +64,8 @@ __all__ = [
     "parity_strip",
     "read_fairseq",
     "sample_negative_indices",
+    "slow_down",
+    "speed_up",
     "spot_the_negative",
     "trace",
     "transcribe",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
 from .config import Wav2Vec2ConformerConfig
-from .ctc import frames_needed, weave_blanks
+from .ctc import min_input_length, extend_labels
 from .features import receptive_field
 from .text import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, offsets_in_seconds
 
@@ -171,7 +171,7 @@ def _checked(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> t
             f"labels[{place}] = {int(row[0, place])} is refused: allowed are 0..{V - 1} without the blank {blank}, "
             f"and {WILDCARD} for the wildcard"
         )
-    needed = int(frames_needed(row, torch.tensor([row.shape[1]])))
+    needed = int(min_input_length(row, torch.tensor([row.shape[1]])))
     if needed > T:
         raise ValueError(
             f"labels: {row.shape[1]} labels need {needed} frames (one each, and one more between two equal ones), and "
@@ -202,7 +202,7 @@ def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 
     emissions, row = _checked(log_probs, labels, blank)
     anything = emissions.max(1, keepdim=True).values + _SHY if emissions.shape[1] else emissions
     emissions = torch.cat([emissions, anything], 1)  # the wildcard's column is the last: -1 finds it
-    states = weave_blanks(row, blank)[0]
+    states = extend_labels(row, blank)[0]
     bars = torch.where(states == pad(states, (2, 0), value=blank)[:-2], -math.inf, 0.0).to(emissions)
     path = states[best_walk(emissions, states, bars)]
     return Alignment(path, emissions.gather(1, (path % emissions.shape[1])[:, None])[:, 0], blank)

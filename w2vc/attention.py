@@ -5,41 +5,15 @@
 # %% ../nbs/22_attention.ipynb #dc1a99f5
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig
-from .features import Dropout, listened_to, read_dropped
-from .features import frame_mask as real_frames
-from .positions import Positions, Remembered, apply_rotary, relative_shift
+from .positions import Positions, apply_rotary, relative_shift
 
 # %% auto #0
-__all__ = [
-    "Relative",
-    "BLOCK_BYTES",
-    "FEWEST_QUERIES",
-    "KERNELS",
-    "attend",
-    "split_heads",
-    "distance_scores",
-    "position_scores",
-    "hide_padding",
-    "with_positions",
-    "block_length",
-    "attend_block",
-    "attend_in_blocks",
-    "compiled_flex",
-    "flex_fits",
-    "flex_block",
-    "Packing",
-    "SelfAttention",
-]
+__all__ = ["attend", "split_heads", "position_scores", "hide_padding", "SelfAttention"]
 
 
 # %% ../nbs/22_attention.ipynb #e323204b
@@ -77,40 +51,31 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 # %% ../nbs/22_attention.ipynb #f10f9edf
-def distance_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
-    """Score each distance from the query: terms (b) and (d), scaled.
+def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
+    """Score each key by its distance from the query: terms (b) and (d), scaled.
 
     Source: Transformer-XL (Dai et al., 2019), section 3.3.
 
     Args:
-        query: `[B, H, T, K]`, or n neighbouring rows of it.
-        distance_keys: `[H, 2T-1, K]`, the projected table of `RelativePositions`; for a block the `n+T-1` rows that it
-            can see.
+        query: `[B, H, T, K]`.
+        distance_keys: `[H, 2T-1, K]`, the projected table of `RelativePositions`.
         bias_v: `[H, K]`, what every frame asks of a distance.
 
     Returns:
-        `[B, H, T, 2T-1]`, or n rows of `n+T-1` distances.
+        `[B, H, T, T]`.
     """
-    asking = (query + bias_v[:, None]) * query.shape[-1] ** -0.5  # [B, H, n, K]
-    return torch.einsum(
-        "bhnk,hrk->bhnr", asking, distance_keys
+    scaled = (query + bias_v[:, None]) * query.shape[-1] ** -0.5
+    scores = torch.einsum(
+        "bhtk,hrk->bhtr", scaled, distance_keys
     )  # unlike `@`, makes no copy of the keys per row
-
-
-def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
-    """Score each key by its distance from the query, `[B, H, T, T]`, or n rows of it: `distance_scores`, shifted."""
-    scores = distance_scores(query, distance_keys, bias_v)
-    return relative_shift(
-        scores, n_keys=scores.shape[-1] - scores.shape[-2] + 1
-    )  # [B, H, n, n+T-1] -> [B, H, n, T]
+    return relative_shift(scores)  # [B, H, T, 2T-1] -> [B, H, T, T]
 
 
 # %% ../nbs/22_attention.ipynb #dc13fdbc
 def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Write the lowest finite number over the scores of padded keys, so that their weight becomes exactly 0.
 
-    Finite rather than minus infinity, as a sum of minus infinities is NaN. A row without any real frame has nothing
-    better to attend to, so nothing is hidden there: its output is arbitrary, but a number.
+    Finite rather than minus infinity, as a sum of minus infinities is NaN.
 
     Args:
         bias: Position scores `[B, H, T, T]` or None.
@@ -120,241 +85,18 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
     Returns:
         `[B, H, T, T]`, or `[B, 1, 1, T]` if bias is None.
     """
-    padded = ~frame_mask & frame_mask.any(dim=-1, keepdim=True)  # [B, T]
-    padded = padded[:, None, None, :]  # [B, 1, 1, T]: hides keys, for every head and query
+    padded = ~frame_mask[:, None, None, :]  # [B, 1, 1, T]: hides keys, for every head and query
     if bias is None:
         bias = torch.zeros(padded.shape, dtype=dtype, device=padded.device)
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
 
 
-Relative = tuple[Tensor, Tensor, Tensor]  # distance keys, and the two biases u and v
-
-
-def with_positions(
-    query: Tensor, frame_mask: Tensor | None, relative: Relative | None
-) -> tuple[Tensor, Tensor | None]:
-    """Give what both kernels take: the query plus u, for terms (a) and (c), and the bias of all the rest, or None."""
-    bias = None
-    if relative is not None:
-        distance_keys, bias_u, bias_v = relative
-        bias = position_scores(query, distance_keys, bias_v)
-        query = query + bias_u[:, None]
-    if frame_mask is not None:
-        bias = hide_padding(bias, frame_mask, query.dtype)
-    return query, bias
-
-
-# %% ../nbs/22_attention.ipynb #d786b278
-BLOCK_BYTES = 2**24  # what the position scores of one block may take
-FEWEST_QUERIES = 32  # in a block: with fewer the matrix products take longer per query
-
-
-def block_length(query: Tensor) -> int:
-    """Choose how many of the T queries `[B, H, T, K]` to take at a time.
-
-    The position scores of a block stay within `BLOCK_BYTES`: with gradients within 4 times as much, as blocks are then
-    computed twice; on an accelerator within 16 times as much, as small pieces leave it idle. A block has at least
-    `FEWEST_QUERIES`, so for long recordings and large batches its size grows with B T, as that of any layer does.
-    Attention holds about four tensors of this size at a time, and about eight in a backward pass. An exported program
-    takes all queries at once, since its loop could not follow another T.
-    """
-    n_rows, heads, n_frames, _ = query.shape
-    if torch.compiler.is_exporting():
-        return n_frames
-    budget = BLOCK_BYTES * (4 if torch.is_grad_enabled() else 1) * (16 if query.device.type != "cpu" else 1)
-    blocks = -(-n_rows * heads * n_frames * (2 * n_frames - 1) * query.element_size() // budget)  # rounded up
-    return min(max(FEWEST_QUERIES, -(-n_frames // blocks)), n_frames)
-
-
-# %% ../nbs/22_attention.ipynb #f9f84c05
-def _attend_dropping(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: Dropout
-) -> Tensor:
-    """Do what `attend` does, and save less for the backward pass: on a CPU torch has no fused kernel with dropout."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    soft = (scores if bias is None else scores.add_(bias)).softmax(dim=-1)
-    return read_dropped(dropout, soft, lambda weights: weights @ value)
-
-
-def attend_block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    frame_mask: Tensor | None,
-    relative: Relative | None,
-    *,
-    p: float,
-) -> Tensor:
-    """Let n queries attend to all T keys with torch's fused kernel, dropout p; gives the n mixed values."""
-    query, bias = with_positions(query, frame_mask, relative)
-    if p > 0 and query.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _attend_dropping(query, key, value, bias, Dropout(p))
-    return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
-
-
-def attend_in_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    frame_mask: Tensor | None,
-    relative: Relative | None,
-    *,
-    p: float,
-    kernel: str = "sdpa",
-) -> Tensor:
-    """Do the same as `attend`, without holding the scores of all queries at once.
-
-    Without relative positions a fused kernel needs no blocks: it makes the scores piece by piece itself.
-
-    Args:
-        query: `[B, H, T, K]`.
-        key: `[B, H, T, K]`.
-        value: `[B, H, T, K]`.
-        frame_mask: `[B, T]` bool, True = real frame, or None.
-        relative: Distance keys `[H, 2T-1, K]`, and u and v, `[H, K]` each; or None.
-        p: Dropout probability of the weights.
-        kernel: "sdpa" for `attend_block`, "flex" for `flex_block`.
-
-    Returns:
-        The mixed values `[B, H, T, K]`.
-    """
-    n_frames = query.shape[2]
-    mix = flex_block if kernel == "flex" else attend_block
-    fused = kernel == "sdpa" or query.is_cuda
-    size = n_frames if relative is None and fused else block_length(query)
-    if size == n_frames:
-        return mix(query, key, value, frame_mask, relative, p=p)
-    mixed = []
-    whole = None if torch.is_grad_enabled() else torch.empty_like(query)
-    for first in range(0, n_frames, size):
-        rows = query[:, :, first : first + size]
-        after = first + rows.shape[2]
-        near = None
-        if relative is not None:
-            distance_keys, bias_u, bias_v = relative
-            seen = distance_keys[:, n_frames - after : 2 * n_frames - 1 - first]  # [H, n+T-1, K]
-            near = (seen, bias_u, bias_v)
-        inputs = (rows, key, value, frame_mask, near)
-        if whole is None:  # the second run draws the same dropout noise
-            mixed.append(checkpoint(mix, *inputs, p=p, use_reentrant=False, preserve_rng_state=p > 0))
-        else:  # small pieces between large temporary tensors would keep the allocator from using their room again
-            whole[:, :, first:after] = mix(*inputs, p=p)
-    return torch.cat(mixed, dim=2) if whole is None else whole
-
-
-# %% ../nbs/22_attention.ipynb #fd89bc46
-@cache
-def compiled_flex(backend: str) -> Callable[..., Tensor]:
-    """Compile flex attention at its first use: by "inductor" into one kernel, by "eager" into plain operations."""
-    return torch.compile(flex_attention, dynamic=True, backend=backend)
-
-
-def flex_fits(query: Tensor, relative: Relative | None, *, p: float) -> bool:
-    """Say whether flex attention can do this: not with dropout, and not all gradients, devices and widths."""
-    if p > 0 or torch.compiler.is_exporting():
-        return False
-    if query.device.type == "cuda":  # its products need 16 channels or more
-        return query.shape[-1] >= 16 and (relative is None or not torch.is_grad_enabled())
-    return query.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def flex_block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    frame_mask: Tensor | None,
-    relative: Relative | None,
-    *,
-    p: float,
-) -> Tensor:
-    """Let n queries attend to all T keys with flex attention; gives what `attend_block` gives.
-
-    On CUDA it is compiled to one fused kernel, alone or as a part of a compiled model; on a CPU it is not fused, and of
-    use for tests alone. `attend_block` steps in for what flex attention cannot do: dropout, gradients of relative
-    positions, heads narrower than 16 channels on CUDA, gradients or a compiled model on a CPU, exported programs, and
-    other devices.
-    """
-    if not flex_fits(query, relative, p=p):
-        return attend_block(query, key, value, frame_mask, relative, p=p)
-    if not torch.is_grad_enabled():  # a CPU refuses what could have gradients, even where none are wanted
-        query, key, value = query.detach(), key.detach(), value.detach()
-    scores = seen = None
-    zero = torch.full((), query.shape[2] - 1, device=query.device)  # first query's column of distance 0
-    if relative is not None:
-        distance_keys, bias_u, bias_v = relative
-        scores = distance_scores(query, distance_keys, bias_v)  # [B, H, n, n+T-1]
-        query = (query + bias_u[:, None]).to(key.dtype)  # autocast made it float32
-    if frame_mask is not None:
-        seen = frame_mask | ~frame_mask.any(dim=-1, keepdim=True)  # [B, T]
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if scores is not None:
-            score = score + scores[b, h, q, zero + k - q]
-        return score if seen is None else torch.where(seen[b, k], score, -torch.inf)
-
-    if torch.compiler.is_compiling():  # it becomes a part of the larger graph
-        return flex_attention(query, key, value, score_mod)
-    run = compiled_flex("inductor" if query.is_cuda else "eager")
-    with torch._dynamo.config.patch(recompile_limit=64):  # masked or not, one row or more, ...
-        return run(query, key, value, score_mod)
-
-
-# %% ../nbs/22_attention.ipynb #1df40d1a
-class Packing:
-    """Where the utterances lie in a batch that is kept without its padding, one after the other: `[1, N, ...]`.
-
-    A layer that looks at one frame at a time (linear, norm) takes a packed batch for one long utterance, and does no work
-    on padding. A layer that mixes frames has to keep the utterances apart: it unpacks them, or takes each on its own.
-
-    Args:
-        lengths: Real frames of each row `[B]`, N in all; on the host, as the shapes of all tensors depend on them.
-        n_frames: T, of the padded batch.
-        device: Where the frames are.
-    """
-
-    def __init__(self, lengths: Tensor, n_frames: int, device: torch.device | str) -> None:
-        self.shape = len(lengths), n_frames
-        self.mask = real_frames(lengths, n_frames)  # [B, T]
-        self.places = self.mask.flatten().nonzero()[:, 0].to(device)  # [N] of the B T frames
-        self.mask = self.mask.to(device)
-        self.lengths = [n for n in lengths.tolist() if n > 0]  # an empty row has no part in a packed batch
-
-    @classmethod
-    def of(cls, mask: Tensor, device: torch.device | str) -> Packing | None:
-        """Read a mask `[B, T]`; None where there is no padding to save, or where the mask cannot be read or packed.
-
-        A mask on an accelerator is not read, as the host would have to wait for it. One that is not right-padded is not
-        packed, and a lone frame is left to the masked statistics of batch norm.
-        """
-        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if tracing or mask.device.type != "cpu":
-            return None
-        lengths, n_frames = mask.sum(-1), mask.shape[1]
-        right_padded = torch.equal(mask, real_frames(lengths, n_frames))
-        return cls(lengths, n_frames, device) if right_padded and 1 < lengths.sum() < mask.numel() else None
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """Keep the real frames: `[B, T, ...]` to `[1, N, ...]`."""
-        return padded.flatten(0, 1).index_select(0, self.places)[None]
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Put each frame back in its place, and 0 on the padding: `[1, N, ...]` to `[B, T, ...]`."""
-        n_rows, n_frames = self.shape
-        frames = packed.new_zeros(n_rows * n_frames, *packed.shape[2:])
-        return frames.index_copy(0, self.places, packed[0]).view(n_rows, n_frames, *packed.shape[2:])
-
-
 # %% ../nbs/22_attention.ipynb #90def4c0
-KERNELS = ("sdpa", "eager", "flex")  # what `config.attn_implementation` may say
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention with relative, rotary or no positions.
 
-    `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is torch's
-    fused attention (in blocks of queries for relative positions), "eager" the readable path, "flex" torch's
-    FlexAttention, meant for CUDA. Maps need the readable path, so a call that asks for them takes it; where flex cannot
-    be used, in training with dropout for one, `flex_block` takes SDPA.
+    `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is torch's fused
+    attention, "eager" the readable path. Maps need the readable path, so a call that asks for them takes it.
 
     Source: Vaswani et al. (2017), section 3.2; Transformer-XL (Dai et al., 2019), section 3.3.
 
@@ -370,144 +112,59 @@ class SelfAttention(nn.Module):
         self.linear_k = nn.Linear(width, width)
         self.linear_v = nn.Linear(width, width)
         self.linear_out = nn.Linear(width, width)
-        self.dropout = Dropout(config.attention_dropout)
-        self.position_kind = config.position_embeddings_type
-        if self.position_kind == "relative":
+        self.dropout = nn.Dropout(config.attention_dropout)
+        if config.position_embeddings_type == "relative":
             self.linear_pos = nn.Linear(width, width, bias=False)
             self.pos_bias_u = nn.Parameter(torch.zeros(self.heads, width // self.heads))
             self.pos_bias_v = nn.Parameter(torch.zeros(self.heads, width // self.heads))
-        self.remembered = Remembered()  # the projected table of distances, in eval
 
     def forward(
         self,
         hidden: Tensor,
-        frame_mask: Tensor | Packing | None = None,
+        frame_mask: Tensor | None = None,
         positions: Positions = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Let every frame mix in what it finds in the others.
 
         Args:
-            hidden: `[B, T, D]`, already normalised by the block; or packed, `[1, N, D]`.
-            frame_mask: `[B, T]` bool, True = real frame, padded frames are never attended to; or how `hidden` is packed.
-            positions: The table `[2T-1, D]` for relative, `(cos, sin)` for rotary (one row for each frame of
-                `hidden`), None for none.
+            hidden: `[B, T, D]`, already normalised by the block.
+            frame_mask: `[B, T]` bool, True = real frame; padded frames are never attended to.
+            positions: The table `[2T-1, D]` for relative, `(cos, sin)` for rotary, None for none.
             output_attentions: Return the weights too, as they were used (after dropout, in training).
 
         Returns:
-            The update, as `hidden`, and the weights `[B, H, T, T]` or None.
-
-        Raises:
-            ValueError: For positions or a mask that do not fit, an unknown `attn_implementation`, or for maps of a
-                packed batch.
+            The update `[B, T, D]`, and the weights `[B, H, T, T]` or None.
         """
-        kernel = self.config.attn_implementation
-        if kernel not in KERNELS:
-            raise ValueError(f"attn_implementation={kernel!r}; allowed are {KERNELS}")
-        self._check(hidden, frame_mask, positions)
-        if output_attentions and isinstance(frame_mask, Packing):
-            raise ValueError(
-                "output_attentions=True needs a padded batch and its mask: packed utterances have no common map"
-            )
-        asking = hidden
+        rotated = hidden
         if isinstance(positions, tuple):  # the released checkpoints turn the input of linear_q and linear_k
-            asking = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), *positions).flatten(2)
-        query, key, value = self.linear_q(asking), self.linear_k(asking), self.linear_v(hidden)
+            rotated = apply_rotary(hidden.unflatten(-1, (self.heads, -1)), *positions).flatten(2)
+        query, key, value = self.linear_q(rotated), self.linear_k(rotated), self.linear_v(hidden)
         query, key, value = (split_heads(x, self.heads) for x in (query, key, value))  # each [B, H, T, K]
-        relative = None  # what `with_positions` needs for relative positions
+        distance_keys = None
         if isinstance(positions, Tensor):
-            distance_keys = split_heads(self._project(positions, query.dtype), self.heads)  # [H, 2T-1, K]
-            relative = (distance_keys, self.pos_bias_u, self.pos_bias_v)
-        weights = None
-        if isinstance(frame_mask, Packing):
-            mix_packed = self._mix_one_by_one if hidden.device.type == "cpu" else self._mix_padded
-            mixed = mix_packed(query, key, value, frame_mask, relative)
-        else:
-            mixed, weights = self._mix(
-                query, key, value, frame_mask, relative, output_attentions=output_attentions
-            )
-        out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))  # heads side by side: [B, T, D]
-        return out, weights if output_attentions else None
+            distance_keys = split_heads(self.linear_pos(positions), self.heads)  # [H, 2T-1, K]
+        mixed, weights = self.mix(query, key, value, frame_mask, distance_keys, output_attentions)
+        return self.linear_out(mixed.transpose(1, 2).flatten(2)), weights  # heads side by side: [B, T, D]
 
-    def _mix(
+    def mix(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         frame_mask: Tensor | None,
-        relative: Relative | None,
-        *,
-        output_attentions: bool = False,
+        distance_keys: Tensor | None,
+        output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the kernel that the config names, `[B, H, T, K]` each; who asks for weights gets the readable one."""
+        """Mix values, `[B, H, T, K]`, by content, distance and padding; the weights too, if they are wanted."""
+        bias = None
+        if distance_keys is not None:
+            bias = position_scores(query, distance_keys, self.pos_bias_v)
+            query = query + self.pos_bias_u[:, None]
+        if frame_mask is not None:
+            bias = hide_padding(bias, frame_mask, query.dtype)
         if output_attentions or self.config.attn_implementation == "eager":
-            query, bias = with_positions(query, frame_mask, relative)
-            return attend(query, key, value, bias, self.dropout)
-        p = self.dropout.p if self.dropout.training else 0.0
-        kernel = self.config.attn_implementation
-        return attend_in_blocks(query, key, value, frame_mask, relative, p=p, kernel=kernel), None
-
-    def _mix_padded(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, relative: Relative | None
-    ) -> Tensor:
-        """Mix the packed `[1, H, N, K]` as a padded batch: for an accelerator, which idles between small pieces."""
-        query, key, value = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-        mixed, _ = self._mix(query, key, value, packing.mask, relative)
-        return packing.pack(mixed.transpose(1, 2)).transpose(1, 2)
-
-    def _mix_one_by_one(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, relative: Relative | None
-    ) -> Tensor:
-        """Mix one utterance of the packed `[1, H, N, K]` after the other.
-
-        Each meets the middle rows of the table: the shorter the utterance, the fewer distances.
-        """
-        mixed = []
-        for parts in zip(*(torch.split(x, packing.lengths, dim=2) for x in (query, key, value)), strict=True):
-            query, key, value = parts
-            near = relative
-            if relative is not None:
-                distance_keys, bias_u, bias_v = relative
-                far = packing.shape[1] - query.shape[2]  # distances beyond this utterance, on each side
-                near = (distance_keys[:, far : distance_keys.shape[1] - far], bias_u, bias_v)
-            mixed.append(self._mix(query, key, value, None, near)[0])
-        return torch.cat(mixed, dim=2)
-
-    def _project(self, table: Tensor, dtype: torch.dtype) -> Tensor:
-        """Project the table, `[2T-1, D]`; in eval without gradients, once for the same table and weights."""
-        layer = self.linear_pos
-        if self.training or torch.is_grad_enabled() or listened_to(layer):  # hooks want to see each call
-            return layer(table)
-        return self.remembered(lambda: layer(table), (layer, dtype), [table, *layer.parameters()])
-
-    def train(self, mode: bool = True) -> SelfAttention:
-        """Switch between training and eval; what was remembered is forgotten."""
-        self.remembered.clear()
-        return super().train(mode)
-
-    def _check(self, hidden: Tensor, frame_mask: Tensor | Packing | None, positions: Positions) -> None:
-        """Refuse what would give a wrong answer; looks at shapes and dtypes only, never at values."""
-        n_rows, n_frames, width = hidden.shape
-        longest = n_frames
-        if isinstance(frame_mask, Packing):
-            longest = frame_mask.shape[1]
-            if hidden.shape[:2] != (1, len(frame_mask.places)):
-                want_packed = [1, len(frame_mask.places), width]
-                raise ValueError(
-                    f"hidden is {list(hidden.shape)}; packed as frame_mask says, it must be {want_packed}"
-                )
-        elif frame_mask is not None and (
-            frame_mask.dtype != torch.bool or frame_mask.shape != (n_rows, n_frames)
-        ):
-            got_mask = f"{frame_mask.dtype} {list(frame_mask.shape)}"
-            raise ValueError(f"frame_mask is {got_mask}; it must be torch.bool {[n_rows, n_frames]}")
-        tables = positions if isinstance(positions, tuple) else (positions,)
-        got = [None if table is None else list(table.shape) for table in tables]
-        want: list[list[int] | None] = [None]
-        if self.position_kind == "relative":
-            want = [[2 * longest - 1, width]]
-        elif self.position_kind == "rotary":
-            want = [[n_frames, width // self.heads]] * 2
-        if got != want:
-            kind = self.position_kind
-            raise ValueError(f"positions has shape {got}; position_embeddings_type={kind!r} needs {want}")
+            mixed, weights = attend(query, key, value, bias, self.dropout)
+            return mixed, weights if output_attentions else None
+        p = self.dropout.p if self.training else 0.0
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p), None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import MANY_LABELS, ONE_LABEL, REGRESSION, check_label_form, check_label_values
 from .config import Wav2Vec2ConformerConfig, refuse
 from .features import valid_lengths
 from .model import ModelOutput, Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
@@ -20,19 +21,15 @@ from .pretrained import PreTrainedModel
 
 # %% auto #0
 __all__ = [
-    "REGRESSION",
-    "ONE_LABEL",
-    "MANY_LABELS",
     "masked_mean",
     "weighted_layer_sum",
-    "loss_kind",
-    "strange_labels",
-    "check_label_form",
+    "resolve_problem_type",
     "counted_labels",
     "classification_loss",
     "SequenceClassifierOutput",
     "TokenClassifierOutput",
-    "FrameReader",
+    "make_layer_weights",
+    "read_frames",
     "Wav2Vec2ConformerForSequenceClassification",
     "Wav2Vec2ConformerForAudioFrameClassification",
 ]
@@ -84,11 +81,8 @@ def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -
     return total.to(hidden_states[0].dtype)
 
 
-# %% ../nbs/44_classification.ipynb #bc8d3bdd
-REGRESSION, ONE_LABEL, MANY_LABELS = "regression", "single_label_classification", "multi_label_classification"
-
-
-def loss_kind(config: Wav2Vec2ConformerConfig) -> str:
+# %% ../nbs/44_classification.ipynb #b58b9fea
+def resolve_problem_type(config: Wav2Vec2ConformerConfig) -> str:
     """Say which question the labels answer.
 
     Args:
@@ -100,106 +94,24 @@ def loss_kind(config: Wav2Vec2ConformerConfig) -> str:
     return config.problem_type or (REGRESSION if config.num_labels == 1 else ONE_LABEL)
 
 
-def strange_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, str]:
-    """Find labels whose value has no meaning for the loss, such as class 7 of 4.
-
-    Args:
-        labels: From `check_label_form`.
-        n_labels: Number of classes.
-        kind: What `loss_kind` says.
-
-    Returns:
-        A bool for each label (for each frame, if one-hot), and in words what is allowed.
-    """
-    if kind == REGRESSION:
-        return ~labels.isfinite(), "finite numbers"
-    if kind == MANY_LABELS:
-        return ~((labels >= 0) & (labels <= 1)), "0 to 1, and -100 for what to ignore"
-    if labels.dim() == 3:
-        one_hot = ((labels == 1).sum(-1) == 1) & ((labels == 0).sum(-1) == n_labels - 1)
-        advice = (
-            f"set config.problem_type={MANY_LABELS!r} where several classes, or none, may be true at once"
-        )
-        return ~one_hot, f"one 1 among zeros, or -100 throughout for a frame to ignore; {advice}"
-    allowed = f"0..{n_labels - 1} (num_labels={n_labels}), and -100 for what to ignore"
-    return (labels < 0) | (labels >= n_labels), allowed
-
-
-# %% ../nbs/44_classification.ipynb #5190bb6a
-def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
-    """Check type and shape of labels; their values are not looked at.
-
-    Args:
-        labels: What came.
-        shape: Shape of the logits, `[B, num_labels]` or `[B, T, num_labels]`.
-        kind: What `loss_kind` says.
-
-    Returns:
-        Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of the
-        logits, even if the last axis, of size 1, was left out. Integers and bools become long.
-
-    Raises:
-        ValueError: Says what came and what is allowed.
-    """
-    places, full = tuple(shape[:-1]), tuple(shape)
-    numbers, one_hot = kind == ONE_LABEL, kind == ONE_LABEL and len(full) == 3
-    allowed = {
-        ONE_LABEL: f"class numbers (integers) of shape {places}"
-        + f" or one-hot labels of shape {full}" * one_hot,
-        MANY_LABELS: f"0 or 1 for each class, of shape {full}",
-        REGRESSION: f"numbers of shape {places if full[-1] == 1 else full}",
-    }[kind] + f" for problem_type {kind!r}"
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor: {allowed}")
-    came = tuple(labels.shape)
-    fits_numbers = numbers and came in (places, (*places, 1))
-    fits_full = came == full if full[-1] > 1 else came in (places, full)
-    if not (fits_numbers or (fits_full and (one_hot or not numbers))):
-        hint = "; frames are counted after the adapter, if there is one, by model._get_feat_extract_output_lengths"
-        raise ValueError(f"labels: got shape {came}, expected {allowed}{hint if len(full) == 3 else ''}")
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if (
-        labels.is_complex()
-        or (fits_numbers and not whole)
-        or (kind == REGRESSION and labels.dtype == torch.bool)
-    ):
-        raise ValueError(f"labels: got dtype {labels.dtype}, expected {allowed}")
-    labels = labels if labels.is_floating_point() else labels.long()
-    return labels.reshape(places if fits_numbers else full)
-
-
 # %% ../nbs/44_classification.ipynb #83e2dd8a
-def counted_labels(labels: Tensor, n_labels: int, kind: str, mask: Tensor | None = None) -> Tensor:
-    """Say which labels count: those that are not -100 and stand on a real frame; refuse a strange value among them.
-
-    To refuse, one number is read from the device: whether any value is strange. While a graph is compiled there are
-    no values, and nothing is refused.
+def counted_labels(labels: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
+    """Say which labels count: those that are not -100 and stand on a real frame.
 
     Args:
         labels: From `check_label_form`. Among the floats of a regression -100 is a number like any other.
-        n_labels: Number of classes.
-        kind: What `loss_kind` says.
+        kind: What `resolve_problem_type` says.
         mask: `[B, T]` bool, True = real frame; None: all are real.
 
     Returns:
         Bool for each label (for each frame, if one-hot).
-
-    Raises:
-        ValueError: Names the first label that counts and cannot be meant, and what is allowed.
     """
-    counts = (labels != -100) | (kind == REGRESSION and labels.is_floating_point())
+    counted = (labels != -100) | (kind == REGRESSION and labels.is_floating_point())
     if kind == ONE_LABEL and labels.dim() == 3:
-        counts = counts.any(-1)
+        counted = counted.any(-1)
     if mask is not None:
-        counts = counts & mask.to(labels.device).reshape(mask.shape + (1,) * (counts.dim() - mask.dim()))
-    if not torch.compiler.is_compiling():
-        strange, allowed = strange_labels(labels, n_labels, kind)
-        if (strange & counts).any():
-            where = (strange & counts).nonzero()[0].tolist()
-            raise ValueError(
-                f"labels{where} = {labels[tuple(where)].tolist()} is refused: allowed are {allowed}"
-            )
-    return counts
+        counted = counted & mask.to(labels.device).reshape(mask.shape + (1,) * (counted.dim() - mask.dim()))
+    return counted
 
 
 # %% ../nbs/44_classification.ipynb #52c33c0c
@@ -209,7 +121,7 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor 
     Args:
         logits: `[B, num_labels]` or `[B, T, num_labels]`.
         labels: Class numbers without the last axis, or in the shape of the logits; see `check_label_form`.
-        kind: What `loss_kind` says: cross entropy, binary cross entropy for each class, or squared distance.
+        kind: What `resolve_problem_type` says: cross entropy, binary cross entropy for each class, or squared distance.
         mask: `[B, T]` bool, True = real frame; None: all are real.
 
     Returns:
@@ -220,17 +132,18 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor 
     """
     n_labels = logits.shape[-1]
     labels = check_label_form(labels, logits.shape, kind).to(logits.device)
-    counts = counted_labels(labels, n_labels, kind, mask)
+    counted = counted_labels(labels, kind, mask)
+    check_label_values(labels, counted, n_labels, kind)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == ONE_LABEL:
         classes = labels.argmax(-1) if labels.dim() == 3 else labels
-        classes = classes.masked_fill(~counts, -100).flatten()
+        classes = classes.masked_fill(~counted, -100).flatten()
         each = functional.cross_entropy(logits.flatten(0, -2), classes, ignore_index=-100, reduction="none")
     else:
         distance = functional.mse_loss if kind == REGRESSION else functional.binary_cross_entropy_with_logits
-        targets = labels.to(logits.dtype).masked_fill(~counts, 0)  # a NaN there would reach the gradient
-        each = distance(logits, targets, reduction="none").masked_fill(~counts, 0)
-    return each.sum() / counts.sum().clamp(min=1)
+        targets = labels.to(logits.dtype).masked_fill(~counted, 0)  # a NaN there would reach the gradient
+        each = distance(logits, targets, reduction="none").masked_fill(~counted, 0)
+    return each.sum() / counted.sum().clamp(min=1)
 
 
 # %% ../nbs/44_classification.ipynb #3043ae90
@@ -268,74 +181,58 @@ class TokenClassifierOutput(ModelOutput):
     attentions: tuple[Tensor | None, ...] | None = None
 
 
-# %% ../nbs/44_classification.ipynb #a4c6fa9d
-class FrameReader(PreTrainedModel):
-    """The base model and, with `use_weighted_layer_sum`, a score for each layer: what both classifiers start from.
+# %% ../nbs/44_classification.ipynb #07ca9554
+def make_layer_weights(config: Wav2Vec2ConformerConfig) -> nn.Parameter | None:
+    """With `use_weighted_layer_sum`, one score for the encoder's input and each layer's output; equal ones to begin with."""
+    n_states = config.num_hidden_layers + 1
+    return nn.Parameter(torch.full((n_states,), 1 / n_states)) if config.use_weighted_layer_sum else None
+
+
+def read_frames(  # noqa: PLR0917
+    model: Any,
+    input_values: Tensor,
+    attention_mask: Tensor | None,
+    mask_time_indices: Tensor | None,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+) -> tuple[Wav2Vec2BaseModelOutput, Tensor, Tensor | None]:
+    """Run the base model of a head and mix its layers, if the head has scores for them; an adapter then shortens the mixture.
 
     Args:
-        config: Every size and switch; kept as `model.config`.
+        model: A head: reads its `wav2vec2_conformer`, `layer_weights` and `config`.
+        input_values: `[B, S]`, and so on, as in the base model.
+
+    Returns:
+        The base model's output, the frames `[B, T, D]` to classify, and their mask `[B, T]` or None.
+
+    Raises:
+        ValueError: `use_weighted_layer_sum` was turned on after the model was built.
     """
-
-    def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
-        super().__init__(config)
-        self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
-        self.frame_width = config.output_hidden_size if config.add_adapter else config.hidden_size
-        self.layer_weights: nn.Parameter | None = None
-        if config.use_weighted_layer_sum:
-            n_states = config.num_hidden_layers + 1
-            self.layer_weights = nn.Parameter(torch.zeros(n_states))  # init_weights makes them 1 / (L + 1)
-
-    def read_frames(
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> tuple[Wav2Vec2BaseModelOutput, Tensor, Tensor | None]:
-        """Run the base model and mix its layers, if there are scores; an adapter then shortens the mixture.
-
-        Args:
-            input_values: `[B, S]`.
-            attention_mask: `[B, S]` or None.
-            output_attentions: As in the base model.
-            output_hidden_states: As in the base model; what nobody asked for is not kept.
-
-        Returns:
-            The base model's output, the frames `[B, T, D]` to classify, and their mask `[B, T]` or None.
-
-        Raises:
-            ValueError: `use_weighted_layer_sum` was turned on after the model was built.
-        """
-        base, config = self.wav2vec2_conformer, self.config
-        weights = self.layer_weights if config.use_weighted_layer_sum else None
-        if config.use_weighted_layer_sum and weights is None:
-            raise refuse(
-                "use_weighted_layer_sum", True, "set when the model is built: it has no layer_weights"
+    base, config, weights = model.wav2vec2_conformer, model.config, model.layer_weights
+    if config.use_weighted_layer_sum and weights is None:
+        raise refuse("use_weighted_layer_sum", True, "set when the model is built: it has no layer_weights")
+    weights = weights if config.use_weighted_layer_sum else None
+    wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    keep = wanted or weights is not None
+    output = base(input_values, attention_mask, mask_time_indices, output_attentions, keep, True)
+    frames = output.last_hidden_state
+    if weights is not None:
+        frames = weighted_layer_sum(output.hidden_states, weights)
+        output.hidden_states = output.hidden_states if wanted else None
+        if base.adapter is not None:
+            samples = None if attention_mask is None else valid_lengths(attention_mask).to(frames.device)
+            n_real = (
+                None if samples is None else base._get_feat_extract_output_lengths(samples, add_adapter=False)
             )
-        keep = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = base(
-            input_values, attention_mask, None, output_attentions, keep or weights is not None, True
-        )
-        frames = output.last_hidden_state
-        if weights is not None:
-            frames = weighted_layer_sum(output.hidden_states, weights)
-            output.hidden_states = output.hidden_states if keep else None
-            if base.adapter is not None:
-                samples = None if attention_mask is None else valid_lengths(attention_mask).to(frames.device)
-                n_real = (
-                    None
-                    if samples is None
-                    else base._get_feat_extract_output_lengths(samples, add_adapter=False)
-                )
-                frames = base.adapter(frames, n_real)
-        if attention_mask is None:
-            return output, frames, None
-        real = self._get_feature_vector_attention_mask(frames.shape[1], attention_mask)
-        return output, frames, real.to(frames.device)  # a mask may have stayed on the host
+            frames = base.adapter(frames, n_real)
+    if attention_mask is None:
+        return output, frames, None
+    real = model._get_feature_vector_attention_mask(frames.shape[1], attention_mask)
+    return output, frames, real.to(frames.device)
 
 
 # %% ../nbs/44_classification.ipynb #8bd0afd3
-class Wav2Vec2ConformerForSequenceClassification(FrameReader):
+class Wav2Vec2ConformerForSequenceClassification(PreTrainedModel):
     """One answer for each utterance: project the frames, average the real ones, classify the mean.
 
     Mean pooling and linear layers, as in SUPERB (Yang et al., 2021). The loss follows `config.problem_type`; None means
@@ -347,7 +244,10 @@ class Wav2Vec2ConformerForSequenceClassification(FrameReader):
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
-        self.projector = nn.Linear(self.frame_width, config.classifier_proj_size)
+        self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
+        self.layer_weights = make_layer_weights(config)
+        width = config.output_hidden_size if config.add_adapter else config.hidden_size
+        self.projector = nn.Linear(width, config.classifier_proj_size)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
         self.init_weights()
 
@@ -359,6 +259,7 @@ class Wav2Vec2ConformerForSequenceClassification(FrameReader):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         labels: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Score the classes of each utterance; with labels, also say how far off the scores are.
 
@@ -369,22 +270,25 @@ class Wav2Vec2ConformerForSequenceClassification(FrameReader):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: Class numbers `[B]`; numbers `[B]` in a regression of one label; else `[B, num_labels]`.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None draws them as the config says, in training.
 
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
         """
-        base, frames, mask = self.read_frames(
-            input_values, attention_mask, output_attentions, output_hidden_states
+        base, frames, mask = read_frames(
+            self, input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states
         )
         logits = self.classifier(masked_mean(self.projector(frames), mask))
-        loss = None if labels is None else classification_loss(logits, labels, loss_kind(self.config))
+        loss = (
+            None if labels is None else classification_loss(logits, labels, resolve_problem_type(self.config))
+        )
         output = SequenceClassifierOutput(loss, logits, base.hidden_states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
 
 
 # %% ../nbs/44_classification.ipynb #1955df57
-class Wav2Vec2ConformerForAudioFrameClassification(FrameReader):
+class Wav2Vec2ConformerForAudioFrameClassification(PreTrainedModel):
     """One answer for each frame, such as who speaks: a linear layer on every frame.
 
     The loss follows `config.problem_type`; None means a squared distance for one label, else cross entropy. Frames of
@@ -396,7 +300,10 @@ class Wav2Vec2ConformerForAudioFrameClassification(FrameReader):
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
-        self.classifier = nn.Linear(self.frame_width, config.num_labels)
+        self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
+        self.layer_weights = make_layer_weights(config)
+        width = config.output_hidden_size if config.add_adapter else config.hidden_size
+        self.classifier = nn.Linear(width, config.num_labels)
         self.init_weights()
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
@@ -407,6 +314,7 @@ class Wav2Vec2ConformerForAudioFrameClassification(FrameReader):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        mask_time_indices: Tensor | None = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Score the classes of each frame; with labels, also say how far off the scores are.
 
@@ -418,18 +326,19 @@ class Wav2Vec2ConformerForAudioFrameClassification(FrameReader):
             output_attentions: Return the attention maps; None reads the config, as the next two do.
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None draws them as the config says, in training.
 
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
         """
-        base, frames, mask = self.read_frames(
-            input_values, attention_mask, output_attentions, output_hidden_states
+        base, frames, mask = read_frames(
+            self, input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states
         )
         logits = self.classifier(frames)
         loss = None
         if labels is not None:
             counted = mask if self.config.padding_invariant else None
-            loss = classification_loss(logits, labels, loss_kind(self.config), counted)
+            loss = classification_loss(logits, labels, resolve_problem_type(self.config), counted)
         output = TokenClassifierOutput(loss, logits, base.hidden_states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()

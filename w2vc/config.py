@@ -387,7 +387,7 @@ class SwitchKnobs(CheckedKnobs):
     output_hidden_states: bool = knob(False, flag, "return the output of every layer")
     return_dict: bool = knob(True, flag, "return a named output instead of a tuple")
     attn_implementation: str = knob(
-        "sdpa", one_of("sdpa", "eager", "flex"), "attention kernel: changes speed, not results"
+        "sdpa", one_of("sdpa", "eager"), "attention kernel: changes speed, not results"
     )
     padding_invariant: bool = knob(True, flag, "padding never changes a result; False: as in transformers")
     hidden_states_pre_norm: bool = knob(
@@ -786,14 +786,11 @@ class SavedKnobs(AllKnobs):
     def to_dict(self) -> dict[str, Any]:
         """All knobs under transformers' names, and the kept keys of the file it came from.
 
-        `num_labels` is left out (the label maps have it), and so is an `attn_implementation` at its default; "flex" is
-        called "flex_attention" there.
+        `num_labels` is left out (the label maps have it), and so is an `attn_implementation` at its default.
         """
         knobs = {name: getattr(self, name) for name in self.RULES if name != "num_labels"}
         if knobs["attn_implementation"] == "sdpa":  # a choice of this machine, not of the checkpoint
             del knobs["attn_implementation"]
-        elif knobs["attn_implementation"] == "flex":
-            knobs["attn_implementation"] = "flex_attention"
         knobs = {name: list(value) if isinstance(value, tuple) else value for name, value in knobs.items()}
         derived = {"model_type": self.model_type, "num_feat_extract_layers": len(self.conv_dim)}
         return copy.deepcopy({**self.extra_keys, **knobs, **derived})
@@ -817,8 +814,11 @@ class SavedKnobs(AllKnobs):
         if "hidden_size" in overrides and data.get("output_hidden_size") == data.get("hidden_size"):
             gone.add("output_hidden_size")  # it follows
         data = {name: value for name, value in data.items() if name not in gone}
-        if data.get("attn_implementation") == "flex_attention":
-            data["attn_implementation"] = "flex"
+        if data.get("attn_implementation") not in {
+            "sdpa",
+            "eager",
+        }:  # a kernel that another program chose, never a result
+            data.pop("attn_implementation", None)
         extra = {name: value for name, value in data.items() if name not in cls.RULES}
         extra |= {name: overrides.pop(name) for name in list(overrides) if name in extra}
         config = cls(**{name: value for name, value in data.items() if name in cls.RULES} | overrides)

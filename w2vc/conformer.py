@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Packing, SelfAttention
+from .attention import SelfAttention
 from .config import Wav2Vec2ConformerConfig, get_activation
 from .convolution import ConvolutionModule
-from .features import Dropout, listened_to, read_dropped
 from .positions import ConvolutionalPositions, Positions, make_positions
 
 # %% auto #0
@@ -25,7 +23,6 @@ __all__ = [
     "FeedForward",
     "ConformerBlock",
     "skip_layer",
-    "in_process_group",
     "keep_buffers",
     "recompute_contexts",
     "ConformerEncoder",
@@ -34,7 +31,7 @@ __all__ = [
 
 # %% ../nbs/26_conformer.ipynb #b2b80b9a
 class FeedForward(nn.Module):
-    """Two dense layers, applied to each frame on its own: widen, bend, narrow.
+    """Two dense layers, applied to each frame on its own: widen, activation, narrow.
 
     Source: Vaswani et al. (2017), section 3.3; Conformer (Gulati et al., 2020), section 2.3.
 
@@ -46,15 +43,14 @@ class FeedForward(nn.Module):
         super().__init__()
         self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = get_activation(config.hidden_act)
-        self.intermediate_dropout = Dropout(config.activation_dropout)
+        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_dropout = Dropout(config.hidden_dropout)
+        self.output_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`, frame by frame."""
-        wide = self.intermediate_dense(hidden)  # [B, T, F]
-        update = read_dropped(self.intermediate_dropout, wide, self.output_dense, self.activation)
-        return self.output_dropout(update)  # [B, T, D]
+        wide = self.intermediate_dropout(self.activation(self.intermediate_dense(hidden)))  # [B, T, F]
+        return self.output_dropout(self.output_dense(wide))  # [B, T, D]
 
 
 # %% ../nbs/26_conformer.ipynb #55c74797
@@ -74,7 +70,7 @@ class ConformerBlock(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
         self.self_attn = SelfAttention(config)
         # attention_dropout acts twice: on the maps (inside self_attn) and here, on the attention's output
-        self.self_attn_dropout = Dropout(config.attention_dropout)
+        self.self_attn_dropout = nn.Dropout(config.attention_dropout)
         self.conv_module = ConvolutionModule(config)  # it brings its own layer norm
         self.ffn2_layer_norm = nn.LayerNorm(config.hidden_size)
         self.ffn2 = FeedForward(config)
@@ -83,20 +79,20 @@ class ConformerBlock(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        frame_mask: Tensor | Packing | None = None,
+        frame_mask: Tensor | None = None,
         positions: Positions = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Add four updates to the stream and normalise it.
 
         Args:
-            hidden: Residual stream `[B, T, D]`; or packed, `[1, N, D]`.
-            frame_mask: `[B, T]` bool, True for a real frame; None when all frames are real; or how `hidden` is packed.
+            hidden: Residual stream `[B, T, D]`.
+            frame_mask: `[B, T]` bool, True for a real frame; None when all frames are real.
             positions: What `make_positions(config)` returned for T frames, or None.
             output_attentions: Whether to return the attention maps.
 
         Returns:
-            The stream, as `hidden`, and the maps `[B, H, T, T]` or None.
+            The stream `[B, T, D]`, and the maps `[B, H, T, T]` or None.
         """
         hidden = hidden + 0.5 * self.ffn1(self.ffn1_layer_norm(hidden))
         update, maps = self.self_attn(
@@ -109,51 +105,28 @@ class ConformerBlock(nn.Module):
 
 
 # %% ../nbs/26_conformer.ipynb #3551450d
-def skip_layer(layerdrop: float, training: bool) -> bool | Tensor:
+def skip_layer(layerdrop: float, training: bool) -> bool:
     """Decide whether LayerDrop skips the next layer (Fan et al., 2020).
 
     One number is drawn from torch's global generator per layer, in training and for `layerdrop > 0` only,
     as transformers 5 does: equal seeds skip equal layers.
-
-    Returns:
-        A bool, on which the host can branch; or, where the layer has to run either way, a tensor `[]` that says
-        whether its result counts: while torch compiles, and in a process group.
     """
-    if not training or layerdrop <= 0:
-        return False
-    skipped = torch.rand([], device="cpu") < layerdrop
-    return skipped if torch.compiler.is_compiling() or in_process_group() else bool(skipped)
-
-
-def in_process_group() -> bool:
-    """Say whether this process is one of a group; a wrapper such as DDP then waits for the gradient of every parameter.
-
-    A group of one counts: a launcher starts it and wraps the model just the same.
-    """
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return training and layerdrop > 0 and bool(torch.rand([], device="cpu") < layerdrop)
 
 
 # %% ../nbs/26_conformer.ipynb #1b48bda4
 @contextmanager
-def keep_buffers(module: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Let `module` update copies of its buffers for a while, then give it the real ones back.
-
-    Yields:
-        The real buffers, and the copies.
-    """
-    found = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-    real = [b for _, _, b in found]
-    copies = [b.clone() for b in real]
+def keep_buffers(module: nn.Module) -> Iterator[None]:
+    """Let a module run without leaving a trace in its buffers, such as running statistics."""
+    before = [buffer.clone() for buffer in module.buffers()]
     try:
-        for (m, name, _), copied in zip(found, copies, strict=True):
-            m._buffers[name] = copied
-        yield real, copies
-    finally:
-        for m, name, buffer in found:
-            m._buffers[name] = buffer
+        yield
+    finally:  # a recomputation is left by an exception, as soon as torch has what it needs
+        for buffer, old in zip(module.buffers(), before, strict=True):
+            buffer.copy_(old)
 
 
-def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts for `torch.utils.checkpoint`: the second run of `block` must not count its batch twice."""
     return nullcontext(), keep_buffers(block)
 
@@ -176,7 +149,7 @@ class ConformerEncoder(nn.Module):
         self.pos_conv_embed = ConvolutionalPositions(config)
         self.layers = nn.ModuleList(ConformerBlock(config) for _ in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
 
     def forward(
@@ -196,85 +169,57 @@ class ConformerEncoder(nn.Module):
 
         Returns:
             Last hidden states `[B, T, D]`; L + 1 hidden states or None; L maps `[B, H, T, T]` or None.
-            A layer skipped by LayerDrop repeats the stream and has None for a map; where it has to run all the same (`skip_layer`), the map that
-            nobody used.
-
-        Raises:
-            ValueError: If the mask has another shape or type.
+            Each hidden state is the very tensor that the next block reads. A layer skipped by LayerDrop repeats the
+            stream and has None for a map.
         """
-        packing: Packing | None = None
-        mask = frame_mask
-        if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != hidden.shape[:2]:
-                got, want = list(mask.shape), list(hidden.shape[:2])
-                raise ValueError(
-                    f"frame_mask is {mask.dtype} {got}; it must be torch.bool {want}, True = real"
-                )
-            if self._may_pack(output_attentions):
-                packing = Packing.of(mask, hidden.device)
-            mask = mask.to(hidden.device)
-            hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if frame_mask is not None:
+            frame_mask = frame_mask.to(hidden.device)
+            hidden = hidden.masked_fill(~frame_mask[..., None], 0.0)
         positions: Positions = None
         if self.embed_positions is not None:
             positions = self.embed_positions(hidden.shape[1], hidden.device, hidden.dtype)
-        if packing is not None:
-            hidden = packing.pack(hidden)  # [B, T, D] -> [1, N, D], and so through all layers
-            if isinstance(positions, tuple):
-                cos, sin = (
-                    packing.pack(x.expand(*packing.shape, -1))[0] for x in positions
-                )  # [T, K] -> [N, K]
-                positions = cos, sin
+        last, states, maps = self.run_blocks(
+            hidden, frame_mask, positions, output_attentions, output_hidden_states
+        )
+        return (
+            last,
+            tuple(states) if output_hidden_states else None,
+            tuple(maps) if output_attentions else None,
+        )
 
-        def finished(hidden: Tensor) -> Tensor:
-            """Give the stream as the caller wants it: `[B, T, D]`, with padding invariance 0 on the padding."""
-            if packing is not None:
-                return packing.unpack(hidden)
-            if mask is None or not self.config.padding_invariant:
-                return hidden
-            return hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
-
+    def run_blocks(
+        self,
+        hidden: Tensor,
+        frame_mask: Tensor | None,
+        positions: Positions,
+        output_attentions: bool,
+        output_hidden_states: bool,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """Run dropout, blocks and the last norm on `[B, T, D]`: last state, all states if wanted, and maps."""
         hidden = self.dropout(hidden)
-        states: tuple[Tensor, ...] = ()
-        attentions: tuple[Tensor | None, ...] = ()
+        states, maps = [hidden], []
         for block in self.layers:
+            weights = None
+            if not skip_layer(self.config.layerdrop, self.training):
+                hidden, weights = self.run_block(block, hidden, frame_mask, positions, output_attentions)
+                hidden = self.zero_padding(hidden, frame_mask)
+            maps.append(weights)
             if output_hidden_states:
-                states += (finished(hidden),)
-            skipped = skip_layer(self.config.layerdrop, self.training)
-            maps = None
-            if skipped is not True:
-                inputs = (block, hidden, packing or mask, positions, output_attentions)
-                if skipped is False:
-                    hidden, maps = self._run(*inputs)
-                else:  # run it, perhaps for nothing: then its gradients are 0 instead of none
-                    with keep_buffers(block) as (real, written):
-                        update, maps = self._run(*inputs)
-                    for buffer, new in zip(real, written, strict=True):
-                        buffer.copy_(torch.where(skipped, buffer, new))
-                    hidden = torch.where(skipped, hidden, update)
-            attentions += (maps,)
-        last = finished(self.layer_norm(hidden))
-        states += (finished(hidden) if self.config.hidden_states_pre_norm else last,)
-        return last, states if output_hidden_states else None, attentions if output_attentions else None
+                states.append(hidden)
+        last = self.zero_padding(self.layer_norm(hidden), frame_mask)
+        if not self.config.hidden_states_pre_norm:
+            states[-1] = last
+        return last, states, maps
 
-    def _may_pack(self, output_attentions: bool) -> bool:
-        """Whether nobody minds that the layers see `[1, N, D]`: neither maps nor hooks, which expect `[B, T, D]`."""
-        if output_attentions or not self.config.padding_invariant:
-            return False
-        return not listened_to(self.layers)
+    def run_block(self, block: nn.Module, *inputs: object) -> tuple[Tensor, Tensor | None]:
+        """Run a block, now or (in training, with `gradient_checkpointing`) once now and once in the backward pass."""
+        if self.gradient_checkpointing and self.training:
+            contexts = partial(recompute_contexts, block)
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+        return block(*inputs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle: torch cannot pickle the parametrised dead layer, so its tensors travel instead."""
-        children = {**self._modules, "pos_conv_embed": None}
-        return {**self.__dict__, "_modules": children, "dead": self.pos_conv_embed.state_dict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        dead = state.pop("dead")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.pos_conv_embed = ConvolutionalPositions(self.config)
-        self.pos_conv_embed.load_state_dict(dead, assign=True)  # takes over their dtype and device
-
-    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        """Run a block, now or (in training, with `gradient_checkpointing`) once now and once in the backward."""
-        if not (self.gradient_checkpointing and self.training):
-            return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(recompute_contexts, block))
+    def zero_padding(self, hidden: Tensor, frame_mask: Tensor | None) -> Tensor:
+        """With padding invariance, set the padded frames of `[B, T, D]` to 0."""
+        if frame_mask is None or not self.config.padding_invariant:
+            return hidden
+        return hidden.masked_fill(~frame_mask[..., None], 0.0)

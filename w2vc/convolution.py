@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attention import Packing
 from .config import Wav2Vec2ConformerConfig, get_activation
-from .features import Dropout, listened_to
 
 # %% auto #0
-__all__ = ["MaskedBatchNorm1d", "PointwiseConv1d", "DepthwiseConv1d", "fold_batch_norm", "ConvolutionModule"]
+__all__ = ["MaskedBatchNorm1d", "ConvolutionModule"]
 
 
 # %% ../nbs/24_convolution.ipynb #08b25edf
@@ -24,6 +22,10 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
     while training, and keeps running averages of them for evaluation.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def forward(self, hidden: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Normalise each channel.
 
@@ -33,88 +35,27 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
                 In evaluation the running statistics are used, and the mask changes nothing.
 
         Returns:
-            `[B, D, T]`; in training, a padded frame comes out as the bias.
+            `[B, D, T]`; in training with a mask, a padded frame comes out as the bias.
         """
-        if frame_mask is None or not (self.training or self.running_mean is None):
-            rows = hidden.mT.flatten(
-                0, 1
-            )  # [B T, D]: frames in rows, as the layers around this one keep them
-            return super().forward(rows).view(hidden.shape[0], hidden.shape[2], -1).mT
+        if frame_mask is None or not self.training:
+            return super().forward(hidden)
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # statistics in fp32 at least
         padded = ~frame_mask[:, None]  # [B, 1, T]
-        count = frame_mask.sum()  # [] stays on its device: no host synchronisation
-        mean = x.masked_fill(padded, 0).sum((0, 2)) / count.clamp(min=1)  # [D]
-        # two passes: the variance of centred values does not cancel
-        x = (x - mean[:, None]).masked_fill_(padded, 0)
-        variance = x.square().sum((0, 2)) / count.clamp(min=1)  # [D]
-        if self.training:
-            self._remember(mean.detach(), variance.detach(), count)
-        scale = torch.rsqrt(variance + self.eps)[:, None]  # [D, 1]
-        if not self.affine:
-            return (x * scale).to(hidden.dtype)
-        return torch.addcmul(self.bias[:, None], x, scale * self.weight[:, None]).to(hidden.dtype)
+        count = frame_mask.sum().clamp(min=1)  # []
+        mean = x.masked_fill(padded, 0).sum((0, 2)) / count  # [D]
+        x = (x - mean[:, None]).masked_fill(
+            padded, 0
+        )  # two passes: the variance of centred values does not cancel
+        variance = x.square().sum((0, 2)) / count  # [D]
+        self.update_running(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        x = x * torch.rsqrt(variance + self.eps)[:, None]
+        return (x * self.weight[:, None] + self.bias[:, None]).to(hidden.dtype)
 
-    def _remember(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of a batch `[D]` of `count` frames `[]`, as torch does.
-
-        The running variance is the unbiased one. It needs two frames, so a batch with fewer leaves all statistics alone.
-        """
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        learn = count > 1
-        self.num_batches_tracked.add_(learn)
-        step: Tensor = learn * (
-            1 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
-        )
-        unbiased = variance * (count / (count - 1).clamp(min=1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.lerp_(new.to(running.dtype), step.to(running.dtype))
-
-
-# %% ../nbs/24_convolution.ipynb #cc78c2bf
-class PointwiseConv1d(nn.Conv1d):
-    """A convolution of width 1, computed as the linear layer that it is; parameters as in `nn.Conv1d`."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map `[B, D_in, T]` to `[B, D_out, T]`, best as a view of frames in rows."""
-        return nn.functional.linear(hidden.mT, self.weight.squeeze(-1), self.bias).mT
-
-
-class DepthwiseConv1d(nn.Conv1d):
-    """One kernel per channel, with the channels of a frame side by side in memory; parameters as in `nn.Conv1d`."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map `[B, D, T]` to `[B, D, T]`, best as a view of frames in rows."""
-        return self.convolve(hidden, self.weight, self.bias)
-
-    def convolve(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Do the same with another kernel `[D, 1, K]` and bias `[D]`."""
-        padding = self.kernel_size[0] // 2
-        if hidden.device.type != "cpu":
-            return nn.functional.conv1d(hidden, weight, bias, padding=padding, groups=self.groups)
-        image = hidden.unsqueeze(
-            2
-        )  # [B, D, 1, T]: torch knows this memory layout from images ("channels last")
-        kernel = weight.unsqueeze(2)  # [D, 1, 1, K]
-        return nn.functional.conv2d(image, kernel, bias, padding=(0, padding), groups=self.groups).squeeze(2)
-
-
-def fold_batch_norm(conv: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Find the one convolution that equals `conv` (without a bias) followed by `norm` in eval.
-
-    Returns:
-        Its weight `[D, 1, K]` and bias `[D]`.
-
-    Raises:
-        ValueError: If the norm keeps no running statistics.
-    """
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(
-            "norm has track_running_stats=False; without running statistics there is nothing to fold"
-        )
-    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)  # [D]
-    bias = norm.bias.float() - norm.running_mean.float() * scale
-    return (conv.weight * scale[:, None, None]).to(conv.weight.dtype), bias.to(conv.weight.dtype)
+    def update_running(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards those of a batch, `[D]` each, as torch does; the variance is the unbiased one."""
+        self.num_batches_tracked += 1
+        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
+            running.lerp_(new.to(running.dtype), self.momentum)
 
 
 # %% ../nbs/24_convolution.ipynb #b3c72afe
@@ -129,52 +70,34 @@ class ConvolutionModule(nn.Module):
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
         D, kernel = config.hidden_size, config.conv_depthwise_kernel_size
-        if kernel % 2 == 0:
-            raise ValueError(
-                f"conv_depthwise_kernel_size={kernel} must be odd, so that each frame has a centre tap"
-            )
         self.config = config
         self.layer_norm = nn.LayerNorm(D)
-        self.pointwise_conv1 = PointwiseConv1d(D, 2 * D, 1, bias=False)
+        self.pointwise_conv1 = nn.Conv1d(D, 2 * D, 1, bias=False)
         self.glu = nn.GLU(dim=1)
-        self.depthwise_conv = DepthwiseConv1d(D, D, kernel, padding=kernel // 2, groups=D, bias=False)
+        self.depthwise_conv = nn.Conv1d(D, D, kernel, padding=kernel // 2, groups=D, bias=False)
         self.batch_norm = MaskedBatchNorm1d(D)
         self.activation = get_activation(config.hidden_act)
-        self.pointwise_conv2 = PointwiseConv1d(D, D, 1, bias=False)
-        self.dropout = Dropout(config.conformer_conv_dropout)
+        self.pointwise_conv2 = nn.Conv1d(D, D, 1, bias=False)
+        self.dropout = nn.Dropout(config.conformer_conv_dropout)
 
-    def forward(self, hidden: Tensor, frame_mask: Tensor | Packing | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Mix frames.
 
         Args:
-            hidden: `[B, T, D]`; or packed, `[1, N, D]`.
-            frame_mask: `[B, T]` bool, True = real frame; None = all are real; or how `hidden` is packed.
+            hidden: `[B, T, D]`.
+            frame_mask: `[B, T]` bool, True = real frame; None = all are real.
 
         Returns:
-            The shape of `hidden`, to be added to it by the caller.
+            `[B, T, D]`, to be added to `hidden` by the caller.
         """
-        packing = frame_mask if isinstance(frame_mask, Packing) else None
-        mask = frame_mask if isinstance(frame_mask, Tensor) and self.config.padding_invariant else None
-        x = self.layer_norm(hidden).mT  # [B, T, D] -> [B, D, T]
+        x = self.layer_norm(hidden).transpose(1, 2)  # [B, T, D] -> [B, D, T]
         x = self.glu(self.pointwise_conv1(x))  # [B, 2D, T] -> [B, D, T]
-        if packing is not None:
-            x = packing.unpack(x.mT).mT  # [1, D, N] -> [B, D, T], with zeros beyond the end of each utterance
-        elif mask is not None:
-            x = x.masked_fill(~mask[:, None], 0)  # what an utterance alone has beyond its end: zeros
-        folded = self._can_fold()
-        if folded:
-            x = self.depthwise_conv.convolve(x, *fold_batch_norm(self.depthwise_conv, self.batch_norm))
-        else:
-            x = self.depthwise_conv(x)
-        if packing is not None:
-            x = packing.pack(x.mT).mT  # [B, D, T] -> [1, D, N]: batch norm sees all real frames and no others
-        if not folded:
-            x = self.batch_norm(x, mask)
+        x = self.convolve(x, frame_mask if self.config.padding_invariant else None)
         x = self.pointwise_conv2(self.activation(x))
-        return self.dropout(x.mT)
+        return self.dropout(x.transpose(1, 2))
 
-    def _can_fold(self) -> bool:
-        """Whether the two layers have become one: not in training, nor for hooks that want to see them apart."""
-        if self.batch_norm.training or self.batch_norm.running_mean is None:
-            return False
-        return not listened_to(self.depthwise_conv, self.batch_norm)
+    def convolve(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:
+        """Mix neighbours and normalise, `[B, D, T]`, as if there were no padding."""
+        if frame_mask is not None:
+            x = x.masked_fill(~frame_mask[:, None], 0.0)  # what an utterance alone has beyond its end: zeros
+        return self.batch_norm(self.depthwise_conv(x), frame_mask)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
+from .checks import check_feasible, check_labels
 from .config import Wav2Vec2ConformerConfig, refuse
 from .features import valid_lengths
 from .model import ModelOutput, Wav2Vec2ConformerModel
@@ -22,12 +23,10 @@ from .pretrained import PreTrainedModel
 # %% auto #0
 __all__ = [
     "collapse",
-    "weave_blanks",
+    "extend_labels",
     "pack_labels",
-    "frames_needed",
+    "min_input_length",
     "ctc_loss",
-    "check_labels",
-    "check_feasible",
     "CausalLMOutput",
     "Wav2Vec2ConformerForCTC",
 ]
@@ -44,8 +43,8 @@ def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
     return [symbol for symbol, _ in groupby(int(s) for s in path) if symbol != blank]
 
 
-# %% ../nbs/40_ctc.ipynb #29315657
-def weave_blanks(labels: Tensor, blank: int = 0) -> Tensor:
+# %% ../nbs/40_ctc.ipynb #36dcdc78
+def extend_labels(labels: Tensor, blank: int = 0) -> Tensor:
     """Put a blank before, between and after labels: `[B, U]` -> `[B, 2U + 1]`, the states of the trellis."""
     states = labels.new_full((labels.shape[0], 2 * labels.shape[1] + 1), blank)
     states[:, 1::2] = labels
@@ -70,7 +69,40 @@ def pack_labels(labels: Tensor, blank: int = 0, ignored: int = -100) -> tuple[Te
     return packed, real.sum(1)
 
 
-def frames_needed(labels: Tensor, n_labels: Tensor) -> Tensor:
+def min_input_length(labels: Tensor, n_labels: Tensor) -> Tensor:
+    """Count the frames of the shortest path: one per label, and a blank between two equal neighbours.
+
+    Args:
+        labels: `[B, U]`, packed.
+        n_labels: Real labels per row, `[B]`.
+
+    Returns:
+        `[B]` long. With fewer frames than this no path exists, and the loss is infinite.
+    """
+    places = torch.arange(labels.shape[1], device=labels.device)[1:]
+    repeats = (labels[:, 1:] == labels[:, :-1]) & (places < n_labels[:, None])
+    return n_labels + repeats.sum(1)
+
+
+# %% ../nbs/40_ctc.ipynb #bf518b60
+def pack_labels(labels: Tensor, blank: int = 0, ignored: int = -100) -> tuple[Tensor, Tensor]:
+    """Drop what is no label, wherever it stands, and move the others to the left.
+
+    Args:
+        labels: `[B, U]` integers; `ignored` and `blank` fill the rows of short texts.
+        blank: The CTC blank, which no text contains.
+        ignored: Marks places to pass over.
+
+    Returns:
+        Labels `[B, U]` long, each row filled up with blanks, and how many are real, `[B]`.
+    """
+    real = (labels != ignored) & (labels != blank)
+    order = real.int().argsort(dim=1, descending=True, stable=True)  # real ones first, in their order
+    packed = labels.long().masked_fill(~real, blank).gather(1, order)
+    return packed, real.sum(1)
+
+
+def min_input_length(labels: Tensor, n_labels: Tensor) -> Tensor:
     """Count the frames of the shortest path: one per label, and a blank between two equal neighbours.
 
     Args:
@@ -107,7 +139,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     B, T, _ = logits.shape
     n_frames = torch.full((B,), T, device=logits.device) if n_frames is None else n_frames
     labels, n_labels = pack_labels(labels, blank)
-    states = weave_blanks(labels, blank)  # [B, S]
+    states = extend_labels(labels, blank)  # [B, S]
     log_probs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
     emit = log_probs.gather(2, states[:, None].expand(-1, T, -1))  # [B, T, S]
     skips = (
@@ -123,55 +155,6 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     before = reach.gather(1, (2 * n_labels[:, None] - 1).clamp(min=0)).where(n_labels[:, None] > 0, _NEVER)
     loss = -torch.cat([last, before], 1).logsumexp(1)
     return loss.where(loss < -_NEVER / 2, float("inf"))
-
-
-# %% ../nbs/40_ctc.ipynb #0ae7ed7e
-def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
-    """Refuse labels that the loss cannot mean: wrong shape, not integers, or outside the vocabulary.
-
-    One number is read from the device: whether all labels are allowed.
-
-    Raises:
-        ValueError: Names what came and what is allowed.
-    """
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[0] != n_rows:
-        came = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels: got {came}, expected a tensor (batch, labels) with batch = {n_rows}")
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels: got dtype {labels.dtype}, expected integers (token ids)")
-    strange = ((labels < 0) & (labels != -100)) | (labels >= vocab_size)
-    if strange.any():
-        row, place = (int(i) for i in strange.nonzero()[0])
-        raise ValueError(
-            f"labels[{row}, {place}] = {int(labels[row, place])} is refused: allowed are 0..{vocab_size - 1} "
-            f"(vocab_size={vocab_size}), and -100 for places to ignore"
-        )
-
-
-def check_feasible(labels: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
-    """Refuse rows whose frames are too few to spell their labels.
-
-    Args:
-        labels: `[B, U]`, packed.
-        n_labels: `[B]`.
-        n_frames: `[B]`.
-
-    Raises:
-        ValueError: Names the rows, their frames, and how many they need.
-    """
-    needed = frames_needed(labels, n_labels)
-    rows = (needed > n_frames).nonzero().flatten().tolist()
-    if rows:
-        lists = [
-            f"row {r} has {int(n_frames[r])} frames and needs {int(needed[r])} ({int(n_labels[r])} labels, "
-            f"{int(needed[r] - n_labels[r])} of them repeated)"
-            for r in rows[:5]
-        ]
-        raise ValueError(
-            f"labels: {len(rows)} of {len(labels)} rows are too long for their audio, the loss would be infinite: "
-            f"{'; '.join(lists)}{'; …' if len(rows) > 5 else ''}. "
-            "Leave them out, or set config.ctc_zero_infinity=True to count them as 0"
-        )
 
 
 # %% ../nbs/40_ctc.ipynb #4c42f9ae
@@ -231,7 +214,7 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         labels, n_labels = pack_labels(labels, blank)
         on_host = labels.device.type == n_frames.device.type == "cpu"  # elsewhere each look makes us wait
         if on_host and not config.ctc_zero_infinity:
-            check_feasible(labels, n_labels, n_frames)
+            check_feasible(min_input_length(labels, n_labels), n_labels, n_frames)
         with torch.autocast(
             logits.device.type, enabled=False
         ):  # int64 labels also keep torch off cuDNN's kernel
@@ -253,6 +236,7 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         labels: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Score the tokens of every frame; with labels, also say how far off they are.
 
@@ -263,17 +247,14 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: `[B, U]` token ids of the texts; -100 and the blank are passed over.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None draws them as the config says, in training.
 
         Raises:
             ValueError: Labels outside the vocabulary or of a wrong shape; or (seen on the host only, and if
                 `ctc_zero_infinity` is off) rows with too few frames for their labels.
         """
         base = self.wav2vec2_conformer(
-            input_values,
-            attention_mask=attention_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
+            input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states, True
         )
         logits = self.lm_head(self.dropout(base.last_hidden_state))
         loss = None

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .audio import BatchFeature, Samples, Wav2Vec2FeatureExtractor, load_audio
 from .batches import Clip, Collator, PretrainingCollator, data_loader, turn_order
-from .classification import MANY_LABELS, ONE_LABEL, loss_kind
+from .classification import MANY_LABELS, ONE_LABEL, resolve_problem_type
 
 # isort: split
 from .classification import Wav2Vec2ConformerForAudioFrameClassification
@@ -48,7 +48,7 @@ from .model import Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel, listening, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .recipes import Recipe
-from .speaker import Wav2Vec2ConformerForXVector, fewest_samples
+from .speaker import Wav2Vec2ConformerForXVector, min_samples
 from .speech import SAMPLING_RATE, Segment, Speech, Utterance, frame_labels, load_dataset, load_speech
 from .text import Wav2Vec2Processor
 from .transcription import Decoder, transcribe
@@ -770,9 +770,9 @@ def _guess_target(trial: Trial, choices: Sequence[str]) -> str:
 def judge_sequences(trial: Trial) -> Found:
     """Share of utterances that get the right label, and which is taken for which."""
     config = trial.model.config
-    if loss_kind(config) != ONE_LABEL:
+    if resolve_problem_type(config) != ONE_LABEL:
         raise ValueError(
-            f"problem_type={loss_kind(config)!r} has no measure here; only one label for each utterance has"
+            f"problem_type={resolve_problem_type(config)!r} has no measure here; only one label for each utterance has"
         )
     name = _guess_target(trial, ("text", "speaker", "language", "kind"))
     known = [u for u in trial.speech if getattr(u, name) in config.label2id]
@@ -808,9 +808,9 @@ def judge_frames(trial: Trial) -> Found:
     """Share of right frames; for a model of turns, the diarization error rate too."""
     config = trial.model.config
     labels = [config.id2label[i] for i in range(config.num_labels)]
-    if loss_kind(config) not in {ONE_LABEL, MANY_LABELS}:
+    if resolve_problem_type(config) not in {ONE_LABEL, MANY_LABELS}:
         raise ValueError(
-            f"problem_type={loss_kind(config)!r} has no measure here; frames with one label or several have"
+            f"problem_type={resolve_problem_type(config)!r} has no measure here; frames with one label or several have"
         )
     turns = trial.target == "turns" or (
         trial.target is None and all(label.startswith("speaker ") for label in labels)
@@ -831,7 +831,7 @@ def judge_frames(trial: Trial) -> Found:
             )
             for u, n, scores in zip(batch["utterances"], batch["n_frames"], logits, strict=True):
                 truth = _frame_activity(turn_order(u) if turns else getattr(u, target), labels, n, **grid)
-                many = loss_kind(config) == MANY_LABELS
+                many = resolve_problem_type(config) == MANY_LABELS
                 said = scores[:n] > 0 if many else np.eye(len(labels), dtype=bool)[scores[:n].argmax(-1)]
                 asks = np.ones(n, bool) if many else truth.any(1)
                 asked.append(u)
@@ -871,7 +871,7 @@ def _frame_activity(
 # %% ../nbs/52_evaluation.ipynb #cec48d88
 def judge_speakers(trial: Trial) -> Found:
     """Equal error rate and minimum detection costs over all pairs of utterances."""
-    least = fewest_samples(trial.model.config)
+    least = min_samples(trial.model.config)
     known = [u for u in trial.speech if u.speaker and "+" not in u.speaker and u.n_samples >= least]
     if len(known) < len(trial.speech):
         trial.notes.append(

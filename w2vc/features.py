@@ -5,41 +5,25 @@
 # %% ../nbs/10_features.ipynb #5a176180
 from __future__ import annotations
 
-import contextlib
-import math
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
 __all__ = [
-    "BLOCK",
     "receptive_field",
     "conv_output_lengths",
     "frame_mask",
     "MaskedGroupNorm",
-    "fold_group_norm",
-    "conv_by_products",
-    "listened_to",
-    "Remade",
-    "remaking",
     "ConvLayer",
     "FeatureEncoder",
     "valid_lengths",
-    "keep_noise",
-    "Dropout",
-    "read_dropped",
     "FeatureProjection",
-    "check_inputs",
 ]
 
 
@@ -126,140 +110,10 @@ class MaskedGroupNorm(nn.GroupNorm):
         padded = ~frame_mask(n_valid, T)[:, None, None]  # [B, 1, 1, T]
         count = (n_valid.clamp(min=1) * x.shape[2])[:, None, None, None]  # [B, 1, 1, 1] values in a group
         mean = x.masked_fill(padded, 0).sum((2, 3), keepdim=True) / count
-        x = (x - mean).masked_fill_(padded, 0)  # two passes: the variance of centred values does not cancel
-        scale = torch.rsqrt(x.square().sum((2, 3), keepdim=True) / count + self.eps)  # [B, groups, 1, 1]
-        if not self.affine:
-            return (x * scale).reshape(B, C, T).to(hidden.dtype)
-        scale = scale.expand(-1, -1, x.shape[2], -1).reshape(B, C, 1) * self.weight[:, None]
-        return torch.addcmul(self.bias[:, None], x.reshape(B, C, T), scale).to(hidden.dtype)
-
-
-# %% ../nbs/10_features.ipynb #77de201d
-def fold_group_norm(windows: Tensor, kernel: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """Fold a group norm with one channel a group into the convolution of one utterance before it.
-
-    The convolution is linear: its outputs $w^T x$ have the mean $w^T m$ and the variance $w^T K w$, with the mean $m$ and the
-    covariance $K$ of the windows $x$. So the statistics need no output.
-
-    Args:
-        windows: what the kernel sees, `[T, k]`.
-        kernel: `[C, 1, k]`; a bias of the convolution would cancel.
-        norm: group norm over `C` channels.
-
-    Returns:
-        Kernel `[C, 1, k]` and bias `[C]` of the convolution that gives the normalised outputs.
-    """
-    weight = kernel[:, 0].double()  # [C, k]
-    k = kernel.shape[2]
-    centre = windows.detach().mean(dtype=torch.float64)  # any number will do; a near one keeps the sums small
-    total, products = weight.new_zeros(k), weight.new_zeros(k, k)
-    for part in torch.split(windows, 100_000):  # in 64 bits, a piece at a time
-        x = part.double() - centre
-        total, products = total + x.sum(0), products + x.T @ x
-    mean = total / len(windows)  # [k], seen from the centre
-    covariance = products / len(windows) - mean[:, None] * mean
-    variance = ((weight @ covariance) * weight).sum(1)  # [C]
-    scale = torch.rsqrt(variance + norm.eps) * norm.weight
-    bias = norm.bias - scale * (weight @ (mean + centre))
-    return (weight * scale[:, None])[:, None].to(kernel.dtype), bias.to(kernel.dtype)
-
-
-# %% ../nbs/10_features.ipynb #1f325bfb
-def conv_by_products(hidden: Tensor, taps: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """Convolve frames as they lie in memory, channels last: one matrix product per tap.
-
-    Args:
-        hidden: frames of one utterance, `[T_in, C_in]`.
-        taps: `[k, C_in, C]`.
-        bias: `[C]` or None.
-        stride: of the kernel.
-
-    Returns:
-        `[T, C]`.
-    """
-    if hidden.shape[1] == 1:  # samples: the windows are small enough to be written down
-        hidden, taps = hidden[:, 0].unfold(0, len(taps), stride), taps.transpose(0, 1)  # [T, k], [1, k, C]
-        stride = 1
-    T = (len(hidden) - len(taps)) // stride + 1
-    views = [hidden[i : i + (T - 1) * stride + 1 : stride] for i in range(len(taps))]  # k times [T, C_in]
-    result = views[0] @ taps[0] if bias is None else torch.addmm(bias, views[0], taps[0])
-    for view, tap in zip(views[1:], taps[1:], strict=True):
-        result = torch.addmm(result, view, tap)
-    return result
-
-
-# %% ../nbs/10_features.ipynb #5e07b1aa
-def listened_to(*modules: nn.Module) -> bool:
-    """Say whether a module, or one inside it, has a hook, which expects to be called as the plain form calls it.
-
-    The hooks of FSDP (chapter 53) do not count: they fetch weights, whatever a module is called with.
-    """
-    hooks = (
-        hook
-        for module in modules
-        for part in module.modules()
-        for table in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
-        for hook in table.values()
-    )
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp") for hook in hooks
-    )
-
-
-# %% ../nbs/10_features.ipynb #7b1c0d5e
-class Remade:
-    """What an activation gave, as operations may save it for their backward pass: not at all, it is made anew there.
-
-    Args:
-        tensor: The activation's output.
-        activation: What made it; a second call must give the same.
-        before: What it was given; the activation saves that anyway.
-    """
-
-    def __init__(self, tensor: Tensor, activation: Callable[[Tensor], Tensor], before: Tensor) -> None:
-        self.tensor = weakref.ref(tensor)
-        self.activation, self.before = activation, before
-        self.again: Tensor | None = None
-        self.saved = self.wanted = 0
-
-    def hooks(self) -> saved_tensors_hooks:
-        """A context; in it, operations that save the tensor, or a view of it, save a note."""
-        return saved_tensors_hooks(self._note, self._make)
-
-    def _note(self, tensor: Tensor) -> Any:
-        whole = self.tensor()
-        if whole is None or (tensor is not whole and tensor._base is not whole):
-            return tensor
-        self.saved += 1
-        return tensor.size(), tensor.stride(), tensor.storage_offset()
-
-    def _make(self, note: Any) -> Tensor:
-        if isinstance(note, Tensor):
-            return note
-        if self.again is None:
-            self.again = self.activation(self.before)
-        view = self.again.as_strided(*note)
-        self.wanted += 1
-        if self.wanted % self.saved == 0:  # all who saved it have had it
-            self.again = None
-        return view
-
-
-def remaking(
-    tensor: Tensor, function: Callable[[Tensor], Tensor], before: Tensor, *parts: Any
-) -> AbstractContextManager[Any]:
-    """A context in which `tensor = function(before)` is not saved for a backward pass, but made anew there.
-
-    It does nothing where that is impossible or of no use: without gradients, while a graph is recorded, if one of the
-    `parts` that the function calls is a module with hooks, which would be called twice, or if somebody else decides
-    already what is saved, such as `torch.utils.checkpoint`.
-    """
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if recorded or not torch.is_grad_enabled():
-        return contextlib.nullcontext()
-    taken = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    watched = listened_to(*(part for part in parts if isinstance(part, nn.Module)))
-    return contextlib.nullcontext() if taken or watched else Remade(tensor, function, before).hooks()
+        x = (x - mean).masked_fill(padded, 0)  # two passes: the variance of centred values does not cancel
+        variance = x.square().sum((2, 3), keepdim=True) / count
+        x = (x * torch.rsqrt(variance + self.eps)).reshape(B, C, T)
+        return (x * self.weight[:, None] + self.bias[:, None]).to(hidden.dtype)
 
 
 # %% ../nbs/10_features.ipynb #bb5418e4
@@ -296,35 +150,8 @@ class ConvLayer(nn.Module):
             hidden = self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2)  # over channels, frame by frame
         return self.activation(hidden)
 
-    def kernel(self) -> Tensor:
-        """The weights as `frames` takes them: `[k, C_in, C]` before a layer norm, else `[C, C_in, k]` as they are."""
-        weight = self.conv.weight
-        return weight.permute(2, 1, 0).contiguous() if isinstance(self.layer_norm, nn.LayerNorm) else weight
-
-    def frames(
-        self, hidden: Tensor, kernel: Tensor, bias: Tensor | None, saving: AbstractContextManager[Any]
-    ) -> tuple[Tensor, AbstractContextManager[Any]]:
-        """Map frames of one utterance `[T_in, C_in]` to `[T, C]`; a group norm must be folded into kernel and bias.
-
-        `saving` is a context in which nobody saves `hidden`, and the second result is one for the first.
-        """
-        with saving:
-            if isinstance(self.layer_norm, nn.LayerNorm):
-                before = conv_by_products(hidden, kernel, bias, self.conv.stride[0])
-            else:
-                before = nn.functional.conv1d(hidden.T[None], kernel, bias, self.conv.stride)[0].T
-        if isinstance(self.layer_norm, nn.LayerNorm):
-            before = self.layer_norm(before)
-        hidden = self.activation(before)
-        return hidden, remaking(hidden, self.activation, before, self.activation)
-
 
 # %% ../nbs/10_features.ipynb #ae52e6ea
-BLOCK = (
-    100  # frames encoded at a time, two seconds: what seven layers hold of them fits in a processor's cache
-)
-
-
 class FeatureEncoder(nn.Module):
     """Turn samples into latent frames by a stack of strided convolutions (wav2vec 2.0, section 2).
 
@@ -335,8 +162,6 @@ class FeatureEncoder(nn.Module):
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
-        if config.feat_extract_norm not in ("group", "layer"):
-            raise ValueError(f"feat_extract_norm={config.feat_extract_norm!r} must be 'group' or 'layer'")
         self.config = config
         self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
         self.gradient_checkpointing = False
@@ -344,81 +169,25 @@ class FeatureEncoder(nn.Module):
     def forward(self, input_values: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encode a batch of audio.
 
-        Each utterance is encoded alone, in blocks of time, where that can be: the lengths must be known to the host. The
-        padded batch goes through in one piece otherwise, while a graph is compiled, exported or traced, and when somebody
-        listens in on a layer by a hook.
-
         Args:
             input_values: samples `[B, S]`, right-padded.
-            lengths: valid samples per row `[B]`, best on the CPU wherever the samples are; None = every sample counts.
+            lengths: valid samples per row `[B]`; None = every sample counts.
 
         Returns:
             Latent frames `[B, T, C]`. With `config.padding_invariant` those of padding are 0.
         """
-        samples = input_values.to(next(self.parameters()).dtype)
-        lengths = lengths if self.config.padding_invariant else None
-        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        unknown = lengths is not None and lengths.device.type != "cpu"
-        replaced = any("forward" in vars(part) for part in self.conv_layers.modules())  # by somebody's own
-        watched = replaced or listened_to(self.conv_layers)
-        if graph or unknown or samples.device.type == "mps" or watched:  # mps has no 64-bit numbers
-            return self._together(samples, lengths)
-        B, S = samples.shape
-        n_samples = [S] * B if lengths is None else lengths.tolist()
-        if B > 1 and samples.device.type != "cpu" and min(n_samples) == S:
-            return self._together(samples, None)  # an accelerator likes one large piece of work
-        T = conv_output_lengths(S, self.config.conv_kernel, self.config.conv_stride)
-        kernels = [layer.kernel() for layer in self.conv_layers]  # type: ignore[operator]
-        alone = [self._alone(row[:n], kernels) for row, n in zip(samples, n_samples, strict=True)]
-        return torch.stack([nn.functional.pad(frames, (0, 0, 0, T - len(frames))) for frames in alone])
-
-    def _together(self, samples: Tensor, lengths: Tensor | None) -> Tensor:
-        """The plain form: `[B, S]` -> `[B, T, C]`, layer by layer, padding included; the frames of padding are then set to 0."""
-        hidden = samples[:, None]  # [B, 1, S]
-        counts = None if lengths is None else lengths.to(hidden.device)
-        for index, layer in enumerate(self.conv_layers):
-            arguments = (hidden, counts if index == 0 else None)  # only layer 0 can have a group norm
+        hidden = input_values.to(self.conv_layers[0].conv.weight.dtype)[:, None]  # [B, 1, S]
+        lengths = lengths.to(hidden.device) if lengths is not None and self.config.padding_invariant else None
+        for layer in self.conv_layers:  # only layer 0 can have a group norm, which reads the lengths
             if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, *arguments, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, lengths, use_reentrant=False)
             else:
-                hidden = layer(*arguments)
+                hidden = layer(hidden, lengths)
         hidden = hidden.transpose(1, 2)  # [B, C, T] -> [B, T, C]
-        if counts is None:
+        if lengths is None:
             return hidden
-        frames = conv_output_lengths(counts, self.config.conv_kernel, self.config.conv_stride)
+        frames = conv_output_lengths(lengths, self.config.conv_kernel, self.config.conv_stride)
         return hidden.masked_fill(~frame_mask(frames, hidden.shape[1])[:, :, None], 0.0)
-
-    def _alone(self, samples: Tensor, kernels: list[Tensor]) -> Tensor:
-        """One utterance `[S]` -> `[T, C]`, block by block; `kernels` of the layers."""
-        sizes = self.config.conv_kernel, self.config.conv_stride
-        T, (width, hop) = conv_output_lengths(len(samples), *sizes), receptive_field(*sizes)
-        if T == 0:
-            return samples.new_zeros(0, self.config.conv_dim[-1])
-        first: Any = self.conv_layers[0]
-        biases: list[Tensor | None] = [layer.conv.bias for layer in self.conv_layers]  # type: ignore[union-attr, misc]
-        if isinstance(first.layer_norm, MaskedGroupNorm):
-            windows = samples.unfold(0, *first.conv.kernel_size, *first.conv.stride)  # [T0, k]
-            kernel, bias = fold_group_norm(windows, kernels[0], first.layer_norm)
-            if first.conv.bias is not None:
-                bias = bias + 0 * first.conv.bias  # it cancels; so its gradient is 0, and not missing
-            kernels, biases = [kernel, *kernels[1:]], [bias, *biases[1:]]
-        size = BLOCK if samples.device.type == "cpu" else 30 * BLOCK
-        blocks = []
-        for start in range(0, T, size):
-            end = min(start + size, T) - 1  # the block's last frame
-            part = samples[start * hop : end * hop + width]
-            if self.gradient_checkpointing and self.training:
-                blocks.append(checkpoint(self._block, part, kernels, biases, use_reentrant=False))
-            else:
-                blocks.append(self._block(part, kernels, biases))
-        return torch.cat(blocks)
-
-    def _block(self, samples: Tensor, kernels: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-        """Some samples of one utterance `[S']` -> their frames `[T', C]`."""
-        hidden, saving = samples[:, None], contextlib.nullcontext()  # [S', 1]
-        for layer, kernel, bias in zip(self.conv_layers, kernels, biases, strict=True):
-            hidden, saving = layer.frames(hidden, kernel, bias, saving)  # type: ignore[operator]
-        return hidden
 
 
 # %% ../nbs/10_features.ipynb #80805e07
@@ -434,104 +203,15 @@ def valid_lengths(attention_mask: Tensor) -> Tensor:
     return (attention_mask != 0).sum(-1)
 
 
-# %% ../nbs/10_features.ipynb #91d3f0c2
-def keep_noise(shape: Sequence[int], p: float, seed: int) -> tuple[Tensor, float]:
-    """Draw which numbers dropout keeps, on the CPU.
-
-    Returns:
-        `shape` bool, and the factor that keeps the mean: p is rounded to a multiple of 1/65,536, and the factor fits that.
-    """
-    size = math.prod(shape)
-    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, size=-(-size // 4), dtype=np.uint64)
-    noise = torch.from_numpy(words.view(np.int16)[:size]).view(*shape)  # uniform in -32,768 .. 32,767
-    dropped = round(p * 2**16)
-    return noise >= dropped - 2**15, 2**16 / (2**16 - dropped)
-
-
-class _Drop(torch.autograd.Function):
-    """Dropout that keeps a seed for its backward pass, and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, p: float, seed: int) -> Tensor:
-        """Set numbers to 0, and enlarge the others."""
-        ctx.p, ctx.seed = p, seed
-        keep, factor = keep_noise(hidden.shape, p, seed)
-        return torch.where(keep, hidden, 0.0).mul_(factor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Do the same to the gradient."""
-        keep, factor = keep_noise(grad.shape, ctx.p, ctx.seed)
-        return torch.where(keep, grad, 0.0) * factor, None, None
-
-
-class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al., 2014) that costs little on a CPU: two bytes are drawn for a number, and a seed is kept.
-
-    The seed comes from torch's global generator. Elsewhere, and while a graph is recorded, it is `nn.Dropout`.
-    """
-
-    def seed(self, hidden: Tensor) -> int | None:
-        """Draw a seed; None where torch's own dropout is used, or nothing is dropped."""
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if not self.training or not 0 < self.p < 1 or hidden.device.type != "cpu" or recorded:
-            return None
-        return int(torch.randint(2**63 - 1, ()))
-
-    def repeats(self, seed: int | None) -> bool:
-        """Whether a second call with the same seed gives the same."""
-        return seed is not None or not self.training or self.p == 0
-
-    def forward(self, hidden: Tensor, seed: int | None = None) -> Tensor:
-        """Drop some of the numbers, in training.
-
-        Args:
-            hidden: `[...]`, any shape.
-            seed: Of `seed(hidden)`, for one who wants the same again; None draws one.
-        """
-        seed = self.seed(hidden) if seed is None else seed
-        if seed is None:
-            return super().forward(hidden)
-        dropped: Tensor = _Drop.apply(hidden, self.p, seed)  # type: ignore[no-untyped-call]
-        return dropped
-
-
-def read_dropped(
-    dropout: Dropout,
-    before: Tensor,
-    read: Callable[[Tensor], Tensor],
-    bend: Callable[[Tensor], Tensor] = lambda before: before,
-) -> Tensor:
-    """Compute `read(dropout(bend(before)))`; what is read is made anew for the backward pass, with the same noise.
-
-    Args:
-        dropout: Where it cannot repeat its noise, what is read is kept.
-        before: `[...]`, what `bend` is given.
-        read: A layer or a product, which would save its input.
-        bend: A cheap function without state, such as an activation.
-    """
-    seed = dropout.seed(before)
-
-    def make(before: Tensor) -> Tensor:
-        dropped: Tensor = dropout(bend(before), seed)
-        return dropped
-
-    made = make(before)
-    repeats = dropout.repeats(seed)
-    with remaking(made, make, before, bend, dropout) if repeats else contextlib.nullcontext():
-        return read(made)
-
-
 # %% ../nbs/10_features.ipynb #8c997a99
 class FeatureProjection(nn.Module):
     """Normalise latent frames and project them to the width of the model (wav2vec 2.0, section 4.2)."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
-        self.config = config
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
-        self.dropout = Dropout(config.feat_proj_dropout)
+        self.dropout = nn.Dropout(config.feat_proj_dropout)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Project latent frames.
@@ -544,118 +224,3 @@ class FeatureProjection(nn.Module):
         """
         normalised = self.layer_norm(features)
         return self.dropout(self.projection(normalised)), normalised
-
-
-# %% ../nbs/10_features.ipynb #c8bdfb97
-def _check_audio(input_values: Any, width: int) -> None:
-    """Refuse audio of a wrong type, shape or dtype; reads no values."""
-    if not isinstance(input_values, Tensor):
-        raise ValueError(
-            f"input_values is a {type(input_values).__name__}; pass a float tensor [B, S], as "
-            "Wav2Vec2FeatureExtractor(...)(audio, sampling_rate=16000, return_tensors='pt').input_values gives it"
-        )
-    shape, dtype = tuple(input_values.shape), input_values.dtype
-    if len(shape) == 1:
-        raise ValueError(
-            f"input_values has shape {shape}: add the batch axis, input_values[None] -> (1, {shape[0]})"
-        )
-    if len(shape) == 3 and min(shape[1:]) <= 8:
-        axis = 1 if shape[1] <= shape[2] else 2
-        raise ValueError(
-            f"input_values has shape {shape}, which looks like {shape[axis]} channels of audio: "
-            f"mix down to one with input_values.mean({axis}), or pass one channel a row"
-        )
-    if len(shape) != 2:
-        raise ValueError(
-            f"input_values has shape {shape}; it must be [B, S]: one row of samples per utterance"
-        )
-    if not dtype.is_floating_point:
-        advice = "it must be a floating dtype"
-        if dtype in (torch.int16, torch.int32):  # the two widths of PCM that audio files hold
-            advice = f"this looks like PCM: scale it to -1..1 with input_values / {2 ** (torch.iinfo(dtype).bits - 1)}"
-        raise ValueError(f"input_values has dtype {dtype}; {advice}")
-    if shape[0] == 0 or shape[1] == 0:
-        raise ValueError(
-            f"input_values has shape {shape}: it is empty; pass at least one row of {width} samples"
-        )
-    if shape[1] < width:
-        raise ValueError(
-            f"input_values has {shape[1]} samples a row, fewer than the {width} that one latent frame sees: "
-            "pad the audio, or drop it"
-        )
-
-
-# %% ../nbs/10_features.ipynb #8dde4c93
-def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
-    """Refuse an attention mask that does not belong to this audio; reads no values."""
-    if not isinstance(attention_mask, Tensor):
-        raise ValueError(
-            f"attention_mask is a {type(attention_mask).__name__}; pass a tensor [B, S] of 0 and 1, or None"
-        )
-    if attention_mask.shape != input_values.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must have that of input_values, "
-            f"{tuple(input_values.shape)}: one value per sample, not per frame"
-        )
-    if attention_mask.is_complex():
-        raise ValueError(f"attention_mask has dtype {attention_mask.dtype}; it must be bool or hold 0 and 1")
-    if attention_mask.device not in (input_values.device, torch.device("cpu")):
-        raise ValueError(
-            f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}: put the mask on the "
-            "same device, or leave it on the CPU (better: its lengths are then known without waiting for the device)"
-        )
-
-
-def _rows(bad: Tensor) -> str:
-    """Name the rows that are True in `bad` `[B]`, the first five of them."""
-    rows = [str(row) for row in bad.nonzero()[:, 0].tolist()]
-    return ("row " if len(rows) == 1 else "rows ") + ", ".join(rows[:5]) + (", …" if len(rows) > 5 else "")
-
-
-# %% ../nbs/10_features.ipynb #92ce1299
-def check_inputs(
-    input_values: Tensor, attention_mask: Tensor | None, config: Wav2Vec2ConformerConfig
-) -> None:
-    """Refuse audio that the model would answer wrongly: the input contract of every head.
-
-    Type, shape and dtype are checked always. Values are checked where a tensor is on the CPU: on an accelerator reading
-    them would make the host wait, and while a graph is compiled or exported there are none.
-
-    Args:
-        input_values: `[B, S]`, floating, finite, at least the receptive field long.
-        attention_mask: `[B, S]` bool or 0/1, valid samples first, at least the receptive field of them in each row; or None.
-            On the device of `input_values`, or on the CPU wherever they are.
-        config: the sizes of the convolutions.
-
-    Raises:
-        ValueError: says which argument and rows are wrong, what came, and what to do.
-    """
-    width, _ = receptive_field(config.conv_kernel, config.conv_stride)
-    _check_audio(input_values, width)
-    if attention_mask is not None:
-        _check_mask(attention_mask, input_values)
-    if torch.compiler.is_compiling():
-        return
-    if input_values.device.type == "cpu":
-        broken = ~torch.isfinite(input_values).all(-1)  # [B]
-        if broken.any():
-            raise ValueError(
-                f"input_values holds NaN or Inf in {_rows(broken)}: look at the audio of these rows"
-            )
-    if attention_mask is None or attention_mask.device.type != "cpu":
-        return
-    valid = attention_mask != 0  # [B, S]
-    strange = (valid & (attention_mask != 1)).any(-1)
-    if strange.any():
-        raise ValueError(f"attention_mask holds values other than 0 and 1 in {_rows(strange)}")
-    left = (valid[:, 1:] & ~valid[:, :-1]).any(-1)
-    if left.any():
-        raise ValueError(
-            f"attention_mask has a 1 after a 0 in {_rows(left)}: pad on the right, valid samples first"
-        )
-    short = valid.sum(-1) < width
-    if short.any():
-        raise ValueError(
-            f"attention_mask leaves fewer than {width} valid samples in {_rows(short)} (one latent frame sees {width}): "
-            "drop these utterances, or join them to others"
-        )

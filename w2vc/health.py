@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import read_json
-from .pretraining import candidate_logits
+from .pretraining import contrastive_logits
 from .recipes import recipe_folder
 
 # %% auto #0
@@ -91,17 +91,13 @@ def choice_sums(  # noqa: PLR0917
         `questions`: A; `hits`: questions whose true target scores best; `answers`: A times N; `twins`: negatives with the
         codes of the positive.
     """
-    _, T, N = negatives.shape
-    longest = int(mask.sum(1).max())
-    rows = mask.int().argsort(dim=1, descending=True, stable=True)[:, :longest, None]  # hidden frames first
-    wrong = negatives.gather(1, rows.expand(-1, -1, N)) % T
-    picked = states.gather(1, rows.expand(-1, -1, states.shape[2]))
-    logits = candidate_logits(picked, targets, torch.cat([rows, wrong], 2), codes, temperature)
-    asked = mask.gather(1, rows[..., 0])  # short rows carry some visible frames
-    hits = ((logits.argmax(-1) == 0) & asked).sum()
-    twins = (logits[..., 1:].isneginf() & asked[..., None]).sum()
-    A = asked.sum()
-    return {"questions": A.float(), "hits": hits.float(), "answers": (A * N).float(), "twins": twins.float()}
+    logits = contrastive_logits(states, targets, negatives, codes, temperature)  # [B, T, 1 + N]
+    hits = ((logits.argmax(-1) == 0) & mask).sum()
+    twins = (logits[..., 1:].isneginf() & mask[..., None]).sum()
+    A = mask.sum()
+    return {
+        "questions": A.float(), "hits": hits.float(), "answers": (A * negatives.shape[2]).float(), "twins": twins.float(),
+    }  # fmt: skip
 
 
 # %% ../nbs/51_health.ipynb #41747876

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .checks import check_inputs
 from .config import Wav2Vec2ConformerConfig
 from .conformer import ConformerEncoder
-from .features import FeatureEncoder, FeatureProjection, check_inputs, frame_mask, valid_lengths
+from .features import FeatureEncoder, FeatureProjection, frame_mask, valid_lengths
 from .masking import apply_spec_augment
 from .pretrained import PreTrainedModel
 

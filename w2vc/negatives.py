@@ -5,74 +5,39 @@
 # %% ../nbs/14_negatives.ipynb #5df737e4
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 # %% auto #0
 __all__ = ["negatives_from_noise", "sample_negative_indices"]
 
-# %% ../nbs/14_negatives.ipynb #523f826e
-_BLOCK = 2**17  # negatives worked on at a time: 0.5 MB a step, so that the next step finds them in the cache
-
-
-def _fresh(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Make an int32 tensor to be filled; on the CPU numpy makes it, in large memory pages, which are faster to touch first."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype=np.int32))
-    return torch.empty(shape, dtype=torch.int32, device=device)
-
 
 # %% ../nbs/14_negatives.ipynb #f598f38a
 def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
-    """Turn noise into negatives: other hidden frames of the same utterance, all equally likely (Eq. 14.1).
+    """Turn noise into negatives: other masked frames of the same utterance, all equally likely (Eq. 14.1).
 
     Nothing is drawn in here. Noise that depends only on (seed, epoch, utterance, frame) gives negatives that do not depend
     on the other rows of the batch.
 
     Args:
-        noise: `[A, N]` float32 in [0, 1), a row for each of the A hidden frames, in the order of `mask.nonzero()`.
-        mask: `[B, T]` bool, True = hidden.
+        noise: `[A, N]` float32 in [0, 1), a row for each of the A masked frames, in the order of `mask.nonzero()`.
+        mask: `[B, T]` bool, True = masked.
 
     Returns:
         `[B, T, N]` int32, numbers of frames in the flattened batch `[B * T]`.
     """
-    (n_rows, n_frames), n_negatives = mask.shape, noise.shape[1]
-    hidden = mask.flatten().nonzero()[:, 0]  # [A] the hidden frames of all rows in one list
-    row = hidden // n_frames
+    B, T = mask.shape
+    masked = mask.flatten().nonzero()[:, 0]  # [A] the masked frames of all rows in one list
+    row = masked // T
     counts = mask.sum(1)  # [B]
     first = (counts.cumsum(0) - counts)[row]  # [A] where the row's stretch of the list begins
-    others = counts[row] - 1  # [A]
-    own = torch.arange(len(hidden), device=mask.device)
-    own = own.masked_fill(
-        others == 0, len(hidden)
-    )  # a lone hidden frame has nobody to step to: it gets itself
-
-    numbers = hidden.int()
-    columns = (others.float()[:, None], first.int()[:, None], own.int()[:, None])
-    negatives = _fresh((n_rows, n_frames, n_negatives), mask.device)
-    negatives.copy_(n_frames * torch.arange(n_rows, dtype=torch.int32, device=mask.device)[:, None, None])
-    size = max(1, _BLOCK // max(n_negatives, 1)) if mask.device.type == "cpu" else max(len(hidden), 1)
-    for begin in range(0, len(hidden), size):
-        block = slice(begin, begin + size)
-        n_others, start, me = (column[block] for column in columns)
-        place = (noise[block] * n_others).int()  # rounds down: 0 .. others - 1
-        place += start
-        place -= (
-            me - 1 - place
-        ) >> 31  # step over the frame itself: -1 where place >= me, by the sign bit, else 0
-        chosen = numbers.index_select(0, place.flatten()).view_as(place)
-        negatives.view(-1, n_negatives).index_copy_(0, hidden[block], chosen)
-    return negatives
-
-
-# %% ../nbs/14_negatives.ipynb #f73a0414
-def _draw(shape: tuple[int, int], device: torch.device | str, generator: torch.Generator | None) -> Tensor:
-    """Draw uniform numbers in [0, 1), float32; on the CPU with a fast generator that starts from the caller's."""
-    if torch.device(device).type != "cpu":
-        return torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    return torch.from_numpy(np.random.Generator(np.random.SFC64(seed)).random(shape, dtype=np.float32))
+    others = (counts - 1)[row]  # [A]
+    own = torch.arange(len(masked), device=mask.device)
+    place = first[:, None] + (noise * others[:, None]).long()  # rounds down: 0 .. others - 1
+    place += (place >= own[:, None]) & (others > 0)[:, None]  # skip the frame itself; a lone one gets itself
+    negatives = (T * torch.arange(B, device=mask.device))[:, None, None].repeat(1, T, noise.shape[1])
+    negatives[mask] = masked[place]
+    return negatives.int()
 
 
 # %% ../nbs/14_negatives.ipynb #95b8cfe6
@@ -83,35 +48,38 @@ def sample_negative_indices(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw wrong answers for every hidden frame, from the other hidden frames of its utterance (wav2vec 2.0, section 3.2).
+    """Draw wrong answers for every masked frame, from the other masked frames of its utterance (wav2vec 2.0, section 3.2).
 
     Args:
         features_shape: $(B, T)$, rows and frames.
-        num_negatives: $N$, drawn for each hidden frame, with replacement.
-        mask_time_indices: `[B, T]` bool or any integers, non-zero = hidden; None = every frame asks, and may be drawn.
+        num_negatives: $N$, drawn for each masked frame, with replacement.
+        mask_time_indices: `[B, T]` bool or any integers, non-zero = masked; None = all frames count as masked.
         generator: pass one to repeat a draw. A CPU generator gives the same draw for any device.
 
     Returns:
         `[B, T, N]` int32 on the device of the mask: numbers of frames in the flattened batch `[B * T]`. Visible frames get
-        their row's first frame, which the loss ignores. A row's only hidden frame gets itself, which the loss leaves out as
+        their row's first frame, which the loss ignores. A row's only masked frame gets itself, which the loss leaves out as
         equal to the positive.
 
     Raises:
         ValueError: a mask of another shape or type, or fewer than one negative.
     """
-    n_rows, n_frames = features_shape
+    B, T = features_shape
     if num_negatives < 1:
         raise ValueError(f"num_negatives={num_negatives} must be at least 1")
-    draw_on = generator.device if generator is not None else None
-    if mask_time_indices is None:
-        mask = torch.ones(n_rows, n_frames, dtype=torch.bool, device=draw_on or "cpu")
-    else:
-        mask = torch.as_tensor(mask_time_indices)
-        if tuple(mask.shape) != (n_rows, n_frames) or mask.is_floating_point():
-            raise ValueError(
-                f"mask_time_indices is {mask.dtype} of shape {tuple(mask.shape)}; "
-                f"bool or integers of shape {(n_rows, n_frames)} (rows, frames) are needed, non-zero = hidden"
-            )
-        mask = mask != 0
-    noise = _draw((int(mask.sum()), num_negatives), draw_on or mask.device, generator)
+    mask = (
+        torch.ones(B, T, dtype=torch.bool)
+        if mask_time_indices is None
+        else torch.as_tensor(mask_time_indices)
+    )
+    if tuple(mask.shape) != (B, T) or mask.is_floating_point():
+        raise ValueError(
+            f"mask_time_indices is {mask.dtype} of shape {tuple(mask.shape)}; "
+            f"bool or integers of shape {(B, T)} (rows, frames) are needed, non-zero = masked"
+        )
+    mask = mask != 0
+    device = mask.device if generator is None else generator.device
+    noise = torch.rand(
+        int(mask.sum()), num_negatives, generator=generator, device=device, dtype=torch.float32
+    )
     return negatives_from_noise(noise.to(mask.device), mask)

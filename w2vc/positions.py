@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,59 +15,16 @@ from .config import Wav2Vec2ConformerConfig, get_activation
 # %% auto #0
 __all__ = [
     "Positions",
-    "Remembered",
     "RelativePositions",
     "relative_shift",
-    "rotary_speeds",
+    "rotary_frequencies",
     "rotate_half",
     "apply_rotary",
     "RotaryPositions",
-    "unrounded_speeds",
+    "WeightNormConv1d",
     "ConvolutionalPositions",
     "make_positions",
 ]
-
-
-# %% ../nbs/20_positions.ipynb #e74486ac
-class Remembered:
-    """The last value of a computation, given again as long as nothing it was made from has changed.
-
-    Tensors count as unchanged if they are the same objects, at the same address and with the same `_version`, the
-    number by which torch counts in-place writes. (Writes through `.data` are not counted: call `clear` after them.)
-    Large values are not kept, nor is anything while torch compiles or exports. A copied or unpickled one is empty.
-    """
-
-    largest = 2**24  # bytes
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the value."""
-        self.last: tuple[tuple[Any, ...], list[tuple[Tensor, Tensor, int]], Tensor] | None = None
-
-    def __call__(
-        self, make: Callable[[], Tensor], facts: tuple[Any, ...], tensors: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """Give `make()`, which is run without gradients, or its last value if `facts` and `tensors` are as they were."""
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # those count no writes
-            return make()
-        last = self.last  # read once: another thread may replace it
-        if last is not None and last[0] == facts and len(last[1]) == len(tensors):
-            pairs = zip(last[1], tensors, strict=True)
-            if all(
-                t is o and t.data_ptr() == alias.data_ptr() and t._version == n for (o, alias, n), t in pairs
-            ):
-                return last[2]
-        with torch.inference_mode(False), torch.no_grad():  # usable in every mode later
-            value = make()
-        keep = type(value) is Tensor and value.nbytes <= self.largest  # and no tensor of a tracer
-        # the alias keeps the address in use, so that no other tensor can move in
-        self.last = (facts, [(t, t.detach(), t._version) for t in tensors], value) if keep else None
-        return value
-
-    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
-        return Remembered, ()
 
 
 # %% ../nbs/20_positions.ipynb #44fcd231
@@ -78,9 +33,8 @@ class RelativePositions(nn.Module):
 
     Row `r` stands for the distance `i - j = T - 1 - r` of a query `i` and a key `j`. The table is computed in
     float32 and cast last. There is nothing to save, and no longest utterance: `max_source_positions` is not a limit.
-    The last table is remembered, if it is small, and given again for the same length; do not write into it.
 
-    Source: Transformer-XL (Dai et al., 2019), section 3.3; the clocks of Vaswani et al. (2017), section 3.5.
+    Source: Transformer-XL (Dai et al., 2019), section 3.3; the frequencies of Vaswani et al. (2017), section 3.5.
 
     Args:
         config: Reads `hidden_size`.
@@ -89,60 +43,39 @@ class RelativePositions(nn.Module):
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
         self.width = config.hidden_size
-        self.remembered = Remembered()
 
     def forward(self, n_frames: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Give the table for `n_frames` frames, `[2T-1, D]`: sines in even channels, cosines in odd ones."""
-        return self.remembered(lambda: self._table(n_frames, device, dtype), (n_frames, device, dtype))
-
-    def _table(self, n_frames: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         distance = torch.arange(n_frames - 1, -n_frames, -1, dtype=torch.float32, device=device)  # [2T-1]
         even = torch.arange(0, self.width, 2, dtype=torch.float32, device=device)  # [D/2]
-        speed = torch.exp(even * -(math.log(10000.0) / self.width))  # radians per frame, fast to slow
-        angle = distance[:, None] * speed  # [2T-1, D/2]
-        table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # [2T-1, D]
-        return table[:, : self.width].to(dtype)
+        frequency = torch.exp(even * -(math.log(10000.0) / self.width))  # radians per frame, high to low
+        angle = distance[:, None] * frequency  # [2T-1, D/2]
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).to(dtype)  # [2T-1, D]
 
 
 # %% ../nbs/20_positions.ipynb #29a4faa7
-def relative_shift(scores: Tensor, n_keys: int | None = None) -> Tensor:
+def relative_shift(scores: Tensor) -> Tensor:
     """Re-index scores from (query, distance) to (query, key): `[B, H, T, 2T-1]` to `[B, H, T, T]`.
 
     Entry `[i, j]` of the result is entry `[i, (T-1) - (i-j)]` of the input. In the flat memory of one head that
     is place `(T-1) + i (2T-2) + j`: rows that are one entry shorter and start `T-1` entries later. So the result
-    is a view, and nothing is copied. The same holds for a block of fewer queries than keys: n queries have
-    `n+T-1` distances to T keys, and the rows start `n-1` entries later.
+    is a view, and nothing is copied. The same holds for n neighbouring queries of more keys, which have `n+T-1`
+    distances to T keys.
 
     Source: Transformer-XL (Dai et al., 2019), appendix B; its code pads and views instead.
 
     Args:
         scores: Columns in the order of `RelativePositions`, the largest distance first.
-        n_keys: T, if `scores` has a row for some neighbouring queries only.
-
-    Raises:
-        ValueError: If the last axis is not `2T-1` long, or `n+T-1` for n queries.
     """
     n_queries, n_distances = scores.shape[-2:]
-    n_keys = n_queries if n_keys is None else n_keys
-    if n_distances != n_queries + n_keys - 1:
-        fit = n_queries + n_keys - 1
-        raise ValueError(
-            f"scores has {n_distances} distances for {n_queries} queries and {n_keys} keys; it must have {fit}"
-        )
-    if torch.compiler.is_exporting():  # the view below would hold for one T only
-        column = (
-            torch.arange(n_keys, device=scores.device)
-            - torch.arange(n_queries, device=scores.device)[:, None]
-        )
-        return scores.gather(-1, (column + n_queries - 1).expand(*scores.shape[:-1], n_keys))
     if n_queries == 1:
         return scores
     flat = scores.flatten(-2)[..., n_queries - 1 : n_queries - 1 + n_queries * (n_distances - 1)]
-    return flat.view(*scores.shape[:-1], n_distances - 1)[..., :n_keys]
+    return flat.unflatten(-1, (n_queries, n_distances - 1))[..., : n_distances - n_queries + 1]
 
 
 # %% ../nbs/20_positions.ipynb #3c5683e4
-def rotary_speeds(width: int, base: float) -> Tensor:
+def rotary_frequencies(width: int, base: float) -> Tensor:
     """Speeds of the `K/2` planes of a head in radians per frame, `[K/2]` float32, from 1 down to almost 1/base."""
     even = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
     return 1.0 / (base ** (even / width))
@@ -176,63 +109,56 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RotaryPositions(nn.Module):
     """Cosine and sine of the angle by which each plane of a head has turned at each frame.
 
-    The angle is frame number times `inv_freq`, the speed of the plane in radians per frame. `inv_freq` is saved
-    with the model, as the released checkpoints hold it. It stays float32 whatever the model is cast to: with a speed
-    rounded to 16 bits the angle is off by more at each frame, by about half a radian after a thousand.
+    The angle is frame number times frequency. The buffer `inv_freq` is saved with the model, as the released checkpoints hold
+    it; the angles are computed from the exact frequencies in float32, because a frequency rounded to 16 bits is off by half a
+    radian after a thousand frames.
 
     Source: RoFormer (Su et al., 2021), section 3.2.2.
 
     Args:
         config: Reads `hidden_size`, `num_attention_heads`, `rotary_embedding_base`.
-
-    Raises:
-        ValueError: If the head width is odd, as two channels make a plane.
     """
 
     inv_freq: Tensor
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
-        self.width = config.hidden_size // config.num_attention_heads
-        self.base = config.rotary_embedding_base
-        if self.width % 2:
-            raise ValueError(
-                f"hidden_size / num_attention_heads = {self.width} is odd; rotary positions need an even head width"
-            )
-        self.register_buffer("inv_freq", rotary_speeds(self.width, self.base).to(torch.get_default_device()))
+        self.width, self.base = config.hidden_size // config.num_attention_heads, config.rotary_embedding_base
+        self.register_buffer("inv_freq", rotary_frequencies(self.width, self.base))
 
     def forward(self, n_frames: int, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Give `(cos, sin)`, each `[T, K]`: the K/2 planes, twice."""
         frame = torch.arange(n_frames, dtype=torch.float32, device=device)  # [T]
-        angle = frame[:, None] * self.inv_freq.to(device)  # [T, K/2], in float32
+        angle = frame[:, None] * rotary_frequencies(self.width, self.base).to(device)  # [T, K/2]
         angle = torch.cat((angle, angle), dim=-1)  # [T, K]: channels k and k + K/2 share a plane
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPositions:
-        """Follow a change of device, but not one of dtype; torch routes `.to()`, `.half()` and all others here."""
-        before = self.inv_freq
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.inv_freq is not before:
-            if before.is_meta:  # there were no values to keep
-                before = rotary_speeds(self.width, self.base)
-            self.inv_freq = before.to(self.inv_freq.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take saved speeds as they are, in float32; undo the rounding of a file saved in 16 bits."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        saved = state_dict.get(prefix + "inv_freq")
-        if isinstance(saved, Tensor) and saved.dtype != torch.float32 and not saved.is_meta:
-            self.inv_freq = unrounded_speeds(saved, self.width, self.base).to(self.inv_freq.device)
-
-
-def unrounded_speeds(saved: Tensor, width: int, base: float) -> Tensor:
-    """Give the exact speeds if `saved` are these, rounded; else `saved` itself, in float32."""
-    exact = rotary_speeds(width, base)
-    return exact if torch.equal(saved.cpu(), exact.to(saved.dtype)) else saved.float()
-
 
 # %% ../nbs/20_positions.ipynb #2964dffc
+class WeightNormConv1d(nn.Module):
+    """A convolution whose kernel is a direction times a length for each tap (Salimans and Kingma, 2016).
+
+    The parameters are named as torch's own weight norm names them, and the checkpoints with it; torch's form of it,
+    which replaces a module's class, cannot be pickled.
+    """
+
+    def __init__(self, width: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.bias = nn.Parameter(torch.zeros(width))
+        direction = nn.init.kaiming_uniform_(torch.empty(width, width // groups, kernel), a=math.sqrt(5))
+        length = direction.norm(dim=(0, 1), keepdim=True)  # [1, 1, kernel]
+        weight = nn.ParameterDict({"original0": length, "original1": direction})
+        self.parametrizations = nn.ModuleDict({"weight": weight})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, D, T]` to `[B, D, T]`, or to `T + 1` frames if the kernel is even."""
+        weight = self.parametrizations["weight"]
+        length, direction = weight["original0"], weight["original1"]
+        kernel = direction * (length / direction.norm(dim=(0, 1), keepdim=True))
+        return nn.functional.conv1d(x, kernel, self.bias, padding=kernel.shape[2] // 2, groups=self.groups)
+
+
 class ConvolutionalPositions(nn.Module):
     """The convolutional positions of plain wav2vec 2.0: part of every Conformer checkpoint, used by none.
 
@@ -248,17 +174,16 @@ class ConvolutionalPositions(nn.Module):
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
-        width, kernel = config.hidden_size, config.num_conv_pos_embeddings
-        groups = config.num_conv_pos_embedding_groups
-        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
-        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+        kernel, groups = config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups
+        self.conv = WeightNormConv1d(config.hidden_size, kernel, groups)
         self.activation = get_activation(config.feat_extract_activation)
         self.requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`: what a model with this kind of positions would add to its frames."""
-        n_frames = hidden.shape[1]
-        mixed = self.conv(hidden.transpose(1, 2))[..., :n_frames]  # an even kernel gives one frame too many
+        mixed = self.conv(hidden.transpose(1, 2))[
+            ..., : hidden.shape[1]
+        ]  # an even kernel gives one frame too many
         return self.activation(mixed).transpose(1, 2)
 
 
@@ -267,16 +192,7 @@ Positions = Tensor | tuple[Tensor, Tensor] | None  # what attention is given: a 
 
 
 def make_positions(config: Wav2Vec2ConformerConfig) -> RelativePositions | RotaryPositions | None:
-    """Build the positions that `config.position_embeddings_type` names.
-
-    Raises:
-        ValueError: If the type is none of "relative", "rotary" and None.
-    """
-    kind = config.position_embeddings_type
-    if kind == "relative":
+    """Build the positions that `config.position_embeddings_type` names; the config has checked the name."""
+    if config.position_embeddings_type == "relative":
         return RelativePositions(config)
-    if kind == "rotary":
-        return RotaryPositions(config)
-    if kind is None:
-        return None
-    raise ValueError(f"position_embeddings_type={kind!r}; allowed are 'relative', 'rotary' and None")
+    return RotaryPositions(config) if config.position_embeddings_type == "rotary" else None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Wav2Vec2ConformerConfig, find_file, lacks, pin_revision, refuse, write_together
-from .positions import rotary_speeds
+from .positions import rotary_frequencies
 
 # %% auto #0
 __all__ = [
@@ -83,11 +83,11 @@ NAMED_STARTS: dict[str, Start] = {  # end of a tensor's name (a pattern) -> firs
     r"(feature_projection\.projection|project_hid|project_q)\.\w+": lambda t, m: uniform_by_inputs(
         t, m.in_features
     ),
-    r"inv_freq": lambda t, m: t.copy_(rotary_speeds(m.width, m.base)),
+    r"inv_freq": lambda t, m: t.copy_(rotary_frequencies(m.width, m.base)),
     # the dead layer: torch's usual convolution, as a direction (original1) and its length (original0); bias 0
     r"pos_conv_embed\.conv\.bias": lambda t, _: t.zero_(),
     r"weight\.original1": lambda t, _: nn.init.kaiming_uniform_(t, a=math.sqrt(5)),
-    r"weight\.original0": lambda t, m: t.copy_(torch.norm_except_dim(m.original1, 2, 2)),
+    r"weight\.original0": lambda t, m: t.copy_(m.original1.norm(dim=(0, 1), keepdim=True)),
 }
 
 

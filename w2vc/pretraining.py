@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import normalize
 
+from .checks import check_pretraining
 from .config import Wav2Vec2ConformerConfig
 from .model import ModelOutput, Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel
-from .quantizer import GumbelVectorQuantizer, pick_frames, rows_of
+from .quantizer import GumbelVectorQuantizer
 
 # %% auto #0
 __all__ = [
-    "candidate_logits",
-    "Questions",
+    "contrastive_logits",
     "contrastive_loss",
     "diversity_loss",
     "Wav2Vec2ConformerForPreTrainingOutput",
@@ -28,186 +28,37 @@ __all__ = [
 ]
 
 
-# %% ../nbs/32_pretraining.ipynb #0c7721ee
-def _twins(codes: Tensor, candidates: Tensor) -> Tensor:
-    """Find wrong answers with the codes of the true one: codes `[B, T, G]`, candidates `[B, A, 1 + N]`; bool `[B, A, 1 + N]`."""
-    (B, A, n), G = candidates.shape, codes.shape[2]
-    chosen = codes.gather(1, candidates.reshape(B, A * n, 1).expand(-1, -1, G)).view(B, A, n, G)
-    return pad((chosen[:, :, 1:] == chosen[:, :, :1]).all(-1), (1, 0))
-
-
-def candidate_logits(
-    states: Tensor, targets: Tensor, candidates: Tensor, codes: Tensor, temperature: float
+# %% ../nbs/32_pretraining.ipynb #40990c6c
+def contrastive_logits(
+    states: Tensor, targets: Tensor, negatives: Tensor, codes: Tensor, temperature: float = 0.1
 ) -> Tensor:
-    """Cosine similarity of each state with its candidates, divided by the temperature, in fp32.
+    """Score the true target and the `N` negatives of each frame: cosine similarity over the temperature, in fp32.
 
-    One matrix product gives the similarities with every frame; the candidates are then picked out. A wrong answer
-    with the codes of the true one is no wrong answer: its logit is minus infinity.
+    One matrix product per utterance gives the similarities of all pairs of its frames; those of the candidates are then
+    gathered, so that no `[B, T, N, P]` tensor of negatives is made. A negative with the codes of the true target is a
+    duplicate of it, and no wrong answer: its logit is minus infinity.
+
+    Source: wav2vec 2.0 (Baevski et al., 2020), equation 3.
 
     Args:
-        states: `[B, A, P]` of the masked frames.
-        targets: `[B, T, P]`.
-        candidates: `[B, A, 1 + N]` frame indices below `T`; the first of each row is the true frame.
-        codes: `[B, T, G]` integers that tell equal targets.
+        states: `[B, T, P]` projected context states.
+        targets: `[B, T, P]` projected quantized frames.
+        negatives: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`, of the frame's own utterance.
+        codes: `[B, T, G]` integers, the codes of the targets.
         temperature: above 0.
 
     Returns:
-        `[B, A, 1 + N]` fp32.
+        `[B, T, 1 + N]`, the true target first.
     """
-    B, A, n = candidates.shape  # n = 1 + N
-    with torch.autocast(states.device.type, enabled=False):
-        states, targets = states.float(), targets.float()
-        same = _twins(codes, candidates)
-        products = states @ targets.transpose(1, 2)  # [B, A, T]
-        # dividing what was picked by the lengths needs no copies of states and targets with length 1
-        length = targets.norm(dim=-1).clamp_min(1e-8).gather(1, candidates.flatten(1)).view(B, A, n)
-        length = length * states.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    logits = products.gather(2, candidates) / (length * temperature)
-    return logits.masked_fill(same, float("-inf"))
-
-
-# %% ../nbs/32_pretraining.ipynb #bf3488d9
-def _read_indices(negatives: Tensor, mask: Tensor) -> tuple[int, bool, bool]:
-    """Check the negatives and count the masked frames, with one read from the device.
-
-    Returns:
-        The largest number of masked frames in a row (in the whole batch if some negative is a stranger), whether
-        every negative of a masked frame stays inside its own utterance, and whether every one is masked itself.
-    """
-    B, T = mask.shape
-    first = torch.arange(B, device=negatives.device)[:, None, None] * T
-    nobody = ~mask[..., None]  # what stands beside a frame that is not masked does not matter
-    at_home = (((negatives >= first) & (negatives < first + T)) | nobody).all()
-    if torch.compiler.is_compiling():  # no read: score every row, and let the device refuse strangers
-        torch._assert_async(at_home, "when compiled, negatives must stay inside their own utterance")
-        return T, True, False
-    low, high = negatives.aminmax() if negatives.numel() else (first.sum() * 0, first.sum() * 0)
-    pointed = mask.flatten().take(negatives.clamp(0, B * T - 1).long())
-    numbers = [mask.sum(1).max(), mask.sum(), at_home, (pointed | nobody).all(), low, high]
-    longest, total, home, hidden, least, most = torch.stack([n.long() for n in numbers]).tolist()
-    if least < 0 or most >= B * T:
-        raise ValueError(
-            f"sampled_negative_indices lie in {least}..{most}, allowed are 0..{B * T - 1}: "
-            f"indices into the flattened frames of {B} utterances x {T} frames"
-        )
-    return (longest, True, bool(hidden)) if home else (total, False, bool(hidden))
-
-
-# %% ../nbs/32_pretraining.ipynb #7a79ec24
-@dataclass(frozen=True)
-class Questions:
-    """What the contrastive loss asks of a batch, and which frames it has to read for that.
-
-    Attributes:
-        frames: `[B * R]` long, the frames that are read, R of each utterance, as numbers in the flattened batch.
-        wrong: `[B, A, N]` long, the wrong answers as places 0..R-1 among the frames read of the utterance; the first A
-            of these are the ones that ask.
-        scored: `[B, A]` bool, False where a short utterance fills up with frames that are not masked.
-        some: Whether frames are left out (else there is nothing to gain from treating those read apart).
-    """
-
-    frames: Tensor
-    wrong: Tensor
-    scored: Tensor
-    some: bool
-
-    @classmethod
-    def of(cls, negatives: Tensor, mask: Tensor) -> Questions:
-        """Put the masked frames in front, and number the negatives anew.
-
-        With negatives outside the mask all frames are read, and with those of other utterances the batch counts as one
-        utterance.
-
-        Args:
-            negatives: `[B, T, N]` integers, indices into the flattened `B * T` frames.
-            mask: `[B, T]` bool or any int type, True = this frame is hidden and is scored.
-
-        Raises:
-            ValueError: on shapes that do not fit, and on negatives that are no integers or name no frame.
-        """
-        _check_indices(negatives, mask)
-        mask = mask.to(torch.bool)
-        n_asked, at_home, hidden = _read_indices(negatives, mask)
-        if not at_home:
-            mask, negatives = mask.reshape(1, -1), negatives.reshape(1, mask.numel(), -1)
-        B, T, N = negatives.shape
-        n_read = n_asked if hidden else T
-        order = mask.int().argsort(dim=1, descending=True, stable=True)  # masked frames first
-        read, own = order[:, :n_read], order[:, :n_asked]
-        place = torch.empty_like(order).scatter_(1, order, torch.arange(T, device=order.device).expand(B, T))
-        wrong = negatives.gather(1, own[..., None].expand(-1, -1, N)).long() % T
-        wrong = place.gather(1, wrong.flatten(1)).view(B, n_asked, N)
-        scored = mask.gather(1, own)
-        if n_read < T:  # a frame that only fills up may have any number beside it
-            wrong = wrong.masked_fill(~scored[..., None], 0)
-        first = torch.arange(B, device=order.device)[:, None] * T
-        return cls((first + read).flatten(), wrong, scored, n_read < T)
-
-    def loss(self, states: Tensor, targets: Tensor, codes: Tensor, temperature: float) -> Tensor:
-        """Sum over the scored frames of the surprise about the true target.
-
-        Args:
-            states: `[B * R, P]` of the frames read, as `targets`.
-            targets: `[B * R, P]`.
-            codes: `[B * R, G]` integers.
-            temperature: above 0.
-
-        Returns:
-            A scalar in fp32.
-        """
-        B, A, _ = self.wrong.shape
-        R = len(self.frames) // B
-        states, targets, codes = (x.view(B, R, x.shape[-1]) for x in (states, targets, codes))
-        total = states.new_zeros((), dtype=torch.float32)
-        size = max(1, _BLOCK // max(1, B * R))
-        for begin in range(0, max(A, 1), size):  # once even if nobody asks, to stay part of the graph
-            wrong = self.wrong[:, begin : begin + size]
-            own = (
-                torch.arange(begin, begin + wrong.shape[1], device=wrong.device)
-                .view(1, -1, 1)
-                .expand(B, -1, 1)
-            )
-            asking = states[:, begin : begin + wrong.shape[1]]
-            logits = candidate_logits(asking, targets, torch.cat([own, wrong], 2), codes, temperature)
-            surprise = -logits.log_softmax(-1)[..., 0]
-            total = total + surprise.where(self.scored[:, begin : begin + wrong.shape[1]], 0).sum()
-        return total
-
-
-_BLOCK = 2**24  # similarities held at a time: 64 MB, so that long audio and large batches stay bounded
-
-
-# %% ../nbs/32_pretraining.ipynb #5b9aabe1
-def _check_indices(negatives: Tensor, mask: Tensor) -> None:
-    """Refuse a mask and negatives that do not fit together."""
-    if mask.dim() != 2:
-        raise ValueError(f"mask_time_indices has shape {tuple(mask.shape)}, expected (batch, frames)")
-    if negatives.dim() != 3 or negatives.shape[:2] != mask.shape:
-        raise ValueError(
-            f"sampled_negative_indices has shape {tuple(negatives.shape)}, expected (batch, frames, negatives) "
-            f"with (batch, frames) = {tuple(mask.shape)}"
-        )
-    if negatives.dtype == torch.bool or negatives.is_floating_point():
-        raise ValueError(
-            f"sampled_negative_indices has dtype {negatives.dtype}, expected integers (frame indices)"
-        )
-
-
-def _check_shapes(states: Tensor, targets: Tensor, mask: Tensor, codes: Tensor | None) -> None:
-    """Refuse inputs of the loss that do not fit together."""
-    B, T = states.shape[:2]
-    if targets.shape != states.shape:
-        raise ValueError(
-            f"targets have shape {tuple(targets.shape)}, expected that of the states {tuple(states.shape)}"
-        )
-    if tuple(mask.shape) != (B, T):
-        raise ValueError(
-            f"mask_time_indices has shape {tuple(mask.shape)}, expected (batch, frames) = {(B, T)}"
-        )
-    if codes is not None and (codes.dim() != 3 or tuple(codes.shape[:2]) != (B, T)):
-        raise ValueError(
-            f"codes has shape {tuple(codes.shape)}, expected (batch, frames, groups) with {(B, T)}"
-        )
+    B, T, _ = states.shape
+    own = torch.arange(T, device=states.device).expand(B, T)[..., None]  # [B, T, 1]
+    candidates = torch.cat([own, negatives.long() % T], dim=2)  # [B, T, 1 + N] frames of the utterance
+    with torch.autocast(states.device.type, enabled=False):  # 16 bits are too few for a softmax this sharp
+        similarities = normalize(states.float(), dim=-1) @ normalize(targets.float(), dim=-1).mT  # [B, T, T]
+    same = (codes[:, :, None] == codes[:, None]).all(-1)  # [B, T, T]: equal targets
+    duplicates = same.gather(2, candidates)
+    duplicates[..., 0] = False  # the true target is no duplicate of itself
+    return (similarities.gather(2, candidates) / temperature).masked_fill(duplicates, float("-inf"))
 
 
 # %% ../nbs/32_pretraining.ipynb #1b8028ee
@@ -216,40 +67,30 @@ def contrastive_loss(
     targets: Tensor,
     negatives: Tensor,
     mask: Tensor,
+    codes: Tensor,
     *,
     temperature: float = 0.1,
-    codes: Tensor | None = None,
 ) -> Tensor:
-    """Sum over the masked frames of how surprised the model is by the true target among `N` wrong ones.
+    """Sum over the masked frames of how surprised the model is by the true target among `N` negatives.
 
-    wav2vec 2.0 (Baevski et al., 2020), equation 3: the negative log of a softmax over cosine similarities divided by
-    the temperature. Only masked frames are computed; no `[B, T, N, P]` tensor of negatives is made.
+    The negative log of a softmax over `contrastive_logits`.
+
+    Source: wav2vec 2.0 (Baevski et al., 2020), equation 3.
 
     Args:
         states: `[B, T, P]` projected context states.
         targets: `[B, T, P]` projected quantized frames.
-        negatives: `[B, T, N]` integers, indices into the flattened `B * T` frames. If all are masked frames of their
-            own utterance the similarities are `[B, A, A]` (A: the most masked frames of a row), and `[B, A, T]` if
-            some are not masked; if some are of other utterances, the batch counts as one utterance.
-        mask: `[B, T]` bool or any int type, True = this frame was hidden and is scored.
+        negatives: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`, of the frame's own utterance.
+        mask: `[B, T]` bool or any int type, True = this frame was masked and is scored.
+        codes: `[B, T, G]` integers, the codes of the targets.
         temperature: above 0.
-        codes: `[B, T, G]` integers, the codes of the targets: a negative with the codes of the positive is left out.
-            None compares the target vectors themselves.
 
     Returns:
-        A scalar in fp32; 0 when no frame is masked (and still part of the graph).
-
-    Raises:
-        ValueError: on shapes that do not fit, and on negatives that are no integers or name no frame.
+        A scalar in fp32; 0 when no frame is masked.
     """
-    _check_shapes(states, targets, mask, codes)
-    questions = Questions.of(negatives, mask)
-    if codes is None:
-        codes = torch.unique(targets.detach().flatten(0, 1), dim=0, return_inverse=True)[1].view(
-            *mask.shape, 1
-        )
-    states, targets, codes = (pick_frames(x, questions.frames) for x in (states, targets, codes))
-    return questions.loss(states, targets, codes, temperature)
+    logits = contrastive_logits(states, targets, negatives, codes, temperature)
+    surprise = -logits.log_softmax(-1)[..., 0]  # [B, T]
+    return surprise.where(mask != 0, 0.0).sum()
 
 
 # %% ../nbs/32_pretraining.ipynb #88dbb6ce
@@ -265,7 +106,7 @@ def diversity_loss(perplexity: Tensor, mask: Tensor, num_codes: int) -> Tensor:
         A scalar. wav2vec 2.0 (section 3.2) maximises the entropy; `(GV - perplexity) / GV` is the form that fairseq
         and transformers train with.
     """
-    return (num_codes - perplexity) / num_codes * mask.to(torch.bool).sum()
+    return (num_codes - perplexity) / num_codes * (mask != 0).sum()
 
 
 # %% ../nbs/32_pretraining.ipynb #e9463fc8
@@ -332,7 +173,7 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
             input_values: `[B, S]` waveforms.
             attention_mask: `[B, S]`, 1 = real sample.
             mask_time_indices: `[B, T]` bool or any int type, True = frame to hide and to score.
-            sampled_negative_indices: `[B, T, N]` integers, indices into the flattened `B * T` frames
+            sampled_negative_indices: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`
                 (`sample_negative_indices`). With them comes the loss.
             output_attentions: return the attention maps; None reads the config, as the next two do.
             output_hidden_states: return the hidden states.
@@ -344,45 +185,25 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
         Raises:
             ValueError: if negatives come without `mask_time_indices`, do not fit the frames, or meet an adapter.
         """
-        if sampled_negative_indices is not None and mask_time_indices is None:
-            raise ValueError("sampled_negative_indices came without mask_time_indices; the loss needs both")
-        if sampled_negative_indices is not None and self.config.add_adapter:
-            raise ValueError(
-                "add_adapter=True shortens the states: there is no one target per state, so no loss"
-            )
         base = self.wav2vec2_conformer(
-            input_values,
-            attention_mask=attention_mask,
-            mask_time_indices=mask_time_indices,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
+            input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states, True
         )
         states = self.project_hid(base.last_hidden_state)
         features = self.dropout_features(base.extract_features)
-        questions = asked = None
-        if sampled_negative_indices is not None and mask_time_indices is not None:
-            questions = Questions.of(sampled_negative_indices, mask_time_indices)
-            asked = questions.frames if questions.some else None
-        codevectors, perplexity, codes, *own = self.quantizer(
-            features, mask_time_indices, return_codes=True, asked=asked
-        )
-        targets = self.project_q(codevectors.to(self.project_q.weight.dtype))
+        vectors, perplexity, codes = self.quantizer(features, mask_time_indices, return_codes=True)
+        targets = self.project_q(vectors.to(self.project_q.weight.dtype))
         loss = contrastive = diversity = None
-        if questions is not None and mask_time_indices is not None:
-            config, frames = self.config, questions.frames
-            own_vectors = own[0] if own else pick_frames(codevectors, frames)
-            contrastive = questions.loss(
-                rows_of(self.project_hid, states, base.last_hidden_state, frames),
-                rows_of(self.project_q, targets, own_vectors, frames),
-                pick_frames(codes, frames),
-                config.contrastive_logits_temperature,
+        if sampled_negative_indices is not None:
+            mask, negatives, config = mask_time_indices, sampled_negative_indices, self.config
+            check_pretraining(mask, negatives, targets.shape[:2], config)
+            contrastive = contrastive_loss(
+                states, targets, negatives, mask, codes, temperature=config.contrastive_logits_temperature
             )
             num_codes = config.num_codevector_groups * config.num_codevectors_per_group
-            diversity = diversity_loss(perplexity, mask_time_indices, num_codes)
+            diversity = diversity_loss(perplexity, mask, num_codes)
             loss = contrastive + config.diversity_loss_weight * diversity
         output = Wav2Vec2ConformerForPreTrainingOutput(
             loss, states, targets, perplexity, base.hidden_states, base.attentions, contrastive, diversity
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        as_output = self.config.return_dict if return_dict is None else return_dict
+        return output if as_output else output.to_tuple()

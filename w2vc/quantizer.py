@@ -5,24 +5,14 @@
 # %% ../nbs/16_quantizer.ipynb #bcdadd87
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from .config import Wav2Vec2ConformerConfig
-from .features import listened_to
 
 # %% auto #0
-__all__ = [
-    "gumbel_relaxed",
-    "StraightThroughLookup",
-    "codebook_perplexity",
-    "RelaxedChoice",
-    "pick_frames",
-    "rows_of",
-    "GumbelVectorQuantizer",
-]
+__all__ = ["gumbel_relaxed", "straight_through", "codebook_perplexity", "GumbelVectorQuantizer"]
 
 
 # %% ../nbs/16_quantizer.ipynb #20c6c2b2
@@ -39,52 +29,21 @@ def gumbel_relaxed(logits: Tensor, temperature: float) -> Tensor:
         `[..., V]`, each row sums to 1. The noise comes from PyTorch's global generator, drawn as
         `torch.nn.functional.gumbel_softmax` draws it: one seed gives both the same noise.
     """
-    noisy = logits - torch.empty_like(logits).exponential_().log_()
-    return noisy.div_(temperature).softmax(-1)
+    noisy = logits - torch.empty_like(logits).exponential_().log()
+    return (noisy / temperature).softmax(-1)
 
 
-# %% ../nbs/16_quantizer.ipynb #709be291
-class StraightThroughLookup(torch.autograd.Function):
-    """Read the chosen code vectors; in the backward pass pretend that they were the soft average.
+# %% ../nbs/16_quantizer.ipynb #9dcc0137
+def straight_through(soft: Tensor) -> Tensor:
+    """Round a soft choice `[..., V]` to its largest entry, one-hot; the gradient passes as if nothing had been rounded.
 
-    The value is `codebook[g, codes]`. The gradient reaches the codebook through that lookup, and `soft` as if the
-    output had been `soft @ codebook`. Both equal the one-hot product, without its `[F, G, V, d]` tensor.
+    Source: Bengio et al. (2013), section 3; with Gumbel noise Jang et al. (2017), section 2.2.
     """
-
-    @staticmethod
-    def forward(codebook: Tensor, codes: Tensor, soft: Tensor) -> Tensor:
-        """Look up: codebook `[G, V, d]`, codes `[F, G]` long, soft `[F, G, V]`; returns `[F, G, d]`."""
-        return codebook[torch.arange(codebook.shape[0], device=codes.device), codes]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep the codebook and the codes; the soft answer itself is not needed."""
-        codebook, codes, soft = inputs
-        ctx.save_for_backward(codebook, codes)
-        ctx.soft_dtype = soft.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        """Add each row to the entry it came from; give `soft` its product with the codebook, group by group."""
-        codebook, codes = ctx.saved_tensors
-        G, V, d = codebook.shape
-        rows = (codes + torch.arange(G, device=codes.device) * V).flatten()  # places in the flat table
-        to_codebook = codebook.new_zeros(G * V, d).index_add_(0, rows, grad.reshape(-1, d)).view(G, V, d)
-        with torch.autocast(grad.device.type, enabled=False):  # fp32 also where the rest of the model is not
-            to_soft = torch.einsum("fgd,gvd->fgv", grad.to(ctx.soft_dtype), codebook.to(ctx.soft_dtype))
-        return to_codebook, None, to_soft
+    hard = one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return hard - soft.detach() + soft
 
 
 # %% ../nbs/16_quantizer.ipynb #99aae6ad
-def _average_use(probs: Tensor, mask: Tensor | None) -> Tensor:
-    """Average the distributions `[F, G, V]` of the frames that count; zeros if none does."""
-    if mask is None:
-        return probs.mean(0)
-    keep = mask.to(torch.bool)
-    with torch.autocast(probs.device.type, enabled=False):
-        return torch.einsum("f,fgv->gv", keep.to(probs.dtype), probs) / keep.sum().clamp_min(1)
-
-
 def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """How many codes are in use: the exponential of the entropy of the average distribution, summed over the groups.
 
@@ -98,128 +57,11 @@ def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         A scalar (wav2vec 2.0, section 3.2: the diversity loss raises it).
     """
-    average = _average_use(probs, mask)  # [G, V]
+    counted = torch.ones(len(probs), device=probs.device) if mask is None else (mask != 0).to(probs.dtype)
+    average = (counted[:, None, None] * probs).sum(0) / counted.sum().clamp(min=1)  # [G, V]
     # the clamp changes no value (p log p is 0 there) but keeps the gradient of an unused code finite
-    logs = average.clamp_min(torch.finfo(average.dtype).tiny).log()
+    logs = average.clamp(min=torch.finfo(average.dtype).tiny).log()
     return (-(average * logs).sum(-1)).exp().sum()
-
-
-# %% ../nbs/16_quantizer.ipynb #7b3ea015
-def _softmax_backward(probs: Tensor, grad: Tensor) -> Tensor:
-    """Carry a gradient `[..., V]` back through `probs = logits.softmax(-1)`, with one new tensor of that size."""
-    flow = probs * grad
-    return flow.addcmul_(probs, flow.sum(-1, keepdim=True), value=-1)
-
-
-class RelaxedChoice(torch.autograd.Function):
-    """Soft answer and perplexity of a training step, with fewer large tensors in the backward pass than the two on their own.
-
-    Values and gradients are those of `gumbel_relaxed(logits, temperature)`, which is given, and
-    `codebook_perplexity(logits.softmax(-1), mask)`. What is kept for the backward pass is the soft answer and the
-    finished gradient of the perplexity (Eq. 16.6).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, soft: Tensor, mask: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Answer both: logits and soft `[F, G, V]` fp32, mask `[F]` or None; returns soft and a scalar."""
-        probs = logits.softmax(-1)
-        average = _average_use(probs, mask)  # [G, V]
-        logs = average.clamp_min(torch.finfo(average.dtype).tiny).log()
-        perplexities = (-(average * logs).sum(-1)).exp()  # [G]
-        slope = _softmax_backward(probs, -perplexities[:, None] * (logs + 1))  # [F, G, V]
-        if mask is None:
-            slope /= max(len(slope), 1)
-        else:
-            keep = mask.to(torch.bool)
-            slope *= (keep.to(slope.dtype) / keep.sum().clamp_min(1))[:, None, None]
-        ctx.save_for_backward(soft, slope)
-        ctx.temperature = temperature
-        return soft.view_as(soft), perplexities.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """Add up what the two answers send back."""
-        soft, slope = ctx.saved_tensors
-        to_soft, to_perplexity = grads
-        to_logits = _softmax_backward(soft, to_soft).div_(ctx.temperature)
-        return to_logits.addcmul_(slope, to_perplexity), None, None, None
-
-
-# %% ../nbs/16_quantizer.ipynb #dfd27d11
-class _Frames(torch.autograd.Function):
-    """Pick rows, each at most once: the backward pass then writes them back, where that of `index_select` adds, into a copy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, frames: Tensor) -> Tensor:
-        """Pick: x `[F, ...]`, frames `[A]`; returns `[A, ...]`."""
-        ctx.save_for_backward(frames)
-        ctx.shape = x.shape
-        return x.index_select(0, frames)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Write the gradient of each row to its place, and zeros to the others."""
-        (frames,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).index_copy_(0, frames, grad), None
-
-
-def pick_frames(x: Tensor, frames: Tensor) -> Tensor:
-    """Pick frames of a batch: `[B, T, ...]` and numbers of frames in the flattened batch, `[A]` long, none twice; `[A, ...]`."""
-    picked: Tensor = _Frames.apply(x.flatten(0, 1), frames)  # type: ignore[no-untyped-call]
-    return picked
-
-
-class _RowsOfLinear(torch.autograd.Function):
-    """Rows of a linear layer's output, handed through; in the backward pass the layer, on these rows alone."""
-
-    @staticmethod
-    def forward(  # noqa: PLR0917
-        ctx: Any, rows: Tensor, x: Tensor, frames: Tensor | None, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """Hand through: rows `[A, D_out]`; x `[F, D_in]` and frames `[A]`, or the rows of x and None; weight `[D_out, D_in]`, bias."""
-        ctx.save_for_backward(x, frames, weight)
-        ctx.has_bias = bias is not None
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, Tensor, Tensor | None]:
-        """The two products of a linear layer, and the sum for the bias."""
-        x, frames, weight = ctx.saved_tensors
-        to_x = grad @ weight
-        if frames is not None:
-            to_x = to_x.new_zeros(x.shape).index_copy_(0, frames, to_x)
-            x = x.index_select(0, frames)
-        return None, to_x, None, grad.T @ x.to(grad.dtype), grad.sum(0) if ctx.has_bias else None
-
-
-def rows_of(layer: nn.Module, output: Tensor, x: Tensor, frames: Tensor) -> Tensor:
-    """Pick frames out of what a linear layer gave, with a graph of their own: its backward pass costs nothing for the others.
-
-    A layer that is no plain `nn.Linear` (a quantized or adapted one, one with hooks), or one that is being compiled, is
-    left alone: the result is the same, and the graph the common one.
-
-    Args:
-        layer: What made `output`.
-        output: `[B, T, D_out]`, `layer` of all frames.
-        x: `[B, T, D_in]`, the layer's input; or `[A, D_in]`, the same frames of it, if these have a graph of their own.
-        frames: `[A]` long, numbers of frames in the flattened batch `[B * T]`, none twice.
-
-    Returns:
-        `[A, D_out]`.
-    """
-    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not listened_to(layer)
-    if not plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return pick_frames(output, frames)
-    rows = pick_frames(output.detach(), frames)
-    weight, bias = layer.weight, layer.bias
-    bias = None if bias is None else bias.to(rows.dtype)  # autocast: the layer computed in another dtype
-    whole = x.dim() == 3
-    result: Tensor = _RowsOfLinear.apply(  # type: ignore[no-untyped-call]
-        rows, x.flatten(0, 1) if whole else x, frames if whole else None, weight.to(rows.dtype), bias
-    )
-    return result
 
 
 # %% ../nbs/16_quantizer.ipynb #cd3231f0
@@ -231,19 +73,11 @@ class GumbelVectorQuantizer(nn.Module):
     Args:
         config: reads `conv_dim[-1]` (width of the features), `num_codevector_groups`, `num_codevectors_per_group`
             and `codevector_dim`.
-
-    Raises:
-        ValueError: if `codevector_dim` does not divide into the groups.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
-        self.config = config
         self.num_groups, self.num_vars = config.num_codevector_groups, config.num_codevectors_per_group
-        if config.codevector_dim % self.num_groups:
-            raise ValueError(
-                f"codevector_dim={config.codevector_dim} must be divisible by num_codevector_groups={self.num_groups}"
-            )
         width = config.codevector_dim // self.num_groups
         self.codevectors = nn.Parameter(torch.empty(1, self.num_groups * self.num_vars, width))
         self.weight_proj = nn.Linear(config.conv_dim[-1], self.num_groups * self.num_vars)
@@ -272,11 +106,7 @@ class GumbelVectorQuantizer(nn.Module):
         return self.logits(features).argmax(-1).view(*features.shape[:2], self.num_groups)
 
     def forward(
-        self,
-        features: Tensor,
-        mask_time_indices: Tensor | None = None,
-        return_codes: bool = False,
-        asked: Tensor | None = None,
+        self, features: Tensor, mask_time_indices: Tensor | None = None, return_codes: bool = False
     ) -> tuple[Tensor, ...]:
         """Quantize every frame; measure the codes in use at the masked frames.
 
@@ -285,55 +115,19 @@ class GumbelVectorQuantizer(nn.Module):
             mask_time_indices: `[B, T]` bool or any int type, True = hidden from the encoder. Only these frames
                 enter the perplexity; None counts all.
             return_codes: also return the codes used, `[B, T, G]` long (drawn with noise in training).
-            asked: `[A]` long, numbers of frames in the flattened batch, all masked ones among them. Their code vectors
-                come a second time, at the end, `[A, codevector_dim]`: a backward pass from there, and from the
-                perplexity, costs nothing for the other frames.
 
         Returns:
             Code vectors `[B, T, codevector_dim]`, and the perplexity (scalar): in training that of the average
             softmax (no noise, no temperature; it has a gradient), in eval that of the counts of the chosen codes.
-
-        Raises:
-            ValueError: if the mask's shape is not `[B, T]`.
         """
-        B, T = features.shape[:2]
-        if mask_time_indices is not None and tuple(mask_time_indices.shape) != (B, T):
-            raise ValueError(
-                f"mask_time_indices has shape {tuple(mask_time_indices.shape)}, expected (batch, frames) = {(B, T)}"
-            )
-        mask = None if mask_time_indices is None else mask_time_indices.reshape(B * T)
-        choose = self._draw if self.training else self._best
-        codevectors, perplexity, codes, *rest = choose(features, mask, asked)
-        out = codevectors.reshape(B, T, -1), perplexity
-        return out + (codes.view(B, T, -1),) * return_codes + tuple(x.flatten(1) for x in rest)
-
-    def _draw(self, features: Tensor, mask: Tensor | None, asked: Tensor | None) -> tuple[Tensor, ...]:
-        """Choose with noise: code vectors `[F, G, d]`, perplexity, codes `[F, G]`, and the vectors `[A, G, d]` of who is asked."""
-        scores = self.weight_proj(features)
-        logits = scores.float().view(-1, self.num_groups, self.num_vars)  # [F, G, V] with F = B * T
+        B, T, _ = features.shape
+        logits = self.logits(features)  # [F, G, V] with F = B * T
+        if self.training:
+            probs, choice = logits.softmax(-1), straight_through(gumbel_relaxed(logits, self.temperature))
+        else:
+            probs = choice = one_hot(logits.argmax(-1), self.num_vars).to(logits.dtype)
         table = self.codevectors.view(self.num_groups, self.num_vars, -1)  # [G, V, d]
-        soft = gumbel_relaxed(logits, self.temperature)
-        codes = soft.argmax(-1)
-        if asked is None:
-            soft, perplexity = RelaxedChoice.apply(logits, soft.detach(), mask, self.temperature)  # type: ignore[no-untyped-call]
-            return StraightThroughLookup.apply(table, codes, soft), perplexity, codes  # type: ignore[no-untyped-call]
-        everywhere = StraightThroughLookup.apply(table, codes, soft)  # type: ignore[no-untyped-call]
-        own = rows_of(self.weight_proj, scores, features, asked)
-        own_soft, perplexity = RelaxedChoice.apply(  # type: ignore[no-untyped-call]
-            own.float().view(-1, self.num_groups, self.num_vars),
-            soft.detach().index_select(0, asked),
-            None if mask is None else mask.index_select(0, asked),
-            self.temperature,
-        )
-        own_vectors = StraightThroughLookup.apply(table, codes.index_select(0, asked), own_soft)  # type: ignore[no-untyped-call]
-        return everywhere, perplexity, codes, own_vectors
-
-    def _best(self, features: Tensor, mask: Tensor | None, asked: Tensor | None) -> tuple[Tensor, ...]:
-        """Choose the best scores; returns what `_draw` does. The choice has no gradient, the code vectors have."""
-        logits = self.logits(features)
-        codes = logits.argmax(-1)
-        table = self.codevectors.view(self.num_groups, self.num_vars, -1)
-        codevectors = table[torch.arange(self.num_groups, device=codes.device), codes]
-        counted = torch.zeros_like(logits).scatter_(-1, codes[..., None], 1.0)
-        chosen = codevectors, codebook_perplexity(counted, mask), codes
-        return chosen if asked is None else (*chosen, codevectors.index_select(0, asked))
+        vectors = torch.einsum("fgv,gvd->fgd", choice.to(table.dtype), table)  # the chosen row of each group
+        mask = None if mask_time_indices is None else mask_time_indices.flatten()
+        codes = (choice.argmax(-1).view(B, T, self.num_groups),) * return_codes
+        return vectors.reshape(B, T, -1), codebook_perplexity(probs, mask), *codes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, cosine_similarity, cross_entropy, normalize, one_hot
 
 from .classification import weighted_layer_sum
+from .checks import check_long_enough, check_speakers
 from .config import Wav2Vec2ConformerConfig, refuse
 from .features import conv_output_lengths, frame_mask, receptive_field, valid_lengths
 from .model import ModelOutput, Wav2Vec2ConformerModel
@@ -25,10 +26,8 @@ __all__ = [
     "TDNNLayer",
     "tap_spans",
     "tdnn_output_lengths",
-    "fewest_samples",
+    "min_samples",
     "AMSoftmaxLoss",
-    "check_speakers",
-    "check_long_enough",
     "XVectorOutput",
     "Wav2Vec2ConformerForXVector",
 ]
@@ -121,7 +120,7 @@ def tdnn_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Ten
     return conv_output_lengths(lengths, spans, [1] * len(spans))
 
 
-def fewest_samples(config: Wav2Vec2ConformerConfig) -> int:
+def min_samples(config: Wav2Vec2ConformerConfig) -> int:
     """Samples of the shortest utterance that gives a vector: those that one frame behind the TDNN sees."""
     spans = tap_spans(config)
     needed, _ = receptive_field(spans, [1] * len(spans))
@@ -162,64 +161,6 @@ class AMSoftmaxLoss(nn.Module):
         labels = labels.flatten().long()
         taken = self.margin * one_hot(labels, self.weight.shape[1])  # [B, num_labels]
         return cross_entropy(self.scale * (self.cosines(vectors) - taken), labels)
-
-
-# %% ../nbs/46_speaker.ipynb #39a06008
-def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
-    """Refuse labels that name no speaker: wrong shape, not integers, or out of range.
-
-    One number is read from the device: whether all labels are allowed. While a graph is compiled there are no values,
-    and only shape and dtype are looked at.
-
-    Args:
-        labels: What came.
-        n_rows: Utterances in the batch, B.
-        n_speakers: Speakers that the loss knows, `config.num_labels`.
-
-    Raises:
-        ValueError: Names what came and what is allowed.
-    """
-    if n_speakers < 2:
-        raise refuse(
-            "num_labels", n_speakers, "at least 2 to train: who has no rival always wins, and the loss is 0"
-        )
-    if not isinstance(labels, Tensor) or labels.shape not in ((n_rows,), (n_rows, 1)):
-        came = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels: got {came}, expected a tensor ({n_rows},), one speaker per utterance")
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels: got dtype {labels.dtype}, expected integers (speaker numbers)")
-    if torch.compiler.is_compiling():
-        return
-    strange = ((labels < 0) | (labels >= n_speakers)).flatten()
-    if strange.any():
-        row = int(strange.nonzero()[0])
-        raise ValueError(
-            f"labels[{row}] = {int(labels.flatten()[row])} is refused: allowed are 0..{n_speakers - 1} "
-            f"(num_labels={n_speakers})"
-        )
-
-
-def check_long_enough(samples: Tensor, width: int, config: Wav2Vec2ConformerConfig) -> None:
-    """Refuse utterances from which no frame is left behind the TDNN.
-
-    Args:
-        samples: Valid samples per row, `[B]`; looked at on the CPU alone, and not while a graph is compiled.
-        width: Samples per row, padding included; looked at anywhere.
-        config: Sizes.
-
-    Raises:
-        ValueError: Names the rows, their lengths, and the shortest that is allowed.
-    """
-    least = fewest_samples(config)
-    rows = list(range(len(samples))) if width < least else []
-    if not rows and samples.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows = (samples < least).nonzero().flatten().tolist()
-    if rows:
-        lists = [f"row {r} has {int(samples[r])} ({int(samples[r]) / 16_000:.3f} s)" for r in rows[:5]]
-        raise ValueError(
-            f"input_values: the x-vector layers need {least} samples ({least / 16_000:.3f} s at 16 kHz) a row; "
-            f"{', '.join(lists)}{', …' if len(rows) > 5 else ''}. Leave these utterances out, or join them to others"
-        )
 
 
 # %% ../nbs/46_speaker.ipynb #04544c8a
@@ -283,6 +224,7 @@ class Wav2Vec2ConformerForXVector(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         labels: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
     ) -> XVectorOutput | tuple[Any, ...]:
         """Read waveforms, return one vector each; with labels, also say how far off they are.
 
@@ -293,22 +235,20 @@ class Wav2Vec2ConformerForXVector(PreTrainedModel):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: `[B]`, who speaks, in 0..num_labels - 1.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None draws them as the config says, in training.
 
         Raises:
             ValueError: Labels that name no speaker; or an utterance too short for the TDNN (seen by its shape anywhere,
                 by the mask on the host only; elsewhere its statistics are 0).
         """
-        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep = wanted or self.layer_weights is not None
         base = self.wav2vec2_conformer(
-            input_values,
-            attention_mask=attention_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=asked or self.layer_weights is not None,
-            return_dict=True,
+            input_values, attention_mask, mask_time_indices, output_attentions, keep, True
         )
         B, S = input_values.shape
         samples = torch.full((B,), S) if attention_mask is None else valid_lengths(attention_mask)
-        check_long_enough(samples, S, self.config)
+        check_long_enough(samples, S, min_samples(self.config))
         n_frames = self._get_tdnn_output_lengths(self._get_feat_extract_output_lengths(samples, self.adapted))
         hidden = base.last_hidden_state
         if self.layer_weights is not None:
@@ -322,7 +262,7 @@ class Wav2Vec2ConformerForXVector(PreTrainedModel):
         if labels is not None:
             check_speakers(labels, B, self.objective.weight.shape[1])
             loss = self.objective(logits, labels.to(logits.device))
-        states = base.hidden_states if asked else None
+        states = base.hidden_states if wanted else None
         output = XVectorOutput(loss, logits, embeddings, states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()

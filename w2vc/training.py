@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import math
 import os
@@ -26,9 +25,8 @@ from .audio import BatchFeature, Wav2Vec2FeatureExtractor
 from .batches import Collator, CTCCollator, LabelCollator, PretrainingCollator, data_loader
 from .classification import Wav2Vec2ConformerForAudioFrameClassification
 from .config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically, write_together
-from .conformer import in_process_group
 from .ctc import Wav2Vec2ConformerForCTC
-from .features import frame_mask
+from .fast import describe_forms, slow_down, speed_up
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
 from .measures import EditCounts, count_edits
 from .pretrained import OLD_WEIGHTS, PreTrainedModel, listening, read_checkpoint
@@ -61,6 +59,7 @@ __all__ = [
     "make_optimizer",
     "blame",
     "Stream",
+    "in_process_group",
     "wants_pieces",
     "make_accelerator",
     "cut_weights",
@@ -151,12 +150,8 @@ class Objective:
 
     def __init__(self, recipe: Recipe, model: Any, processor: Any) -> None:
         self.recipe, self.model, self.processor = recipe, model, processor
-        self.time_mask: Tensor | None = None  # drawn by the collator for heads that take no mask
-        self.real: Tensor | None = None  # the attention mask of the batch, on the host
         self.taps: dict[str, Tensor] = {}
-        base = model.base_model
-        base.feature_extractor.register_forward_hook(self._tap_features)
-        base.register_forward_pre_hook(self._hand_mask, with_kwargs=True)
+        model.base_model.feature_extractor.register_forward_hook(self._tap_features)
 
     @classmethod
     def build(cls, recipe: Recipe, speech: Speech) -> tuple[PreTrainedModel, Any]:
@@ -186,20 +181,6 @@ class Objective:
         if features.requires_grad and factor not in {0.0, 1.0}:
             features.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
 
-    def _hand_mask(
-        self, module: nn.Module, inputs: Any, options: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        """Give the base model the time mask of the batch, which the head's forward has no argument for.
-
-        And give it the attention mask on the host, which data-parallel training would have moved to its device.
-        """
-        given = inspect.signature(module.forward).bind(*inputs, **options).arguments
-        if self.time_mask is not None:
-            given["mask_time_indices"] = self.time_mask
-        if self.real is not None:
-            given["attention_mask"] = self.real
-        return (), given
-
     def collator(self, training: bool) -> Collator:
         """What makes batches."""
         raise NotImplementedError
@@ -222,24 +203,15 @@ class Objective:
         return int(batch["n_labels"])
 
     def inputs(self, batch: BatchFeature) -> dict[str, Tensor]:
-        """What the model is given, with an attention mask only where something is padded.
-
-        The mask is made anew on the host, from lengths that the collator counted there: a device would have to stop before
-        the model could read from its copy how much of the batch is padding.
-        """
-        inputs, self.real = model_inputs(batch), None
-        if inputs.pop("attention_mask", None) is not None:
-            samples = inputs["input_values"].shape[1]
-            if min(batch["lengths"]) < samples:
-                self.real = frame_mask(torch.tensor(batch["lengths"]), samples)
-                inputs["attention_mask"] = self.real
+        """What the model is given, with an attention mask only where something is padded."""
+        inputs = model_inputs(batch)
+        if min(batch["lengths"]) == inputs["input_values"].shape[1]:
+            inputs.pop("attention_mask", None)
         return inputs
 
     def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
         """Run a batch: its summed loss `[]`, and the model's output."""
-        inputs = self.inputs(batch)
-        self.time_mask = inputs.pop("mask_time_indices", None)
-        output = model(**inputs)
+        output = model(**self.inputs(batch))
         return output.loss * count, output
 
     def measure(self, batch: BatchFeature, output: Any) -> Sums:
@@ -599,6 +571,11 @@ class Stream:
 
 
 # %% ../nbs/53_training.ipynb #853a9eec
+def in_process_group() -> bool:
+    """Say whether this process is one of a group; a group of one counts, as its launcher wraps the model just the same."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def wants_pieces() -> bool:
     """Say whether `accelerate launch` asked for FSDP, a model in pieces, and this process is one of a group.
 
@@ -626,8 +603,10 @@ def wants_pieces() -> bool:
     return in_process_group()
 
 
-def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
+def make_accelerator(precision: str = "no", cpu: bool = False, layerdrop: float = 0.0) -> Any:
     """Accelerate's handle on devices, processes and precision; `accelerate launch` decides how many processes there are.
+
+    With LayerDrop, data-parallel training has to look which parameters got no gradient, or it waits for them forever.
 
     Raises:
         ValueError: The launcher asked for a way to train that this loop does not know.
@@ -635,18 +614,26 @@ def make_accelerator(precision: str = "no", cpu: bool = False) -> Any:
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "w2vc[train]"') from error
     wants_pieces()  # refuses before Accelerate complains less clearly
     if AcceleratorState._shared_state:  # another run of this process may have had another precision
         AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    wrapping = DistributedDataParallelKwargs(find_unused_parameters=layerdrop > 0)
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[wrapping])
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in {"DEEPSPEED", "MEGATRON_LM"}:
         raise refuse("distributed_type", kind, "data-parallel training (MULTI_GPU) or FSDP (chapter 72)")
     if precision == "fp16" and wants_pieces():
         raise refuse(
             "run.precision", precision, "'bf16' or 'no' with FSDP: the loss scale of fp16 is not tried there"
+        )
+    if layerdrop > 0 and wants_pieces():
+        raise refuse(
+            "layerdrop",
+            layerdrop,
+            "0 with FSDP (model.config.layerdrop=0): all processes gather the same blocks",
         )
     return accelerator
 
@@ -902,7 +889,7 @@ class RunState:
         self.model: PreTrainedModel = objective.model
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
-        self.accelerator = make_accelerator(recipe.run.precision, recipe.run.cpu)
+        self.accelerator = make_accelerator(recipe.run.precision, recipe.run.cpu, self.model.config.layerdrop)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.is_main, self.progress = (
             self.accelerator.is_main_process,
@@ -1438,7 +1425,7 @@ class Trainer(JudgedRun):
         model = self.model
         if self.in_pieces:  # nobody should have to wait for other processes to use it
             model = self.objective.head.from_pretrained(self.folder / "last").to(self.device)
-        return Outcome(self.folder, self.step, finished, reason, self.best, model.eval())
+        return Outcome(self.folder, self.step, finished, reason, self.best, slow_down(model).eval())
 
 
 # %% ../nbs/53_training.ipynb #9ca90eb0
@@ -1470,6 +1457,8 @@ def make_trainer(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bo
     valid = gather_speech(data.valid, data.min_seconds, longest) if data.valid else None
     kind = OBJECTIVE_CLASSES[recipe.objective]
     model, processor = kind.build(recipe, train)
+    if recipe.run.cpu or not torch.accelerator.is_available():
+        speed_up(model)  # before the objective's hooks come: a part with hooks stays plain
     objective = kind(recipe, model, processor)
     train = keep_usable(train, objective, "train")
     valid = None if valid is None else keep_usable(valid, objective, "valid")
@@ -1480,6 +1469,7 @@ def make_trainer(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bo
             recipe, model.config, model.num_parameters(), train.seconds, processes=trainer.world, speed=speed
         )
         print(describe_cost(recipe, cost, trainer.world))
+        print(describe_forms(model))
         if trainer.in_pieces:
             print(f"FSDP: each of {trainer.world} processes holds a piece of the weights")
     return trainer

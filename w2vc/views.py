@@ -25,10 +25,10 @@ from .alignment import TimedText, align_words, best_path, best_walk, read_words
 from .batches import frame_targets, turn_order
 from .classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
 from .classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
-from .classification import loss_kind
+from .classification import resolve_problem_type
 from .codevectors import collect_codes, flatten_to_plane, main_phones, pack_sound
 from .config import refuse
-from .ctc import Wav2Vec2ConformerForCTC, weave_blanks
+from .ctc import Wav2Vec2ConformerForCTC, extend_labels
 from .decoding import CTCDecoder
 from .evaluation import model_class, utterance_batches
 from .explore import Explorer, as_utterance, attention_explorer, clip_data, frame_clock
@@ -580,7 +580,7 @@ def trellis_view(model: Any, audio: Any, processor: Any = None, *, text: str | N
     number = {name: i for i, name in enumerate(reading.symbols)}
     if unknown := [s for s in spelled if s not in number]:
         raise refuse("text", unknown, "letters that the model can write")
-    states = weave_blanks(torch.tensor([[number[s] for s in spelled]]), reading.blank)[0]
+    states = extend_labels(torch.tensor([[number[s] for s in spelled]]), reading.blank)[0]
     bars = torch.where(states == pad(states, (2, 0), value=reading.blank)[:-2], -torch.inf, 0.0).double()
     emissions = reading.log_probs.double()
     walk, scores = best_walk(emissions, states, bars), walk_scores(emissions, states, bars)
@@ -840,7 +840,10 @@ def turns_view(model: Any, audio: Any, extractor: Any = None) -> Explorer:
         ValueError: Another kind of model.
     """
     model, _ = open_checkpoint(model, extractor, head="frame")
-    if not isinstance(model, FrameModel) or loss_kind(model.config) != "multi_label_classification":
+    if (
+        not isinstance(model, FrameModel)
+        or resolve_problem_type(model.config) != "multi_label_classification"
+    ):
         raise refuse(
             "model",
             type(model).__name__,
@@ -983,7 +986,7 @@ def answers_table(model: SequenceModel, utterance: Utterance, n: int = 10) -> st
     """
     with listening(model):
         logits = model(as_input(model, utterance), return_dict=True).logits[0].float()
-    many = loss_kind(model.config) == "multi_label_classification"
+    many = resolve_problem_type(model.config) == "multi_label_classification"
     values, places = (logits.sigmoid() if many else logits.softmax(-1)).topk(min(n, len(logits)))
     rows = [
         (0, [str(model.config.id2label[i]), f"{100 * p:.1f} %"])
@@ -1012,7 +1015,7 @@ def _views(model: PreTrainedModel, processor: Any, u: Utterance, text: str | Non
         return ["<h2>Codes</h2>", codes_view(model, u, processor)]
     if isinstance(model, SequenceModel):
         return ["<h2>Answers</h2>", answers_table(model, u)]
-    if isinstance(model, FrameModel) and loss_kind(model.config) == "multi_label_classification":
+    if isinstance(model, FrameModel) and resolve_problem_type(model.config) == "multi_label_classification":
         return ["<h2>Turns</h2>", turns_view(model, u)]
     return []
 
