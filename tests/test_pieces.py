@@ -72,7 +72,7 @@ def test_pieces_take_the_steps_of_the_whole(
 def test_a_run_in_pieces_goes_on_as_if_nothing_had_happened(
     objective: str, of_two: list[dict[str, Any]], folder: Path
 ) -> None:
-    """LayerDrop, recomputed blocks, a base model frozen at first, running averages; resumed after each step."""
+    """Recomputed blocks, a base model frozen at first, running averages; resumed after each step."""
     whole = of_two[0][f"{objective}-whole"]
     for found in of_two:
         for kind in ("whole", "pieces"):
@@ -152,6 +152,14 @@ def test_what_this_loop_cannot_do_is_refused(
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match=message):
         make_accelerator()
+
+
+def test_layerdrop_is_refused_where_all_processes_gather_the_same_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("w2vc.training.wants_pieces", lambda: True)
+    with pytest.raises(ValueError, match=r"layerdrop=0\.1 is refused.*model\.config\.layerdrop=0"):
+        make_accelerator(cpu=True, layerdrop=0.1)
 
 
 def test_other_ways_to_cut_a_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -424,13 +424,15 @@ def test_a_game_is_a_question_of_the_loss() -> None:
     assert game.letters[int(game.chances.argmax())] == game.choice
     with torch.no_grad():
         output = model(as_input(model, utterance), mask_time_indices=game.mask[None])
+        features = model.base_model(as_input(model, utterance), mask_time_indices=game.mask[None]).extract_features
+        codes = model.quantizer.codes(features)
     states, targets = output.projected_states, output.projected_quantized_states
     wrong = [t for t in game.candidates if t != 40]
     negatives = torch.tensor(wrong).expand(1, states.shape[1], -1)
     only = torch.zeros_like(game.mask)[None]
     only[0, 40] = True
     loss = contrastive_loss(
-        states, targets, negatives, only, temperature=model.config.contrastive_logits_temperature
+        states, targets, negatives, only, codes, temperature=model.config.contrastive_logits_temperature
     )
     assert torch.allclose(-game.chances[game.candidates.index(40)].log(), loss, atol=1e-4)
     again = spot_the_negative(model, utterance, 40, distractors=5, seed=2)

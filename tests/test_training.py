@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 import w2vc.cli
-import w2vc.conformer
 import w2vc.health
 import w2vc.quantizer
 import w2vc.training
@@ -33,6 +32,7 @@ from training_runs import (
 )
 from w2vc.conformer import ConformerEncoder
 from w2vc.ctc import Wav2Vec2ConformerForCTC
+from w2vc.fast import PackedConformerEncoder
 from w2vc.health import healthy_bands, stored_bands
 from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.recipes import SourcePlan
@@ -410,25 +410,6 @@ def test_ctc_leaves_out_what_has_no_text(tmp_path: Path) -> None:
         keep_usable(Speech([silent]), trainer.objective, "valid")
 
 
-def test_layerdrop_in_a_process_group_computes_and_selects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in one process, but every parameter has a gradient; running statistics stay where they were."""
-    encoder = ConformerEncoder(make_recipe("pretraining", layerdrop=1.0).model_config()).train()
-    hidden = torch.randn(1, 12, 32)
-    alone, states, _ = encoder(hidden, output_hidden_states=True)
-    monkeypatch.setattr(w2vc.conformer, "in_process_group", lambda: True)
-    before = {name: b.clone() for name, b in encoder.named_buffers()}
-    together_, states_, maps = encoder(hidden, output_hidden_states=True, output_attentions=True)
-    assert torch.equal(alone, together_)
-    assert all(torch.equal(a, b) for a, b in zip(states, states_, strict=True))
-    assert maps is not None
-    assert [m is not None for m in maps] == [True, True]  # they ran
-    assert all(torch.equal(b, before[name]) for name, b in encoder.named_buffers())
-    together_.square().sum().backward()
-    for name, p in encoder.layers.named_parameters():
-        assert p.grad is not None, name
-        assert not p.grad.any(), name
-
-
 def test_a_finished_run_is_compared_with_healthy_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,27 +437,32 @@ def test_the_command_line_prints_the_cost_and_the_end(
 
 
 @pytest.mark.parametrize("objective", ["pretraining", "ctc", "sequence"])
-def test_the_attention_mask_is_made_on_the_host(objective: str, tmp_path: Path) -> None:
-    """From the lengths alone, whatever became of the collated one; none where nothing is padded; the base model gets it."""
-    plan = make_recipe(objective, "data.batch_seconds=40", "data.label=speaker")
+def test_the_model_gets_both_masks(objective: str, tmp_path: Path) -> None:
+    """An attention mask only where something is padded; the collator's time mask reaches the base model of every head."""
+    plan = make_recipe(objective, "data.batch_seconds=40", "data.label=speaker", mask_time_prob=0.5)
     trainer = trainer_for(plan, gather_speech(plan.data.train), tmp_path, double=False)
     batch = next(trainer.stream)
-    lengths, collated = batch["lengths"], batch["attention_mask"]
-    assert len(set(lengths)) > 1
-    batch["attention_mask"] = collated.to("meta")  # stands for a device that must not be read
-    inputs = trainer.objective.inputs(batch)
-    assert torch.equal(inputs["attention_mask"], collated)
+    assert len(set(batch["lengths"])) > 1
     given: list[Any] = []
-    trainer.model.base_model.register_forward_pre_hook(
-        lambda module, args, options: given.append(options["attention_mask"]), with_kwargs=True
-    )
-    moved = lambda **inputs: trainer.model(**inputs | {"attention_mask": inputs["attention_mask"].clone()})  # noqa: E731
-    trainer.objective.forward(moved, batch, trainer.objective.count(batch))  # type: ignore[arg-type]
-    assert given[0] is trainer.objective.real
+    trainer.model.base_model.encoder.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    trainer.model.train()
+    trainer.objective.forward(trainer.model, batch, trainer.objective.count(batch))
+    masked = batch["mask_time_indices"].bool()
+    assert masked.any()
+    assert torch.equal((given[0] == trainer.model.base_model.masked_spec_embed).all(-1), masked)
+    assert torch.equal(trainer.objective.inputs(batch)["attention_mask"], batch["attention_mask"])
     row = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     row |= {"lengths": [row["input_values"].shape[1]]}
     assert "attention_mask" not in trainer.objective.inputs(row)  # type: ignore[arg-type]
-    assert trainer.objective.real is None
+
+
+def test_a_run_on_a_cpu_takes_the_fast_forms_and_gives_back_a_plain_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(make_recipe("ctc", "run.steps=1"), tmp_path)
+    assert "fast forms: 1 BlockwiseFeatureEncoder, 1 PackedConformerEncoder" in capsys.readouterr().out
+    assert type(trainer.model.base_model.encoder) is PackedConformerEncoder
+    assert type(trainer.run().model.base_model.encoder) is ConformerEncoder
 
 
 def test_accelerate_launch_starts_two_processes(tmp_path: Path) -> None:

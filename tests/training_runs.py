@@ -224,7 +224,7 @@ def child_in_pieces(folder: Path, rank: int) -> None:
         ("ctc", ("model.frozen_steps=2", "run.ema=0.5", "run.evaluate_every=4")),
     ):
         settings = (*more, "run.accumulate=2", "run.steps=4", "optimizer.clip=1")
-        plan = make_recipe(objective, *settings, layerdrop=0.5, hidden_dropout=0.1)
+        plan = make_recipe(objective, *settings, hidden_dropout=0.1)
         whole = train(plan, folder / f"{objective}-whole", progress=False).model
         pieces = folder / f"{objective}-pieces"
         while not (piece := train(plan, pieces, max_minutes=0, progress=False)).finished:

@@ -697,6 +697,7 @@ def bench(  # noqa: PLR0917
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes and fewer repetitions.")] = False,
     growth: Annotated[bool, typer.Option("--growth", help="Also measure time and memory against length and batch.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File of the figures; rows that it has already are kept.")] = None,
+    parent: Annotated[Path | None, typer.Option("--parent", help="Folder of an older version, to be measured beside this one.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the rows and stop.")] = False,
 ) -> None:  # fmt: skip
     """Measure how fast the model is here, and how much memory it takes."""
@@ -706,7 +707,14 @@ def bench(  # noqa: PLR0917
         print("\n".join(list_rows()))
         return
     report = run_benchmarks(
-        rows, against=against, device=device, threads=threads, quick=quick, out=json_file, growth=growth
+        rows,
+        against=against,
+        device=device,
+        threads=threads,
+        quick=quick,
+        out=json_file,
+        growth=growth,
+        parent=parent,
     )
     print(readme_table(report))
 

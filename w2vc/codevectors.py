@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from .audio import Samples, Wav2Vec2FeatureExtractor
 from .evaluation import CodeMeasures, code_phone_report, phone_rows, utterance_batches
 from .explore import Explorer, gray_png
+from .fast import plain_forms
 from .features import receptive_field, valid_lengths
 from .health import perplexity
 from .measures import cross_table, log_mel_frames
@@ -148,7 +149,7 @@ def collect_codes(
     width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
     base, quantizer = model.wav2vec2_conformer, model.quantizer
     found: dict[int, tuple[Any, ...]] = {}
-    with listening(model):
+    with plain_forms(model), listening(model):
         for batch in utterance_batches(model, speech, extractor, batch_seconds=batch_seconds):
             sound = batch["input_values"]
             latent = base.feature_extractor(sound, valid_lengths(batch["attention_mask"]))

@@ -35,6 +35,7 @@ from .classification import Wav2Vec2ConformerForAudioFrameClassification
 from .classification import Wav2Vec2ConformerForSequenceClassification
 from .config import Wav2Vec2ConformerConfig, find_file, read_json
 from .ctc import Wav2Vec2ConformerForCTC
+from .fast import fast_forms
 from .features import receptive_field, valid_lengths
 from .health import Sums, choice_sums, code_sums, describe_codes
 from .measures import DiarizationErrors, EditCounts, OperatingPoint, activity_turns, bootstrap
@@ -1216,7 +1217,8 @@ def evaluate(
         raise ValueError(
             f"model is a {type(model).__name__}, speech has {len(speech)} utterances, by={trial.by!r}: allowed are {', '.join(cls.__name__ for cls in JUDGES)}, at least one utterance, and 'utterance' or 'speaker'"
         )
-    measures, details = judge(trial)
+    with fast_forms(model):
+        measures, details = judge(trial)
     about = {
         "model": type(model).__name__, "parameters": model.num_parameters(), "speech": f"{speech.name} {speech.split}".strip(),
         "utterances": len(speech), "minutes": round(speech.seconds / 60, 1), "speakers": len(speech.speakers),

@@ -22,6 +22,7 @@ from torch import Tensor
 from .attention import SelfAttention
 from .audio import load_audio, normalise
 from .config import refuse, write_atomically
+from .fast import plain_forms
 from .features import receptive_field
 from .positions import RelativePositions
 from .pretrained import PreTrainedModel, listening
@@ -119,7 +120,7 @@ def attention_maps(
     samples = torch.from_numpy(normalise(as_utterance(audio).audio))[None].to(
         model.device, model.dtype
     )  # [1, S]
-    with listening(base):
+    with plain_forms(base), listening(base):
         maps = base(samples, output_attentions=True).attentions  # L of [1, H, T, T]
     return torch.stack([maps[layer][0, heads].float().cpu() for layer in layers])
 

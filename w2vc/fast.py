@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +40,8 @@ __all__ = [
     "describe_forms",
     "speed_up",
     "slow_down",
+    "fast_forms",
+    "plain_forms",
 ]
 
 
@@ -307,3 +313,42 @@ def slow_down(model: Model) -> Model:
     for part in model.modules():
         part.__class__ = plain.get(type(part), type(part))
     return model
+
+
+# %% ../nbs/70_speed.ipynb #f0a3b1c2
+@contextmanager
+def _other_forms(model: nn.Module, swap: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+    """Swap the forms of a model's parts for a while; the last of several users, such as threads, puts back what was there."""
+    with _lock:
+        users, before = _users.get(model, (0, []))
+        if users == 0:
+            before = [(part, type(part)) for part in model.modules()]
+            swap(model)
+        _users[model] = users + 1, before
+    try:
+        yield
+    finally:
+        with _lock:
+            users, before = _users.pop(model)
+            if users > 1:
+                _users[model] = users - 1, before
+            else:
+                for part, form in before:
+                    part.__class__ = form
+
+
+_lock = threading.Lock()
+_users: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, type]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def fast_forms(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a model on a CPU runs in its fast forms (`speed_up`); afterwards each part is what it was."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return _other_forms(model, speed_up) if on_cpu else nullcontext()
+
+
+def plain_forms(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a model runs in its plain forms, for who looks inside; afterwards each part is what it was."""
+    return _other_forms(model, slow_down)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from . import attention, conformer, convolution, features, masking
+from .fast import plain_forms
 from .health import choice_sums
 from .pretrained import listening
 from .tracing import as_input, dependency_map, dependency_spans, parity_strip, record
@@ -156,9 +157,9 @@ def _itself_too(noise: Tensor, mask: Tensor) -> Tensor:
     return found.view(*mask.shape, -1)
 
 
-def _hard_lookup(codebook: Tensor, codes: Tensor, soft: Tensor) -> Tensor:
-    """The code vectors, and nothing that would let the scores learn."""
-    return codebook[torch.arange(codebook.shape[0], device=codes.device), codes]
+def _rounded(soft: Tensor) -> Tensor:
+    """The one-hot choice, and nothing that would let the scores learn."""
+    return nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
 
 
 def _plain_norm(kind: Any) -> Callable[..., Tensor]:
@@ -192,7 +193,7 @@ FAULTS: dict[str, Fault] = {
         Fault("spans_too_short", "masking", "arange(mask_length)", "arange(mask_length - 1)", "spans", None, "test_masking.py::test_every_mask_is_made_of_whole_spans_of_real_frames"),
         Fault("hidden_frames_seen", "model", "where(mask, mask_embedding, hidden)", "hidden", "leak", None, "test_model.py::test_spec_augment_hides_frames_in_training_alone"),
         Fault("itself_as_negative", "negatives", "place += place >= own", "(nothing)", "itself", None, "test_negatives.py::test_negatives_are_other_hidden_frames_of_the_same_utterance"),
-        Fault("straight_through_lost", "quantizer", "StraightThroughLookup.apply(table, codes, soft)", "table[g, codes]", "no gradient", None,
+        Fault("straight_through_lost", "quantizer", "hard - soft.detach() + soft", "hard", "no gradient", None,
                "test_quantizer.py::test_equals_the_one_hot_product"),
         Fault("diversity_upside_down", "pretraining", "(num_codes - perplexity) / num_codes", "perplexity / num_codes", "diversity", None,
                "test_pretraining.py::test_diversity_loss_from_collapsed_to_uniform"),
@@ -216,14 +217,7 @@ def _patches(name: str) -> list[Patch]:
             (attention, "scaled_dot_product_attention", _over_queries_fused),
         ],
         "scale_missing": [(attention, "attend", _unscaled)],
-        "padding_attended": [
-            (attention, "hide_padding", lambda bias, frame_mask, dtype: bias),
-            (
-                attention.Packing,
-                "of",
-                staticmethod(lambda mask, device: None),
-            ),  # packed frames meet no padding
-        ],
+        "padding_attended": [(attention, "hide_padding", lambda bias, frame_mask, dtype: bias)],
         "norm_over_padding": [
             (features.MaskedGroupNorm, "forward", _plain_norm(nn.GroupNorm)),
             (features.FeatureEncoder, "forward", lambda self, samples, lengths=None: encode(self, samples)),
@@ -234,7 +228,7 @@ def _patches(name: str) -> list[Patch]:
         "spans_too_short": [(masking, "spans_from_noise", _short_spans)],
         "hidden_frames_seen": [(model, "apply_spec_augment", lambda hidden, *others, **more: hidden)],
         "itself_as_negative": [(negatives, "negatives_from_noise", _itself_too)],
-        "straight_through_lost": [(quantizer.StraightThroughLookup, "apply", staticmethod(_hard_lookup))],
+        "straight_through_lost": [(quantizer, "straight_through", _rounded)],
         "diversity_upside_down": [
             (
                 pretraining,
@@ -453,7 +447,13 @@ def check_up(net: nn.Module, audio: Any) -> dict[str, float]:
     """
     samples = as_input(net, audio)
     only = {"spans", "itself", "leak", "no gradient", "diversity"}
-    with listening(net), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        plain_forms(net),
+        listening(net),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
         return {
             name: measure(net, samples)
             for name, (_, measure) in NUMBERS.items()
@@ -481,7 +481,7 @@ def hidden_accuracy(net: nn.Module, audio: Any) -> float:
     )
     hook = cast(Any, net).quantizer.register_forward_hook(lambda part, given, output: codes.append(output[2]))
     try:
-        with listening(net):
+        with plain_forms(net), listening(net):
             mask, wrong = mask.to(samples.device), wrong.to(samples.device)
             out = net(samples, mask_time_indices=mask)
             states, targets = out.projected_states, out.projected_quantized_states

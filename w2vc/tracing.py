@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .audio import Samples, load_audio, normalise
+from .fast import plain_forms
 from .features import conv_output_lengths, frame_mask, receptive_field
 from .masking import compute_mask_indices
 from .pretrained import BASE, listening
@@ -568,7 +569,7 @@ def trace(
         **inputs: Further arguments of the model, such as `attention_mask` or `labels`.
     """
     samples, kind, config = as_input(model, audio), type(model).__name__, cast(Any, model.config)
-    with listening(model):
+    with plain_forms(model), listening(model):
         if timed:
             model(samples, **inputs)
         clocks = [Clock(model) for _ in range(repeats if timed else 1)]
@@ -762,7 +763,11 @@ def block_map(
 
     met: list[Any] = []
     hook = part.register_forward_hook(lambda *call: met.append(call[1:]), with_kwargs=True)
-    with listening(model), torch.inference_mode(False):  # in evaluation, but with gradients
+    with (
+        plain_forms(model),
+        listening(model),
+        torch.inference_mode(False),
+    ):  # in evaluation, but with gradients
         try:
             if from_samples:
                 return dependency_map(
@@ -817,6 +822,7 @@ def record(model: nn.Module, audio: Any, *, blocks: str = STRIP, **inputs: Any) 
     handles = [part.register_forward_hook(hook(name)) for name, part in wanted.items()]
     try:
         with (
+            plain_forms(model),
             listening(model),
             torch.inference_mode(False),
             torch.no_grad(),
@@ -1177,7 +1183,7 @@ def spot_the_negative(
         lambda part, given, output: codes.append(output[2][0].cpu())
     )
     try:
-        with listening(model):
+        with plain_forms(model), listening(model):
             output = model(samples, mask_time_indices=hidden[None].to(samples.device))
     finally:
         hook.remove()
