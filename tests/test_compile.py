@@ -1,22 +1,17 @@
-"""`torch.compile(model, fullgraph=True)`: one graph, the eager numbers, LayerDrop included, and no wait for a device."""
+"""`torch.compile(model, fullgraph=True)`: one graph, the eager numbers, and no wait for a device; LayerDrop breaks the graph and no number."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import w2vc.conformer as module
-from helpers import assert_close, grad_difference, randomise_, tiny_config
-from w2vc import attention
-from w2vc.conformer import ConformerEncoder
+from helpers import assert_close, randomise_, tiny_config
 from w2vc.ctc import Wav2Vec2ConformerForCTC
 from w2vc.features import frame_mask
 from w2vc.model import Wav2Vec2ConformerModel
@@ -106,11 +101,15 @@ FEW = {
 def test_one_graph_with_the_eager_numbers(
     head: str, kind: str | None, training: bool, layerdrop: float
 ) -> None:
-    """aot_eager traces forward and backward as inductor does, and draws the same random numbers as eager."""
+    """aot_eager traces forward and backward as inductor does, and draws the same random numbers as eager.
+
+    In training LayerDrop is a choice of the host, at which torch cuts the graph.
+    """
     layerdrop *= 5  # two layers: with 0.5 one of the seeds below skips, one does not
     plain = build(head, position_embeddings_type=kind, layerdrop=layerdrop).train(training)
     traced = copy.deepcopy(plain)
-    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    whole = not (training and layerdrop)
+    compiled = torch.compile(traced, fullgraph=whole, backend="aot_eager")
     inputs = inputs_for(head, plain)
     for seed in (0, 2) if training and layerdrop else (0,):
         want, got = step(plain, plain, inputs, seed), step(compiled, traced, inputs, seed)
@@ -122,14 +121,12 @@ def test_one_graph_with_the_eager_numbers(
 
 
 def assert_gradients(plain: PreTrainedModel, traced: PreTrainedModel) -> None:
-    """A skipped layer has no gradient in eager and one of 0 when compiled; all others are equal."""
+    """A layer that is skipped, or a parameter without a use, has no gradient in either."""
     largest = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)
     for (name, a), b in zip(traced.named_parameters(), plain.parameters(), strict=True):
-        if a.requires_grad and a.grad is not None:
-            want = torch.zeros_like(a) if b.grad is None else b.grad
-            assert (a.grad - want).abs().max() <= 1e-5 * largest, name
-        else:
-            assert b.grad is None, name
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None and b.grad is not None:
+            assert (a.grad - b.grad).abs().max() <= 1e-5 * largest, name
 
 
 def test_the_seeds_above_skip_and_do_not() -> None:
@@ -139,35 +136,6 @@ def test_the_seeds_above_skip_and_do_not() -> None:
         skips.append([bool(torch.rand([]) < 0.5) for _ in range(2)])
     assert any(sum(s) for s in skips)
     assert not all(all(s) for s in skips)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_skipped_layer_leaves_no_trace(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the layer has to run although it is skipped: the stream, its statistics and its gradients."""
-    encoder = randomise_(
-        ConformerEncoder(tiny_config(**{**SILENT, "layerdrop": 0.5}, num_hidden_layers=6))
-    ).train()
-    encoder.gradient_checkpointing = checkpointing
-    tensors = copy.deepcopy(encoder)
-    hidden, results = torch.randn(2, 9, 32), []
-    for model, together in ((encoder, False), (tensors, True)):
-        monkeypatch.setattr(module, "in_process_group", lambda together=together: together)
-        torch.manual_seed(1)
-        last, states, _ = model(hidden, output_hidden_states=True)
-        last.square().sum().backward()
-        results.append((last, states, dict(model.named_buffers()), dict(model.named_parameters())))
-    (a, sa, ba, pa), (b, sb, bb, pb) = results
-    skipped = [torch.equal(x, y) for x, y in itertools.pairwise(sa[:-1])]
-    assert any(skipped)
-    assert not all(skipped)
-    assert torch.equal(a, b)
-    assert all(torch.equal(x, y) for x, y in zip(sa, sb, strict=True))
-    assert all(torch.equal(x, bb[name]) for name, x in ba.items())
-    for name, p in pa.items():
-        if p.requires_grad:
-            got = pb[name].grad
-            assert got is not None, f"{name}: other processes would wait for its gradient"
-            assert torch.equal(got, torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 @pytest.mark.parametrize("kind", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
@@ -214,61 +182,3 @@ def test_inductor_gives_the_eager_numbers(training: bool) -> None:
     for name in want:
         if "running" in name:
             assert_close("inductor, statistics", got[name], want[name])
-
-
-# --------------------------------------------------------------------------------------- flex attention
-
-
-def flex_pair(kind: str | None, **knobs: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-    plain = build("ctc", position_embeddings_type=kind, num_hidden_layers=1, **knobs).eval()
-    flex = copy.deepcopy(plain)
-    flex.config.attn_implementation = "flex"
-    return plain, flex
-
-
-@pytest.mark.parametrize("kind", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
-def test_flex_attention_is_a_part_of_the_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, at any length; here aot_eager stands for the compiler of CUDA."""
-    monkeypatch.setattr(attention, "flex_fits", lambda query, relative, p: True)
-    plain, flex = flex_pair(kind)
-    graphs: list[str] = []
-
-    def note(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph.print_readable(print_output=False))
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(flex, fullgraph=True, backend=note)
-    with torch.no_grad():
-        for samples in (3000, 4000, 5123):
-            inputs = inputs_for("ctc", plain, samples)
-            assert_close("compiled, flex", compiled(**inputs).logits, plain(**inputs).logits)
-    assert len(graphs) == 2  # of the first length, and of any
-    assert all("torch.ops.higher_order.flex_attention" in graph for graph in graphs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["relative", "rotary", None])
-def test_inductor_takes_sdpa_for_flex_on_a_cpu(kind: str | None) -> None:
-    plain, flex = flex_pair(kind)
-    compiled = torch.compile(flex, fullgraph=True)
-    with torch.no_grad():
-        inputs = inputs_for("ctc", plain)
-        assert_close("inductor, flex", compiled(**inputs).logits, plain(**inputs).logits)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", ["relative", "rotary", None])
-def test_gpu_compiles_flex_into_the_model(kind: str | None, training: bool) -> None:
-    plain, flex = flex_pair(kind, hidden_size=64)  # heads of 16 channels
-    plain.train(training).cuda(), flex.train(training).cuda()
-    compiled = torch.compile(flex, fullgraph=True)
-    for samples in (3000, 4000) if not training else (3000,):
-        inputs = {name: x.cuda() for name, x in inputs_for("ctc", plain, samples).items()}
-        with torch.set_grad_enabled(training):
-            want, got = plain(**inputs).logits, compiled(**inputs).logits
-        assert_close("gpu, flex", got, want, 1e-3)
-    if training:
-        want.square().sum().backward()
-        got.square().sum().backward()
-        assert grad_difference(flex, plain) <= 1e-3

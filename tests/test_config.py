@@ -234,7 +234,7 @@ knob_changes = st.fixed_dictionaries(
         "padding_invariant": st.booleans(),
         "hidden_states_pre_norm": st.booleans(),
         "output_attentions": st.booleans(),
-        "attn_implementation": st.sampled_from(["eager", "sdpa", "flex"]),
+        "attn_implementation": st.sampled_from(["eager", "sdpa"]),
         "output_hidden_size": st.integers(1, 64),
         "hidden_act": st.sampled_from(sorted(ACTIVATIONS)),
         "problem_type": st.sampled_from([None, "regression", "multi_label_classification"]),
@@ -478,10 +478,9 @@ def test_offline_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_pat
         Wav2Vec2ConformerConfig.from_pretrained("nobody/no-such-checkpoint")
 
 
-def test_flex_is_saved_under_the_name_of_transformers() -> None:
-    from transformers import Wav2Vec2ConformerConfig as Peer
-
-    config = Wav2Vec2ConformerConfig.tiny(attn_implementation="flex")
-    assert config.to_dict()["attn_implementation"] == "flex_attention"
-    assert Wav2Vec2ConformerConfig.from_dict(config.to_dict()).attn_implementation == "flex"
-    assert Peer.from_dict(config.to_dict())._attn_implementation == "flex_attention"
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2", None])
+def test_a_kernel_that_another_program_chose_is_passed_over(kernel: str | None) -> None:
+    data = Wav2Vec2ConformerConfig.tiny().to_dict() | {"attn_implementation": kernel}
+    assert Wav2Vec2ConformerConfig.from_dict(data) == Wav2Vec2ConformerConfig.tiny()
+    with pytest.raises(ValueError, match="attn_implementation='flex' is refused"):
+        Wav2Vec2ConformerConfig.tiny(attn_implementation="flex")

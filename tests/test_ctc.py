@@ -162,7 +162,9 @@ def test_collapse_weave_and_pack() -> None:
     assert n.tolist() == [2, 3]
     assert packed.dtype == torch.long
     assert min_input_length(packed, n).tolist() == [2, 5]
-    assert min_input_length(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.long)).tolist() == [
+    assert min_input_length(
+        torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    ).tolist() == [
         0,
         0,
     ]

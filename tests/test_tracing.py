@@ -424,7 +424,9 @@ def test_a_game_is_a_question_of_the_loss() -> None:
     assert game.letters[int(game.chances.argmax())] == game.choice
     with torch.no_grad():
         output = model(as_input(model, utterance), mask_time_indices=game.mask[None])
-        features = model.base_model(as_input(model, utterance), mask_time_indices=game.mask[None]).extract_features
+        features = model.base_model(
+            as_input(model, utterance), mask_time_indices=game.mask[None]
+        ).extract_features
         codes = model.quantizer.codes(features)
     states, targets = output.projected_states, output.projected_quantized_states
     wrong = [t for t in game.candidates if t != 40]
