@@ -21,8 +21,8 @@ __all__ = [
     "frame_mask",
     "MaskedGroupNorm",
     "ConvLayer",
-    "FeatureEncoder",
     "valid_lengths",
+    "FeatureEncoder",
     "FeatureProjection",
 ]
 
@@ -84,12 +84,12 @@ def frame_mask(lengths: Tensor, n_frames: int) -> Tensor:
     return torch.arange(n_frames, device=lengths.device) < lengths[:, None]  # [T] < [B, 1] -> [B, T]
 
 
-# %% ../nbs/10_features.ipynb #e93f72c8
+# %% ../nbs/10_features.ipynb #d27daaed
 class MaskedGroupNorm(nn.GroupNorm):
     """Group norm whose statistics can leave padding out; same parameters as `nn.GroupNorm`.
 
-    Group normalisation (Wu and He, 2018) takes one mean and one variance per row and group, over the group's channels and
-    *all* frames. Here the frames counted can be limited to the valid ones.
+    Group normalisation (Wu and He, 2018) takes one mean and one variance per row and group, over the group's
+    channels and *all* frames. Here the frames counted can be limited to the valid ones.
     """
 
     def forward(self, hidden: Tensor, n_valid: Tensor | None = None) -> Tensor:
@@ -113,7 +113,9 @@ class MaskedGroupNorm(nn.GroupNorm):
         x = (x - mean).masked_fill(padded, 0)  # two passes: the variance of centred values does not cancel
         variance = x.square().sum((2, 3), keepdim=True) / count
         x = (x * torch.rsqrt(variance + self.eps)).reshape(B, C, T)
-        return (x * self.weight[:, None] + self.bias[:, None]).to(hidden.dtype)
+        if self.affine:
+            x = x * self.weight[:, None] + self.bias[:, None]
+        return x.to(hidden.dtype)
 
 
 # %% ../nbs/10_features.ipynb #bb5418e4
@@ -121,7 +123,7 @@ class ConvLayer(nn.Module):
     """One layer of the feature encoder: strided convolution, a norm or none, activation.
 
     Args:
-        config: sizes; `conv_bias`, `feat_extract_norm` ("group": group norm on layer 0 with one channel a group;
+        config: sizes; `conv_bias`, `feat_extract_norm` ("group": group norm on layer 0, one channel a group;
             "layer": layer norm over the channels on every layer) and `feat_extract_activation`.
         index: which layer, from 0.
     """
@@ -151,13 +153,26 @@ class ConvLayer(nn.Module):
         return self.activation(hidden)
 
 
-# %% ../nbs/10_features.ipynb #ae52e6ea
+# %% ../nbs/10_features.ipynb #80805e07
+def valid_lengths(attention_mask: Tensor) -> Tensor:
+    """Count the valid samples of each row.
+
+    Args:
+        attention_mask: `[B, S]`, 1 or True = valid, right-padded; of any dtype.
+
+    Returns:
+        `[B]` long.
+    """
+    return (attention_mask != 0).sum(-1)
+
+
+# %% ../nbs/10_features.ipynb #5c70418c
 class FeatureEncoder(nn.Module):
     """Turn samples into latent frames by a stack of strided convolutions (wav2vec 2.0, section 2).
 
     No layer pads, so a frame sees its receptive field and nothing else. The one leak is the group norm of
-    `feat_extract_norm="group"`, whose statistics run over time: given `lengths`, and with `config.padding_invariant`,
-    they cover the valid frames of each row alone.
+    `feat_extract_norm="group"`, whose statistics run over time: given `lengths`, and with
+    `config.padding_invariant`, they cover the valid frames of each row alone.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -176,7 +191,7 @@ class FeatureEncoder(nn.Module):
         Returns:
             Latent frames `[B, T, C]`. With `config.padding_invariant` those of padding are 0.
         """
-        hidden = input_values.to(self.conv_layers[0].conv.weight.dtype)[:, None]  # [B, 1, S]
+        hidden = input_values.to(next(self.parameters()).dtype)[:, None]  # [B, 1, S]
         lengths = lengths.to(hidden.device) if lengths is not None and self.config.padding_invariant else None
         for layer in self.conv_layers:  # only layer 0 can have a group norm, which reads the lengths
             if self.gradient_checkpointing and self.training:
@@ -188,19 +203,6 @@ class FeatureEncoder(nn.Module):
             return hidden
         frames = conv_output_lengths(lengths, self.config.conv_kernel, self.config.conv_stride)
         return hidden.masked_fill(~frame_mask(frames, hidden.shape[1])[:, :, None], 0.0)
-
-
-# %% ../nbs/10_features.ipynb #80805e07
-def valid_lengths(attention_mask: Tensor) -> Tensor:
-    """Count the valid samples of each row.
-
-    Args:
-        attention_mask: `[B, S]`, 1 or True = valid, right-padded; any dtype (a sum in half precision would overflow).
-
-    Returns:
-        `[B]` long.
-    """
-    return (attention_mask != 0).sum(-1)
 
 
 # %% ../nbs/10_features.ipynb #8c997a99
