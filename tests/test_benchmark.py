@@ -182,7 +182,8 @@ def test_all_sides_of_a_row_compute_the_same(name: str, tmp_path: Path) -> None:
         work.call()
     assert difference_of_outputs(outputs["ours"], outputs["peer"]) <= row.tolerance
     if row.forms:
-        assert difference_of_outputs(outputs["ours"], outputs["plain"]) <= min(row.tolerance, 5e-5)
+        bound = row.tolerance if math.isfinite(row.tolerance) else 5e-5
+        assert difference_of_outputs(outputs["ours"], outputs["plain"]) <= bound
 
 
 @pytest.mark.parametrize("name", ["utterance", "step"])

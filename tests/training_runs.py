@@ -55,7 +55,7 @@ def fixed_noise(logits: Tensor, temperature: float) -> Tensor:
 
 def gradients_of_a_step(trainer: Trainer) -> dict[str, Tensor]:
     """What the optimiser gets to see in one step, with batch norm in eval."""
-    trainer.thaw()
+    trainer.unfreeze()
     for module in trainer.model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.eval()
@@ -205,7 +205,7 @@ def few_steps(objective: str, folder: Path, *cut: str) -> tuple[dict[str, Tensor
             seed=plan.run.seed, processes=2, rank=None,
         ))  # fmt: skip
     trainer.log = MetricsLog(folder / "log")
-    trainer.thaw()
+    trainer.unfreeze()
     figures = trainer.evaluate()
     weights = {name: p.detach() for name, p in trainer.run().model.named_parameters()}
     return weights, figures

@@ -445,7 +445,7 @@ def _disturb(model: nn.Module) -> None:
     """Move norms, biases and running statistics away from 0 and 1, so that nothing hides behind them."""
     g = torch.Generator().manual_seed(1)
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        if p.dim() == 1 and p.is_floating_point():
+        if p.dim() == 1 and p.is_floating_point() and not name.endswith("inv_freq"):
             noise = torch.rand(p.shape, generator=g) - 0.5
             p.add_(noise, alpha=0.1 if name.endswith("running_var") else 0.2)
 

@@ -685,7 +685,7 @@ def export(
 @app.command(
     epilog=examples(
         "w2vc bench --list",
-        "w2vc bench import samplers --quick",
+        "w2vc bench import step-4 --quick",
         "w2vc bench --against transformers --json benchmarks.json",
     )
 )

@@ -71,7 +71,7 @@ __all__ = [
     "averaged_weights",
     "flat",
     "changed_keys",
-    "Outcome",
+    "TrainResult",
     "RunState",
     "SavedRun",
     "LoggedRun",
@@ -842,7 +842,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 # %% ../nbs/53_training.ipynb #12fe0945
 @dataclass
-class Outcome:
+class TrainResult:
     """How a run, or a piece of one, ended.
 
     Attributes:
@@ -938,7 +938,7 @@ class RunState:
             return {}
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def thaw(self) -> None:
+    def unfreeze(self) -> None:
         """Freeze or free the base model as the step asks, and wrap the model for its processes.
 
         Data-parallel training notes which parameters learn when it wraps the model, so it is wrapped anew on a change. A model
@@ -1182,7 +1182,7 @@ class SteppingRun(GuardedRun):
         counted on the host. Each gradient is then the gradient of one mean over everything, however the batch is cut.
         """
         run, objective, start = self.recipe.run, self.objective, time.perf_counter()
-        self.thaw()
+        self.unfreeze()
         batches = [next(self.stream) for _ in range(run.accumulate)]
         waited = time.perf_counter() - start
         notes = objective.prepare(self.step)
@@ -1385,7 +1385,7 @@ class Trainer(JudgedRun):
             return wish
         return bool(self._over_processes(torch.tensor(int(wish and self.is_main), device=self.device)).item())
 
-    def run(self, max_minutes: float | None = None) -> Outcome:
+    def run(self, max_minutes: float | None = None) -> TrainResult:
         """Train until the recipe's last step, an early stop, or the end of the time.
 
         Args:
@@ -1399,7 +1399,7 @@ class Trainer(JudgedRun):
             for name in ("last", "best"):
                 self.objective.processor.save_pretrained(self.folder / name)
         self.bar = _bar(self.progress, self.step, plan.steps)
-        self.thaw()
+        self.unfreeze()
         late = False
         while self.step < plan.steps and not late and not self.tired():
             self.update()
@@ -1425,7 +1425,7 @@ class Trainer(JudgedRun):
         model = self.model
         if self.in_pieces:  # nobody should have to wait for other processes to use it
             model = self.objective.head.from_pretrained(self.folder / "last").to(self.device)
-        return Outcome(self.folder, self.step, finished, reason, self.best, slow_down(model).eval())
+        return TrainResult(self.folder, self.step, finished, reason, self.best, slow_down(model).eval())
 
 
 # %% ../nbs/53_training.ipynb #9ca90eb0
@@ -1484,7 +1484,7 @@ def train(
     resume: bool = True,
     max_minutes: float | None = None,
     progress: bool = True,
-) -> Outcome:
+) -> TrainResult:
     """Train what a recipe says, from the start or from where it was stopped or killed.
 
     Args:
