@@ -5,6 +5,8 @@
 # %% ../nbs/22_attention.ipynb #dc1a99f5
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -91,7 +93,7 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
 
 
-# %% ../nbs/22_attention.ipynb #90def4c0
+# %% ../nbs/22_attention.ipynb #6657443a
 class SelfAttention(nn.Module):
     """Multi-head self-attention with relative, rotary or no positions.
 
@@ -136,18 +138,18 @@ class SelfAttention(nn.Module):
         Returns:
             The update `[B, T, D]`, and the weights `[B, H, T, T]` or None.
         """
-        rotated = hidden
-        if isinstance(positions, tuple):  # the released checkpoints turn the input of linear_q and linear_k
-            rotated = apply_rotary(hidden.unflatten(-1, (self.heads, -1)), *positions).flatten(2)
+        kind, rotated, distance_keys = self.config.position_embeddings_type, hidden, None
+        if kind == "rotary":  # the released checkpoints rotate the input of linear_q and linear_k
+            cos, sin = cast("tuple[Tensor, Tensor]", positions)
+            rotated = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), cos, sin).flatten(2)
+        elif kind == "relative":
+            distance_keys = split_heads(self.linear_pos(positions), self.heads)  # [H, 2T-1, K]
         query, key, value = self.linear_q(rotated), self.linear_k(rotated), self.linear_v(hidden)
         query, key, value = (split_heads(x, self.heads) for x in (query, key, value))  # each [B, H, T, K]
-        distance_keys = None
-        if isinstance(positions, Tensor):
-            distance_keys = split_heads(self.linear_pos(positions), self.heads)  # [H, 2T-1, K]
         mixed, weights = self.mix(query, key, value, frame_mask, distance_keys, output_attentions)
         return self.linear_out(mixed.transpose(1, 2).flatten(2)), weights  # heads side by side: [B, T, D]
 
-    def mix(
+    def mix(  # noqa: PLR0917
         self,
         query: Tensor,
         key: Tensor,
@@ -156,7 +158,19 @@ class SelfAttention(nn.Module):
         distance_keys: Tensor | None,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix values, `[B, H, T, K]`, by content, distance and padding; the weights too, if they are wanted."""
+        """Mix values by content, distance and padding: all work that grows with the square of the length.
+
+        Args:
+            query: `[B, H, T, K]`.
+            key: `[B, H, T, K]`.
+            value: `[B, H, T, K]`.
+            frame_mask: `[B, T]` or None.
+            distance_keys: `[H, 2T-1, K]` for relative positions, else None.
+            output_attentions: Return the weights too.
+
+        Returns:
+            The mixed values `[B, H, T, K]`, and the weights `[B, H, T, T]` or None.
+        """
         bias = None
         if distance_keys is not None:
             bias = position_scores(query, distance_keys, self.pos_bias_v)

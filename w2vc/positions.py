@@ -68,10 +68,11 @@ def relative_shift(scores: Tensor) -> Tensor:
         scores: Columns in the order of `RelativePositions`, the largest distance first.
     """
     n_queries, n_distances = scores.shape[-2:]
-    if n_queries == 1:
+    if n_queries == 1:  # its distances are in the order of the keys already
         return scores
-    flat = scores.flatten(-2)[..., n_queries - 1 : n_queries - 1 + n_queries * (n_distances - 1)]
-    return flat.unflatten(-1, (n_queries, n_distances - 1))[..., : n_distances - n_queries + 1]
+    row = n_distances - 1
+    tape = scores.flatten(-2)[..., n_queries - 1 : n_queries - 1 + n_queries * row]
+    return tape.view(*scores.shape[:-1], row)[..., : n_distances - n_queries + 1]
 
 
 # %% ../nbs/20_positions.ipynb #3c5683e4
@@ -156,8 +157,7 @@ class WeightNormConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, D, T]` to `[B, D, T]`, or to `T + 1` frames if the kernel is even."""
-        weight = self.parametrizations["weight"]
-        length, direction = weight["original0"], weight["original1"]
+        length, direction = self.parametrizations["weight"].parameters()  # original0, original1
         kernel = direction * (length / direction.norm(dim=(0, 1), keepdim=True))
         return nn.functional.conv1d(x, kernel, self.bias, padding=kernel.shape[2] // 2, groups=self.groups)
 
