@@ -77,7 +77,8 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
 def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Write the lowest finite number over the scores of padded keys, so that their weight becomes exactly 0.
 
-    Finite rather than minus infinity, as a sum of minus infinities is NaN.
+    Finite rather than minus infinity, as a softmax over minus infinities is NaN. An utterance without any real frame
+    keeps its scores, for the same reason: the lowest float16 plus a score is infinite.
 
     Args:
         bias: Position scores `[B, H, T, T]` or None.
@@ -87,7 +88,8 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
     Returns:
         `[B, H, T, T]`, or `[B, 1, 1, T]` if bias is None.
     """
-    padded = ~frame_mask[:, None, None, :]  # [B, 1, 1, T]: hides keys, for every head and query
+    padded = ~frame_mask & frame_mask.any(dim=1, keepdim=True)  # [B, T]
+    padded = padded[:, None, None, :]  # [B, 1, 1, T]: hides keys, for every head and query
     if bias is None:
         bias = torch.zeros(padded.shape, dtype=dtype, device=padded.device)
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
