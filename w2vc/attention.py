@@ -24,8 +24,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Mix values by how well their keys answer a query: the readable path.
 
-    The query is scaled before the product, so that float16 cannot overflow in it. `softmax` subtracts the row's
-    maximum and sums in float32, whatever the dtype of its input.
+    The query is scaled before the product, so that float16 cannot overflow in it. `softmax` subtracts the
+    row's maximum and sums in float32, whatever the dtype of its input.
 
     Source: Vaswani et al. (2017), Eq. 1.
 
@@ -48,7 +48,7 @@ def attend(
 
 # %% ../nbs/22_attention.ipynb #a44be3a8
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Cut the last axis into heads and bring them before the frames: `[..., T, D]` to `[..., H, T, K]`, as a view."""
+    """Cut the last axis into heads and bring them before the frames: `[..., T, D]` to `[..., H, T, K]`."""
     return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)
 
 
@@ -67,9 +67,7 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
         `[B, H, T, T]`.
     """
     scaled = (query + bias_v[:, None]) * query.shape[-1] ** -0.5
-    scores = torch.einsum(
-        "bhtk,hrk->bhtr", scaled, distance_keys
-    )  # unlike `@`, makes no copy of the keys per row
+    scores = torch.einsum("bhtk,hrk->bhtr", scaled, distance_keys)  # `@` would copy the keys per utterance
     return relative_shift(scores)  # [B, H, T, 2T-1] -> [B, H, T, T]
 
 
@@ -77,8 +75,8 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
 def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Write the lowest finite number over the scores of padded keys, so that their weight becomes exactly 0.
 
-    Finite rather than minus infinity, as a softmax over minus infinities is NaN. An utterance without any real frame
-    keeps its scores, for the same reason: the lowest float16 plus a score is infinite.
+    Finite rather than minus infinity, as a softmax over minus infinities is NaN. An utterance without any
+    real frame keeps its scores, for the same reason: the lowest float16 plus a score is infinite.
 
     Args:
         bias: Position scores `[B, H, T, T]` or None.
@@ -99,8 +97,9 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
 class SelfAttention(nn.Module):
     """Multi-head self-attention with relative, rotary or no positions.
 
-    `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is torch's fused
-    attention, "eager" the readable path. Maps need the readable path, so a call that asks for them takes it.
+    `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is
+    torch's fused attention, "eager" the readable path. A call that asks for maps takes the readable path,
+    which has them.
 
     Source: Vaswani et al. (2017), section 3.2; Transformer-XL (Dai et al., 2019), section 3.3.
 

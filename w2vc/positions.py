@@ -32,9 +32,11 @@ class RelativePositions(nn.Module):
     """One row of sines and cosines per distance between two frames, the largest positive distance first.
 
     Row `r` stands for the distance `i - j = T - 1 - r` of a query `i` and a key `j`. The table is computed in
-    float32 and cast last. There is nothing to save, and no longest utterance: `max_source_positions` is not a limit.
+    float32 and cast last. There is nothing to save, and no longest utterance: `max_source_positions` is not a
+    limit.
 
-    Source: Transformer-XL (Dai et al., 2019), section 3.3; the frequencies of Vaswani et al. (2017), section 3.5.
+    Source: Transformer-XL (Dai et al., 2019), section 3.3; the frequencies of Vaswani et al. (2017), section
+    3.5.
 
     Args:
         config: Reads `hidden_size`.
@@ -57,10 +59,10 @@ class RelativePositions(nn.Module):
 def relative_shift(scores: Tensor) -> Tensor:
     """Re-index scores from (query, distance) to (query, key): `[B, H, T, 2T-1]` to `[B, H, T, T]`.
 
-    Entry `[i, j]` of the result is entry `[i, (T-1) - (i-j)]` of the input. In the flat memory of one head that
-    is place `(T-1) + i (2T-2) + j`: rows that are one entry shorter and start `T-1` entries later. So the result
-    is a view, and nothing is copied. The same holds for n neighbouring queries of more keys, which have `n+T-1`
-    distances to T keys.
+    Entry `[i, j]` of the result is entry `[i, (T-1) - (i-j)]` of the input. In the flat memory of one head
+    that is place `(T-1) + i (2T-2) + j`: rows that are one entry shorter and start `T-1` entries later. So
+    the result is a view, and nothing is copied. The same holds for n neighbouring queries of more keys, which
+    have `n+T-1` distances to T keys.
 
     Source: Transformer-XL (Dai et al., 2019), appendix B; its code pads and views instead.
 
@@ -77,7 +79,7 @@ def relative_shift(scores: Tensor) -> Tensor:
 
 # %% ../nbs/20_positions.ipynb #3c5683e4
 def rotary_frequencies(width: int, base: float, device: torch.device | str | None = None) -> Tensor:
-    """Give the frequencies of the `K/2` planes, `[K/2]` float32, in radians per frame: from 1 down to almost 1/base."""
+    """Give the frequency of each plane in radians per frame, `[K/2]` float32: 1 down to almost 1/base."""
     even = torch.arange(0, width, 2, dtype=torch.float32, device=device)
     return 1.0 / (base ** (even / width))
 
@@ -110,9 +112,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RotaryPositions(nn.Module):
     """Cosine and sine of the angle by which each plane of a head has turned at each frame.
 
-    The angle is frame number times frequency. The buffer `inv_freq` is there because the released checkpoints hold it, and is
-    not read: the frequencies come from the config, in float32 whatever the dtype of the model. One that is rounded to 16 bits
-    is off by half a radian after a thousand frames.
+    The angle is frame number times frequency. The buffer `inv_freq` is there because the released checkpoints
+    hold it, and is not read: the frequencies come from the config, in float32 whatever the dtype of the
+    model. With one that is rounded to 16 bits the angle is off by half a radian after a thousand frames.
 
     Source: RoFormer (Su et al., 2021), section 3.2.2.
 
@@ -139,8 +141,8 @@ class RotaryPositions(nn.Module):
 class WeightNormConv1d(nn.Module):
     """A convolution whose kernel is, at each of its places, a direction times a length.
 
-    The parameters have the names that torch's own weight norm gives them, and the checkpoints with it. Torch's changes the
-    class of a module, which then cannot be pickled.
+    The parameters have the names that torch's own weight norm gives them, and the checkpoints with it.
+    Torch's changes the class of a module, which then cannot be pickled.
 
     Source: Salimans and Kingma (2016), Eq. 2.
     """
@@ -165,8 +167,8 @@ class WeightNormConv1d(nn.Module):
 class ConvolutionalPositions(nn.Module):
     """The convolutional positions of plain wav2vec 2.0: part of every Conformer checkpoint, used by none.
 
-    The Conformer inherited this layer and never calls it. It is built so that checkpoints load completely, and its
-    parameters ask for no gradient, so that distributed training does not wait for one.
+    The Conformer inherited this layer and never calls it. It is built so that checkpoints load completely,
+    and its parameters ask for no gradient, so that distributed training does not wait for one.
 
     Source: wav2vec 2.0 (Baevski et al., 2020), section 2.
 
@@ -183,7 +185,7 @@ class ConvolutionalPositions(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map `[B, T, D]` to `[B, T, D]`: what a model with this kind of positions would add to its frames."""
+        """Map `[B, T, D]` to `[B, T, D]`: what a model with such positions would add to its frames."""
         mixed = self.conv(hidden.transpose(1, 2))[
             ..., : hidden.shape[1]
         ]  # an even kernel gives one frame too many
