@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -92,11 +89,3 @@ def grad_difference(ours: nn.Module, theirs: nn.Module) -> float:
         gap, scale = max(gap, (a - b).abs().max().item()), max(scale, b.abs().max().item())
     assert scale > 0, "the peer has no gradient at all: nothing was compared"
     return gap / scale
-
-
-@contextmanager
-def torch_noise() -> Iterator[None]:
-    """Let our dropout draw as torch's does, for comparison under one seed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("w2vc.features.Dropout.seed", lambda self, hidden: None)
-        yield

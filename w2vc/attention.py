@@ -5,6 +5,8 @@
 # %% ../nbs/22_attention.ipynb #dc1a99f5
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,8 +24,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Mix values by how well their keys answer a query: the readable path.
 
-    The query is scaled before the product, so that float16 cannot overflow in it. `softmax` subtracts the row's
-    maximum and sums in float32, whatever the dtype of its input.
+    The query is scaled before the product, so that float16 cannot overflow in it. `softmax` subtracts the
+    row's maximum and sums in float32, whatever the dtype of its input.
 
     Source: Vaswani et al. (2017), Eq. 1.
 
@@ -46,7 +48,7 @@ def attend(
 
 # %% ../nbs/22_attention.ipynb #a44be3a8
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Cut the last axis into heads and bring them before the frames: `[..., T, D]` to `[..., H, T, K]`, as a view."""
+    """Cut the last axis into heads and bring them before the frames: `[..., T, D]` to `[..., H, T, K]`."""
     return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)
 
 
@@ -65,9 +67,7 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
         `[B, H, T, T]`.
     """
     scaled = (query + bias_v[:, None]) * query.shape[-1] ** -0.5
-    scores = torch.einsum(
-        "bhtk,hrk->bhtr", scaled, distance_keys
-    )  # unlike `@`, makes no copy of the keys per row
+    scores = torch.einsum("bhtk,hrk->bhtr", scaled, distance_keys)  # `@` would copy the keys per utterance
     return relative_shift(scores)  # [B, H, T, 2T-1] -> [B, H, T, T]
 
 
@@ -75,7 +75,8 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
 def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Write the lowest finite number over the scores of padded keys, so that their weight becomes exactly 0.
 
-    Finite rather than minus infinity, as a sum of minus infinities is NaN.
+    Finite rather than minus infinity, as a softmax over minus infinities is NaN. An utterance without any
+    real frame keeps its scores, for the same reason: the lowest float16 plus a score is infinite.
 
     Args:
         bias: Position scores `[B, H, T, T]` or None.
@@ -85,18 +86,20 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
     Returns:
         `[B, H, T, T]`, or `[B, 1, 1, T]` if bias is None.
     """
-    padded = ~frame_mask[:, None, None, :]  # [B, 1, 1, T]: hides keys, for every head and query
+    padded = ~frame_mask & frame_mask.any(dim=1, keepdim=True)  # [B, T]
+    padded = padded[:, None, None, :]  # [B, 1, 1, T]: hides keys, for every head and query
     if bias is None:
         bias = torch.zeros(padded.shape, dtype=dtype, device=padded.device)
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
 
 
-# %% ../nbs/22_attention.ipynb #90def4c0
+# %% ../nbs/22_attention.ipynb #6657443a
 class SelfAttention(nn.Module):
     """Multi-head self-attention with relative, rotary or no positions.
 
-    `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is torch's fused
-    attention, "eager" the readable path. Maps need the readable path, so a call that asks for them takes it.
+    `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is
+    torch's fused attention, "eager" the readable path. A call that asks for maps takes the readable path,
+    which has them.
 
     Source: Vaswani et al. (2017), section 3.2; Transformer-XL (Dai et al., 2019), section 3.3.
 
@@ -136,18 +139,18 @@ class SelfAttention(nn.Module):
         Returns:
             The update `[B, T, D]`, and the weights `[B, H, T, T]` or None.
         """
-        rotated = hidden
-        if isinstance(positions, tuple):  # the released checkpoints turn the input of linear_q and linear_k
-            rotated = apply_rotary(hidden.unflatten(-1, (self.heads, -1)), *positions).flatten(2)
+        kind, rotated, distance_keys = self.config.position_embeddings_type, hidden, None
+        if kind == "rotary":  # the released checkpoints rotate the input of linear_q and linear_k
+            cos, sin = cast("tuple[Tensor, Tensor]", positions)
+            rotated = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), cos, sin).flatten(2)
+        elif kind == "relative":
+            distance_keys = split_heads(self.linear_pos(positions), self.heads)  # [H, 2T-1, K]
         query, key, value = self.linear_q(rotated), self.linear_k(rotated), self.linear_v(hidden)
         query, key, value = (split_heads(x, self.heads) for x in (query, key, value))  # each [B, H, T, K]
-        distance_keys = None
-        if isinstance(positions, Tensor):
-            distance_keys = split_heads(self.linear_pos(positions), self.heads)  # [H, 2T-1, K]
         mixed, weights = self.mix(query, key, value, frame_mask, distance_keys, output_attentions)
         return self.linear_out(mixed.transpose(1, 2).flatten(2)), weights  # heads side by side: [B, T, D]
 
-    def mix(
+    def mix(  # noqa: PLR0917
         self,
         query: Tensor,
         key: Tensor,
@@ -156,7 +159,19 @@ class SelfAttention(nn.Module):
         distance_keys: Tensor | None,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix values, `[B, H, T, K]`, by content, distance and padding; the weights too, if they are wanted."""
+        """Mix values by content, distance and padding: all work that grows with the square of the length.
+
+        Args:
+            query: `[B, H, T, K]`.
+            key: `[B, H, T, K]`.
+            value: `[B, H, T, K]`.
+            frame_mask: `[B, T]` or None.
+            distance_keys: `[H, 2T-1, K]` for relative positions, else None.
+            output_attentions: Return the weights too.
+
+        Returns:
+            The mixed values `[B, H, T, K]`, and the weights `[B, H, T, T]` or None.
+        """
         bias = None
         if distance_keys is not None:
             bias = position_scores(query, distance_keys, self.pos_bias_v)
