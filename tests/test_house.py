@@ -138,7 +138,9 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_point_downward(module: str) -> None:
     for other in imports_of(ROOT / "w2vc" / f"{module}.py"):
         drawn = other == "viz" and module in LEAVES  # pictures come last in the book, but explorers draw, too
-        job = other == "fast" and module not in CORE  # told late in the book, used wherever a model does a job
+        job = (
+            other == "fast" and module not in CORE
+        )  # told late in the book, used wherever a model does a job
         assert drawn or job or NUMBERS[other] < NUMBERS[module], (
             f"{module} (chapter {NUMBERS[module]}) imports {other} ({NUMBERS[other]})"
         )
