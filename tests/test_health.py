@@ -50,17 +50,17 @@ def test_perplexity_of_known_counts() -> None:
 def test_choice_sums_equal_a_loop() -> None:
     B, T, N = 2, 9, 6
     states, targets = torch.randn(B, T, 4), torch.randn(B, T, 4)
-    states = states + targets  # some questions are answered right
+    states = states + targets  # some targets are found
     codes = torch.randint(0, 2, (B, T, 2))
     mask = torch.zeros(B, T, dtype=torch.bool)
     mask[0, :6] = mask[1, 3:7] = True
     home = [mask[b].nonzero()[:, 0] for b in range(B)]
     negatives = torch.stack([b * T + home[b][torch.randint(0, len(home[b]), (T, N))] for b in range(B)])
     sums = choice_sums(states, targets, negatives, mask, codes, 0.1)
-    hits = twins = 0
+    hits = duplicates = 0
     for b, t in mask.nonzero().tolist():
         wrong = [int(i) % T for i in negatives[b, t]]
-        twins += sum(bool((codes[b, i] == codes[b, t]).all()) for i in wrong)
+        duplicates += sum(bool((codes[b, i] == codes[b, t]).all()) for i in wrong)
         cosine = torch.nn.functional.cosine_similarity
         rivals = [
             cosine(states[b, t], targets[b, i], 0) for i in wrong if not (codes[b, i] == codes[b, t]).all()
@@ -70,10 +70,18 @@ def test_choice_sums_equal_a_loop() -> None:
         "questions": 10,
         "hits": hits,
         "answers": 60,
-        "twins": twins,
+        "twins": duplicates,
     }
     assert 0 < hits < 10
-    assert twins
+    assert duplicates
+
+
+def test_a_tie_is_no_hit() -> None:
+    """A collapsed model whose states are all alike has learned nothing, and scores nothing."""
+    alike, codes = torch.ones(1, 4, 3), torch.arange(4).view(1, 4, 1)
+    negatives = torch.tensor([[[1, 2], [2, 3], [3, 0], [0, 1]]])
+    sums = choice_sums(alike, alike, negatives, torch.ones(1, 4, dtype=torch.bool), codes, 0.1)
+    assert (sums["hits"], sums["questions"], sums["twins"]) == (0, 4, 0)
 
 
 def test_figures_of_a_dead_codebook() -> None:

@@ -79,8 +79,8 @@ def test_output_survives_torchs_tree_pickle_and_copy() -> None:
     assert again.attentions is None
     with torch.no_grad():
         out = build()(audio())
-    for twin in (pickle.loads(pickle.dumps(out)), copy.deepcopy(out)):
-        assert torch.equal(twin.last_hidden_state, out.last_hidden_state)
+    for again in (pickle.loads(pickle.dumps(out)), copy.deepcopy(out)):
+        assert torch.equal(again.last_hidden_state, out.last_hidden_state)
 
 
 # --- adapter ---------------------------------------------------------------------------------------------------
@@ -175,6 +175,38 @@ def test_hidden_states_end_in_the_encoders_output(adapter: bool) -> None:
         assert torch.equal(out.last_hidden_state, model.adapter(out.hidden_states[-1]))
     else:
         assert torch.equal(out.last_hidden_state, out.hidden_states[-1])
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("head", ["Model", "ForCTC"])
+def test_each_hidden_state_has_a_gradient(
+    head: str, padded: bool, training: bool, checkpointing: bool, positions: str
+) -> None:
+    """The next block reads the very tensor that is returned: nonzero on real frames, 0 on padding."""
+    torch.manual_seed(0)
+    config = tiny_config(
+        **QUIET, num_hidden_layers=3, mask_time_prob=0.0, vocab_size=12, position_embeddings_type=positions
+    )
+    model = randomise_(getattr(w2vc, f"Wav2Vec2Conformer{head}")(config)).train(training)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    lengths = torch.tensor([S, 3000 if padded else S])
+    mask = (torch.arange(S) < lengths[:, None]).long()
+    inputs = {"attention_mask": mask} if padded else {}
+    n_frames = model._get_feat_extract_output_lengths(lengths)
+    real = frame_mask(n_frames, int(n_frames.max()))  # [B, T]
+    for i in range(4):
+        for frames in (torch.ones_like(real), real):
+            out = model(audio() * mask, **inputs, output_hidden_states=True)
+            answer = out.logits if head == "ForCTC" else out.last_hidden_state
+            (gradient,) = torch.autograd.grad(answer[frames].sum(), out.hidden_states[i])
+            assert (gradient[real].abs().sum(-1) > 0).all()
+        assert len(out.hidden_states) == 4
+        assert (gradient[~real] == 0).all()  # the answer of real frames depends on no padding
+        assert (out.hidden_states[i][~real] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -357,17 +389,20 @@ def test_copies_are_equal_and_apart(kind: str | None) -> None:
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
-    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)]
-    for twin in twins:
-        state = twin.state_dict()
+    for again in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(stream, weights_only=False),
+    ):
+        state = again.state_dict()
         assert list(state) == list(model.state_dict())
         assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
-        assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
+        assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
         with torch.no_grad():
-            assert torch.equal(twin(audio()).last_hidden_state, want)
-            twin.feature_projection.projection.weight.zero_()
+            assert torch.equal(again(audio()).last_hidden_state, want)
+            again.feature_projection.projection.weight.zero_()
             assert torch.equal(model(audio()).last_hidden_state, want)
-        twin.config.hidden_act = "relu"
+        again.config.hidden_act = "relu"
         assert model.config.hidden_act != "relu"
 
 

@@ -56,7 +56,7 @@ Sums = dict[
 
 @torch.no_grad()
 def code_sums(scores: Tensor, mask: Tensor) -> Sums:
-    """Count codes at the hidden frames.
+    """Count codes at the masked frames.
 
     Args:
         scores: `[B, T, G, V]`, the quantizer's scores without noise.
@@ -77,27 +77,29 @@ def code_sums(scores: Tensor, mask: Tensor) -> Sums:
 def choice_sums(  # noqa: PLR0917
     states: Tensor, targets: Tensor, negatives: Tensor, mask: Tensor, codes: Tensor, temperature: float
 ) -> Sums:
-    """Count the questions answered right, and the wrong answers that are no wrong answers.
+    """Count the masked frames whose true target scores best, and the negatives that are duplicates of it.
 
     Args:
         states: `[B, T, P]`.
         targets: `[B, T, P]`.
-        negatives: `[B, T, N]`, indices into the flattened frames; all inside their own utterance.
-        mask: `[B, T]` bool, True = hidden.
-        codes: `[B, T, G]`, that tell equal targets.
+        negatives: `[B, T, N]`, as in `contrastive_logits`.
+        mask: `[B, T]` bool, True = masked.
+        codes: `[B, T, G]`, the codes of the targets.
         temperature: Of the contrastive loss.
 
     Returns:
-        `questions`: A; `hits`: questions whose true target scores best; `answers`: A times N; `twins`: negatives with the
-        codes of the positive.
+        `questions`: A, the masked frames; `hits`: those whose true target beats all negatives; `answers`: A times N;
+        `twins`: duplicate negatives.
     """
-    logits = contrastive_logits(states, targets, negatives, codes, temperature)  # [B, T, 1 + N]
-    hits = ((logits.argmax(-1) == 0) & mask).sum()
-    twins = (logits[..., 1:].isneginf() & mask[..., None]).sum()
-    A = mask.sum()
-    return {
-        "questions": A.float(), "hits": hits.float(), "answers": (A * negatives.shape[2]).float(), "twins": twins.float(),
-    }  # fmt: skip
+    logits = contrastive_logits(states, targets, negatives, codes, temperature)[mask]  # [A, 1 + N]
+    hits, duplicates = (logits[:, :1] > logits[:, 1:]).all(1), logits[:, 1:].isneginf()  # [A], [A, N]
+    counted = {
+        "questions": torch.ones_like(hits),
+        "hits": hits,
+        "answers": torch.ones_like(duplicates),
+        "twins": duplicates,
+    }
+    return {name: each.sum().float() for name, each in counted.items()}
 
 
 # %% ../nbs/51_health.ipynb #41747876
@@ -105,7 +107,7 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     """Turn the sums of `code_sums` and `choice_sums` into figures.
 
     Returns:
-        `accuracy` (chance is `1 / (1 + N)`); `twins`, share of negatives identical to the positive; `soft_perplexity` and
+        `accuracy` (chance is `1 / (1 + N)`); `twins`, share of negatives that are duplicates; `soft_perplexity` and
         `hard_perplexity`, summed over the groups; `hard_perplexity_groups`; `dead_codes`, never the best one; `used`, the
         hard perplexity over the number of codes; `score`, accuracy times the square of `used`: a collapse lowers it.
     """
@@ -251,10 +253,10 @@ def _recent(records: Sequence[Mapping[str, Any]], key: str, n: int = 3) -> list[
 
 # %% ../nbs/51_health.ipynb #f947c48d
 def _collapse(train: Sequence[Mapping[str, Any]]) -> str:
-    """Few codes, where there were many; or wrong answers that equal the right one."""
-    used, twins = _recent(train, "used"), _recent(train, "twins")
-    if twins and twins[-1] > 0.1:
-        return f"{twins[-1]:.0%} of the wrong answers have the codes of the right one"
+    """Few codes, where there were many; or many duplicate negatives."""
+    used, duplicates = _recent(train, "used"), _recent(train, "twins")
+    if duplicates and duplicates[-1] > 0.1:
+        return f"{duplicates[-1]:.0%} of the wrong answers have the codes of the right one"
     if used and used[-1] < 0.3 and used[-1] < 0.5 * max(used):
         return f"{used[-1]:.0%} of the codes are in use, and there were {max(used):.0%}"
     return ""

@@ -16,22 +16,182 @@ from torch.utils import _pytree as pytree
 from .checks import check_inputs
 from .config import Wav2Vec2ConformerConfig
 from .conformer import ConformerEncoder
-from .features import FeatureEncoder, FeatureProjection, frame_mask, valid_lengths
+from .features import FeatureEncoder, FeatureProjection, conv_output_lengths, frame_mask, valid_lengths
 from .masking import apply_spec_augment
 from .pretrained import PreTrainedModel
 
 # %% auto #0
 __all__ = [
-    "adapter_output_lengths",
-    "AdapterLayer",
-    "Adapter",
     "ModelOutput",
     "Wav2Vec2BaseModelOutput",
     "Wav2Vec2ConformerModel",
+    "adapter_output_lengths",
+    "AdapterLayer",
+    "Adapter",
 ]
 
-# %% ../nbs/30_model.ipynb #6526ee8b
-from .features import conv_output_lengths
+
+# %% ../nbs/30_model.ipynb #e778b93c
+class ModelOutput:
+    """Base of all outputs: a dataclass whose fields are also keys and, in order, positions.
+
+    Fields that are None do not count: `output.keys()`, `len(output)`, `output[0]` and `to_tuple()` pass
+    over them, as transformers' outputs do. Iterating gives keys.
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Teach torch's tree functions to look inside (torch.export, FSDP)."""
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), output.keys()),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )
+
+    def keys(self) -> list[str]:
+        """Names of the fields that are filled."""
+        return [f.name for f in fields(self) if getattr(self, f.name) is not None]  # type: ignore[arg-type]
+
+    def values(self) -> list[Any]:
+        """Fields that are filled."""
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Pairs of name and value of the fields that are filled."""
+        return list(zip(self.keys(), self.values(), strict=True))
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The documented tuple: the filled fields, in order."""
+        return tuple(self.values())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(f"{key!r} is not in this output; it has {self.keys()}")
+        return getattr(self, key)
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+
+# %% ../nbs/30_model.ipynb #cdeacec0
+@dataclass(eq=False)
+class Wav2Vec2BaseModelOutput(ModelOutput):
+    """What the base model returns.
+
+    Attributes:
+        last_hidden_state: `[B, T, D]`, or `[B, T', output_hidden_size]` with an adapter.
+        extract_features: `[B, T, C]`, the normalised features before the projection.
+        hidden_states: L + 1 tensors `[B, T, D]`: the encoder's input, then each layer's output. Each is the very tensor that
+            the next layer reads, so gradients with respect to it can be asked for; 0 on padding.
+        attentions: L maps `[B, H, T, T]`; None for a layer that LayerDrop skipped.
+    """
+
+    last_hidden_state: Tensor | None = None
+    extract_features: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor | None, ...] | None = None
+
+
+# %% ../nbs/30_model.ipynb #d78de33f
+class Wav2Vec2ConformerModel(PreTrainedModel):
+    """The bare model: waveform in, contextual frames out, no head on top.
+
+    Sources: wav2vec 2.0 (Baevski et al., 2020), figure 1; Conformer (Gulati et al., 2020).
+
+    Args:
+        config: Every size and switch; kept as `model.config` and read at each call.
+    """
+
+    def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
+        super().__init__(config)
+        self.feature_extractor = FeatureEncoder(config)
+        self.feature_projection = FeatureProjection(config)
+        if config.mask_time_prob > 0 or config.mask_feature_prob > 0:
+            self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size).uniform_())
+        self.encoder = ConformerEncoder(config)
+        self.adapter = Adapter(config) if config.add_adapter else None
+        self.init_weights()
+
+    def _get_feat_extract_output_lengths(
+        self, input_lengths: Tensor | int, add_adapter: bool | None = None
+    ) -> Tensor:
+        """Count the frames that come out for `input_lengths` samples, exactly, for any kernel.
+
+        Args:
+            input_lengths: Samples, a number or a tensor of any shape.
+            add_adapter: Whether to count after the adapter; None means as the config says.
+        """
+        lengths = torch.as_tensor(input_lengths)
+        lengths = conv_output_lengths(lengths, self.config.conv_kernel, self.config.conv_stride)
+        if self.config.add_adapter if add_adapter is None else add_adapter:
+            for _ in range(self.config.num_adapter_layers):
+                lengths = adapter_output_lengths(lengths, self.config)
+        return lengths
+
+    def _get_feature_vector_attention_mask(
+        self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
+    ) -> Tensor:
+        """Turn a mask over samples `[B, S]` into one over frames `[B, feature_vector_length]`, True = real."""
+        lengths = self._get_feat_extract_output_lengths(valid_lengths(attention_mask), add_adapter)
+        return frame_mask(lengths, feature_vector_length)
+
+    def _mask(self, hidden: Tensor, mask_time_indices: Tensor | None, frames: Tensor | None) -> Tensor:
+        """Apply SpecAugment to `[B, T, D]`; in training the mask embedding always takes part, if need be with an empty mask."""
+        config, embedding = self.config, getattr(self, "masked_spec_embed", None)
+        drawn = config.apply_spec_augment and config.mask_time_prob > 0
+        if self.training and mask_time_indices is None and embedding is not None and not drawn:
+            mask_time_indices = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return apply_spec_augment(hidden, embedding, config, mask_time_indices, frames, self.training)
+
+    def forward(  # noqa: PLR0917 (the documented order of the arguments)
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Wav2Vec2BaseModelOutput | tuple[Any, ...]:
+        """Read waveforms, return contextual frames.
+
+        Args:
+            input_values: Samples `[B, S]` at 16 kHz, normalised per utterance.
+            attention_mask: `[B, S]`, 1 for a real sample and 0 for padding on the right; None: all are real.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; any bool or integer type.
+            output_attentions: Return the attention maps; None means as the config says.
+            output_hidden_states: Return the L + 1 hidden states; None means as the config says.
+            return_dict: False returns a plain tuple without Nones; None means as the config says.
+
+        Raises:
+            ValueError: If an input breaks the contract of `check_inputs`.
+        """
+        config = self.config
+        check_inputs(input_values, attention_mask, config)
+        samples = frames = mask = None
+        if attention_mask is not None:
+            samples = valid_lengths(attention_mask).to(input_values.device)  # [B]
+        features = self.feature_extractor(input_values, samples)  # [B, T, C]
+        if samples is not None:
+            frames = self._get_feat_extract_output_lengths(samples, add_adapter=False)  # [B]
+            mask = frame_mask(frames, features.shape[1])  # [B, T]
+        hidden, features = self.feature_projection(features)  # [B, T, D], [B, T, C]
+        hidden = self._mask(hidden, mask_time_indices, mask)
+        last, states, maps = self.encoder(
+            hidden,
+            mask,
+            config.output_attentions if output_attentions is None else output_attentions,
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        if self.adapter is not None:
+            last = self.adapter(last, frames)
+        output = Wav2Vec2BaseModelOutput(last, features, states, maps)
+        as_output = config.return_dict if return_dict is None else return_dict
+        return output if as_output else output.to_tuple()
 
 
 # %% ../nbs/30_model.ipynb #65bc2de5
@@ -102,169 +262,3 @@ class Adapter(nn.Module):
             hidden = layer(hidden)
             lengths = None if lengths is None else adapter_output_lengths(lengths, self.config)
         return hidden.transpose(1, 2)
-
-
-# %% ../nbs/30_model.ipynb #e778b93c
-class ModelOutput:
-    """Base of all outputs: a dataclass whose fields are also keys and, in order, positions.
-
-    Fields that are None do not count: `output.keys()`, `len(output)`, `output[0]` and `to_tuple()` pass
-    over them, as transformers' outputs do. Iterating gives keys.
-    """
-
-    def __init_subclass__(cls) -> None:
-        """Teach torch's tree functions to look inside (torch.export, FSDP)."""
-        pytree.register_pytree_node(
-            cls,
-            lambda output: (list(output.values()), output.keys()),
-            lambda values, names: cls(**dict(zip(names, values, strict=True))),
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-        )
-
-    def keys(self) -> list[str]:
-        """Names of the fields that are filled."""
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]  # type: ignore[arg-type]
-
-    def values(self) -> list[Any]:
-        """Fields that are filled."""
-        return [getattr(self, name) for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Pairs of name and value of the fields that are filled."""
-        return list(zip(self.keys(), self.values(), strict=True))
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The documented tuple: the filled fields, in order."""
-        return tuple(self.values())
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in self.keys():
-            raise KeyError(f"{key!r} is not in this output; it has {self.keys()}")
-        return getattr(self, key)
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-
-# %% ../nbs/30_model.ipynb #cdeacec0
-@dataclass(eq=False)
-class Wav2Vec2BaseModelOutput(ModelOutput):
-    """What the base model returns.
-
-    Attributes:
-        last_hidden_state: `[B, T, D]`, or `[B, T', output_hidden_size]` with an adapter.
-        extract_features: `[B, T, C]`, the normalised features before the projection.
-        hidden_states: L + 1 tensors `[B, T, D]`: the encoder's input, then each layer's output.
-        attentions: L maps `[B, H, T, T]`; None for a layer that LayerDrop skipped.
-    """
-
-    last_hidden_state: Tensor | None = None
-    extract_features: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor | None, ...] | None = None
-
-
-# %% ../nbs/30_model.ipynb #d78de33f
-class Wav2Vec2ConformerModel(PreTrainedModel):
-    """The bare model: waveform in, contextual frames out, no head on top.
-
-    Sources: wav2vec 2.0 (Baevski et al., 2020), figure 1; Conformer (Gulati et al., 2020).
-
-    Args:
-        config: Every size and switch; kept as `model.config` and read at each call.
-    """
-
-    def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
-        super().__init__(config)
-        self.feature_extractor = FeatureEncoder(config)
-        self.feature_projection = FeatureProjection(config)
-        if config.mask_time_prob > 0 or config.mask_feature_prob > 0:
-            self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size).uniform_())
-        self.encoder = ConformerEncoder(config)
-        self.adapter = Adapter(config) if config.add_adapter else None
-        self.init_weights()
-
-    def _get_feat_extract_output_lengths(
-        self, input_lengths: Tensor | int, add_adapter: bool | None = None
-    ) -> Tensor:
-        """Count the frames that come out for `input_lengths` samples, exactly, for any kernel.
-
-        Args:
-            input_lengths: Samples, a number or a tensor of any shape.
-            add_adapter: Whether to count after the adapter; None means as the config says.
-        """
-        lengths = torch.as_tensor(input_lengths)
-        lengths = conv_output_lengths(lengths, self.config.conv_kernel, self.config.conv_stride)
-        if self.config.add_adapter if add_adapter is None else add_adapter:
-            for _ in range(self.config.num_adapter_layers):
-                lengths = adapter_output_lengths(lengths, self.config)
-        return lengths
-
-    def _get_feature_vector_attention_mask(
-        self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
-    ) -> Tensor:
-        """Turn a mask over samples `[B, S]` into one over frames `[B, feature_vector_length]`, True = real."""
-        lengths = self._get_feat_extract_output_lengths(valid_lengths(attention_mask), add_adapter)
-        return frame_mask(lengths, feature_vector_length)
-
-    def _mask(self, hidden: Tensor, mask_time_indices: Tensor | None, frames: Tensor | None) -> Tensor:
-        """Apply SpecAugment to `[B, T, D]`; in training the mask embedding always takes part.
-
-        Without time masking it takes part with an empty mask, so that its gradient is 0 and not missing:
-        data-parallel training waits for a gradient from every trainable parameter.
-        """
-        config, embedding = self.config, getattr(self, "masked_spec_embed", None)
-        drawn = config.apply_spec_augment and config.mask_time_prob > 0
-        if self.training and mask_time_indices is None and embedding is not None and not drawn:
-            mask_time_indices = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        return apply_spec_augment(hidden, embedding, config, mask_time_indices, frames, self.training)
-
-    def forward(  # noqa: PLR0917 (the documented order of the arguments)
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        mask_time_indices: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> Wav2Vec2BaseModelOutput | tuple[Any, ...]:
-        """Read waveforms, return contextual frames.
-
-        Args:
-            input_values: Samples `[B, S]` at 16 kHz, normalised per utterance.
-            attention_mask: `[B, S]`, 1 for a real sample and 0 for padding on the right. The mask may stay on the
-                host: its lengths are then known without waiting, and padding costs nothing.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; any bool or integer type.
-            output_attentions: Return the attention maps; None means as the config says.
-            output_hidden_states: Return the L + 1 hidden states; None means as the config says.
-            return_dict: False returns a plain tuple without Nones; None means as the config says.
-
-        Raises:
-            ValueError: If an input breaks the contract of `check_inputs`.
-        """
-        config = self.config
-        check_inputs(input_values, attention_mask, config)
-        samples = None if attention_mask is None else valid_lengths(attention_mask)  # [B]
-        features = self.feature_extractor(input_values, samples)  # [B, T, C]
-        frames = mask = None
-        if samples is not None:
-            frames = self._get_feat_extract_output_lengths(samples, add_adapter=False)  # [B]
-            mask = frame_mask(frames, features.shape[1])  # [B, T]
-        hidden, features = self.feature_projection(features)  # [B, T, D], [B, T, C]
-        hidden = self._mask(hidden, mask_time_indices, None if mask is None else mask.to(hidden.device))
-        last, states, maps = self.encoder(
-            hidden,
-            mask,
-            config.output_attentions if output_attentions is None else output_attentions,
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-        )
-        if self.adapter is not None:
-            last = self.adapter(last, None if frames is None else frames.to(last.device))
-        output = Wav2Vec2BaseModelOutput(last, features, states, maps)
-        as_output = config.return_dict if return_dict is None else return_dict
-        return output if as_output else output.to_tuple()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-# %% ../nbs/32_pretraining.ipynb #40990c6c
+# %% ../nbs/32_pretraining.ipynb #1b8028ee
 def contrastive_logits(
     states: Tensor, targets: Tensor, negatives: Tensor, codes: Tensor, temperature: float = 0.1
 ) -> Tensor:
@@ -44,6 +44,7 @@ def contrastive_logits(
         states: `[B, T, P]` projected context states.
         targets: `[B, T, P]` projected quantized frames.
         negatives: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`, of the frame's own utterance.
+            Only the place in the utterance is read: `check_pretraining` refuses frames of other utterances.
         codes: `[B, T, G]` integers, the codes of the targets.
         temperature: above 0.
 
@@ -52,7 +53,7 @@ def contrastive_logits(
     """
     B, T, _ = states.shape
     own = torch.arange(T, device=states.device).expand(B, T)[..., None]  # [B, T, 1]
-    candidates = torch.cat([own, negatives.long() % T], dim=2)  # [B, T, 1 + N] frames of the utterance
+    candidates = torch.cat([own, negatives.long() % T], dim=2)  # [B, T, 1 + N] places in the utterance
     with torch.autocast(states.device.type, enabled=False):  # 16 bits are too few for a softmax this sharp
         similarities = normalize(states.float(), dim=-1) @ normalize(targets.float(), dim=-1).mT  # [B, T, T]
     same = (codes[:, :, None] == codes[:, None]).all(-1)  # [B, T, T]: equal targets
@@ -61,7 +62,7 @@ def contrastive_logits(
     return (similarities.gather(2, candidates) / temperature).masked_fill(duplicates, float("-inf"))
 
 
-# %% ../nbs/32_pretraining.ipynb #1b8028ee
+# %% ../nbs/32_pretraining.ipynb #9e1aa301
 def contrastive_loss(
     states: Tensor,
     targets: Tensor,
@@ -71,16 +72,14 @@ def contrastive_loss(
     *,
     temperature: float = 0.1,
 ) -> Tensor:
-    """Sum over the masked frames of how surprised the model is by the true target among `N` negatives.
-
-    The negative log of a softmax over `contrastive_logits`.
+    """Cross-entropy of the true target among its negatives, summed over the masked frames.
 
     Source: wav2vec 2.0 (Baevski et al., 2020), equation 3.
 
     Args:
         states: `[B, T, P]` projected context states.
         targets: `[B, T, P]` projected quantized frames.
-        negatives: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`, of the frame's own utterance.
+        negatives: `[B, T, N]` integers, as in `contrastive_logits`.
         mask: `[B, T]` bool or any int type, True = this frame was masked and is scored.
         codes: `[B, T, G]` integers, the codes of the targets.
         temperature: above 0.
@@ -167,12 +166,12 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Wav2Vec2ConformerForPreTrainingOutput | tuple[Any, ...]:
-        """Hide frames, predict their codes, and score the prediction against wrong answers.
+        """Mask frames, predict their codes, and score the prediction against negatives.
 
         Args:
             input_values: `[B, S]` waveforms.
             attention_mask: `[B, S]`, 1 = real sample.
-            mask_time_indices: `[B, T]` bool or any int type, True = frame to hide and to score.
+            mask_time_indices: `[B, T]` bool or any int type, True = frame to mask and to score.
             sampled_negative_indices: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`
                 (`sample_negative_indices`). With them comes the loss.
             output_attentions: return the attention maps; None reads the config, as the next two do.
@@ -194,8 +193,9 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
         targets = self.project_q(vectors.to(self.project_q.weight.dtype))
         loss = contrastive = diversity = None
         if sampled_negative_indices is not None:
-            mask, negatives, config = mask_time_indices, sampled_negative_indices, self.config
-            check_pretraining(mask, negatives, targets.shape[:2], config)
+            negatives, config = sampled_negative_indices, self.config
+            check_pretraining(mask_time_indices, negatives, targets.shape[:2], config)
+            mask = cast(Tensor, mask_time_indices)  # None was refused
             contrastive = contrastive_loss(
                 states, targets, negatives, mask, codes, temperature=config.contrastive_logits_temperature
             )
