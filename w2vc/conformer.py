@@ -37,7 +37,8 @@ class FeedForward(nn.Module):
     Source: Vaswani et al. (2017), section 3.3; Conformer (Gulati et al., 2020), section 2.3.
 
     Args:
-        config: Reads `hidden_size`, `intermediate_size`, `hidden_act`, `activation_dropout`, `hidden_dropout`.
+        config: Reads `hidden_size`, `intermediate_size`, `hidden_act`, `activation_dropout` and
+            `hidden_dropout`.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -118,7 +119,7 @@ def skip_layer(layerdrop: float, training: bool) -> bool:
 # %% ../nbs/26_conformer.ipynb #1b48bda4
 @contextmanager
 def keep_buffers(module: nn.Module) -> Iterator[None]:
-    """Let a module write into copies of its buffers for a while, so that its running statistics stay as they are."""
+    """Let a module write into copies of its buffers for a while; the real ones stay as they are."""
     parts = list(module.modules())
     real = [(part, name, buffer) for part in parts for name, buffer in part.named_buffers(recurse=False)]
     for part, name, buffer in real:
@@ -135,10 +136,9 @@ def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], 
     return nullcontext(), keep_buffers(block)
 
 
-# %% ../nbs/26_conformer.ipynb #8a6ef933
-EncoderResult = tuple[
-    Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None
-]  # last, states, maps
+# %% ../nbs/26_conformer.ipynb #66236d5f
+# last hidden states, all hidden states, attention maps
+EncoderResult = tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]
 
 
 class ConformerEncoder(nn.Module):
@@ -148,8 +148,8 @@ class ConformerEncoder(nn.Module):
     that the keys match.
 
     Args:
-        config: Sizes, dropouts and switches; `layerdrop`, `padding_invariant` and `hidden_states_pre_norm` are read at
-            each call.
+        config: Sizes, dropouts and switches; `layerdrop`, `padding_invariant` and `hidden_states_pre_norm` are
+            read at each call.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -180,7 +180,7 @@ class ConformerEncoder(nn.Module):
         Returns:
             Last hidden states `[B, T, D]`; L + 1 hidden states or None; L maps `[B, H, T, T]` or None.
             Each hidden state is the very tensor that the next block reads; the last one is normalised, unless
-            `config.hidden_states_pre_norm`. A layer skipped by LayerDrop repeats the stream and has None for a map.
+            `config.hidden_states_pre_norm`. A layer skipped by LayerDrop repeats the stream, and its map is None.
         """
         if frame_mask is not None:
             frame_mask = frame_mask.to(hidden.device)
@@ -212,14 +212,11 @@ class ConformerEncoder(nn.Module):
         last = self.zero_padding(self.layer_norm(hidden), frame_mask)
         if not self.config.hidden_states_pre_norm:
             states[-1] = last
-        return (
-            last,
-            tuple(states) if output_hidden_states else None,
-            tuple(maps) if output_attentions else None,
-        )
+        all_states = tuple(states) if output_hidden_states else None
+        return last, all_states, tuple(maps) if output_attentions else None
 
     def run_block(self, block: nn.Module, *inputs: object) -> tuple[Tensor, Tensor | None]:
-        """Run a block, now or (in training, with `gradient_checkpointing`) once now and once in the backward pass."""
+        """Run a block once; or, in training with `gradient_checkpointing`, again in the backward pass."""
         if not (self.gradient_checkpointing and self.training):
             return block(*inputs)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(recompute_contexts, block))
