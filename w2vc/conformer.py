@@ -20,6 +20,7 @@ from .positions import ConvolutionalPositions, Positions, make_positions
 
 # %% auto #0
 __all__ = [
+    "EncoderResult",
     "FeedForward",
     "ConformerBlock",
     "skip_layer",
@@ -36,7 +37,8 @@ class FeedForward(nn.Module):
     Source: Vaswani et al. (2017), section 3.3; Conformer (Gulati et al., 2020), section 2.3.
 
     Args:
-        config: Reads `hidden_size`, `intermediate_size`, `hidden_act`, `activation_dropout`, `hidden_dropout`.
+        config: Reads `hidden_size`, `intermediate_size`, `hidden_act`, `activation_dropout` and
+            `hidden_dropout`.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -117,13 +119,16 @@ def skip_layer(layerdrop: float, training: bool) -> bool:
 # %% ../nbs/26_conformer.ipynb #1b48bda4
 @contextmanager
 def keep_buffers(module: nn.Module) -> Iterator[None]:
-    """Let a module run without leaving a trace in its buffers, such as running statistics."""
-    before = [buffer.clone() for buffer in module.buffers()]
+    """Let a module write into copies of its buffers for a while; the real ones stay as they are."""
+    parts = list(module.modules())
+    real = [(part, name, buffer) for part in parts for name, buffer in part.named_buffers(recurse=False)]
+    for part, name, buffer in real:
+        setattr(part, name, buffer.clone())
     try:
         yield
-    finally:  # a recomputation is left by an exception, as soon as torch has what it needs
-        for buffer, old in zip(module.buffers(), before, strict=True):
-            buffer.copy_(old)
+    finally:  # torch ends a second run by an exception, as soon as it has what it needs
+        for part, name, buffer in real:
+            setattr(part, name, buffer)
 
 
 def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -132,6 +137,10 @@ def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], 
 
 
 # %% ../nbs/26_conformer.ipynb #66236d5f
+# last hidden states, all hidden states, attention maps
+EncoderResult = tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]
+
+
 class ConformerEncoder(nn.Module):
     """The stack: positions once, L blocks with LayerDrop, a last norm.
 
@@ -139,7 +148,8 @@ class ConformerEncoder(nn.Module):
     that the keys match.
 
     Args:
-        config: Sizes, dropouts and switches; `layerdrop` and `hidden_states_pre_norm` are read at each call.
+        config: Sizes, dropouts and switches; `layerdrop`, `padding_invariant` and `hidden_states_pre_norm` are
+            read at each call.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -158,7 +168,7 @@ class ConformerEncoder(nn.Module):
         frame_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]:
+    ) -> EncoderResult:
         """Give every frame its context.
 
         Args:
@@ -169,23 +179,16 @@ class ConformerEncoder(nn.Module):
 
         Returns:
             Last hidden states `[B, T, D]`; L + 1 hidden states or None; L maps `[B, H, T, T]` or None.
-            Each hidden state is the very tensor that the next block reads. A layer skipped by LayerDrop repeats the
-            stream and has None for a map.
+            Each hidden state is the very tensor that the next block reads; the last one is normalised, unless
+            `config.hidden_states_pre_norm`. A layer skipped by LayerDrop repeats the stream, and its map is None.
         """
         if frame_mask is not None:
             frame_mask = frame_mask.to(hidden.device)
-            hidden = hidden.masked_fill(~frame_mask[..., None], 0.0)
+            hidden = hidden.masked_fill(~frame_mask[..., None], 0.0)  # whatever stood there
         positions: Positions = None
         if self.embed_positions is not None:
             positions = self.embed_positions(hidden.shape[1], hidden.device, hidden.dtype)
-        last, states, maps = self.run_blocks(
-            hidden, frame_mask, positions, output_attentions, output_hidden_states
-        )
-        return (
-            last,
-            tuple(states) if output_hidden_states else None,
-            tuple(maps) if output_attentions else None,
-        )
+        return self.run_blocks(hidden, frame_mask, positions, output_attentions, output_hidden_states)
 
     def run_blocks(
         self,
@@ -194,8 +197,8 @@ class ConformerEncoder(nn.Module):
         positions: Positions,
         output_attentions: bool,
         output_hidden_states: bool,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """Run dropout, blocks and the last norm on `[B, T, D]`: last state, all states if wanted, and maps."""
+    ) -> EncoderResult:
+        """Do what `forward` does, once the positions are known and padding is 0."""
         hidden = self.dropout(hidden)
         states, maps = [hidden], []
         for block in self.layers:
@@ -209,14 +212,14 @@ class ConformerEncoder(nn.Module):
         last = self.zero_padding(self.layer_norm(hidden), frame_mask)
         if not self.config.hidden_states_pre_norm:
             states[-1] = last
-        return last, states, maps
+        all_states = tuple(states) if output_hidden_states else None
+        return last, all_states, tuple(maps) if output_attentions else None
 
     def run_block(self, block: nn.Module, *inputs: object) -> tuple[Tensor, Tensor | None]:
-        """Run a block, now or (in training, with `gradient_checkpointing`) once now and once in the backward pass."""
-        if self.gradient_checkpointing and self.training:
-            contexts = partial(recompute_contexts, block)
-            return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
-        return block(*inputs)
+        """Run a block once; or, in training with `gradient_checkpointing`, again in the backward pass."""
+        if not (self.gradient_checkpointing and self.training):
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(recompute_contexts, block))
 
     def zero_padding(self, hidden: Tensor, frame_mask: Tensor | None) -> Tensor:
         """With padding invariance, set the padded frames of `[B, T, D]` to 0."""

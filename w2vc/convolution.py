@@ -14,17 +14,24 @@ from .config import Wav2Vec2ConformerConfig, get_activation
 __all__ = ["MaskedBatchNorm1d", "ConvolutionModule"]
 
 
-# %% ../nbs/24_convolution.ipynb #08b25edf
+# %% ../nbs/24_convolution.ipynb #c6f3dc4c
 class MaskedBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm whose training statistics can leave padding out; same parameters and buffers as `nn.BatchNorm1d`.
+    """Batch norm that leaves padding out; parameters, buffers and settings are those of `nn.BatchNorm1d(channels)`.
 
     Batch normalisation (Ioffe and Szegedy, 2015) takes one mean and one variance per channel over all frames of the batch
     while training, and keeps running averages of them for evaluation.
+
+    Args:
+        channels: The number of channels, D.
     """
 
+    momentum: float  # torch allows None for these four; here they are always there
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
 
     def forward(self, hidden: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Normalise each channel.
@@ -39,26 +46,26 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         """
         if frame_mask is None or not self.training:
             return super().forward(hidden)
-        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # statistics in fp32 at least
-        padded = ~frame_mask[:, None]  # [B, 1, T]
-        count = frame_mask.sum().clamp(min=1)  # []
-        mean = x.masked_fill(padded, 0).sum((0, 2)) / count  # [D]
-        x = (x - mean[:, None]).masked_fill(
-            padded, 0
-        )  # two passes: the variance of centred values does not cancel
-        variance = x.square().sum((0, 2)) / count  # [D]
-        self.update_running(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        padded, count = ~frame_mask[:, None], frame_mask.sum()  # [B, 1, T], []
+        mean = x.masked_fill(padded, 0).sum((0, 2)) / count.clamp(min=1)  # [D]
+        x = (x - mean[:, None]).masked_fill(padded, 0)
+        variance = x.square().sum((0, 2)) / count.clamp(min=1)  # [D], the biased one
+        self.update_running(mean, variance, count)
         x = x * torch.rsqrt(variance + self.eps)[:, None]
         return (x * self.weight[:, None] + self.bias[:, None]).to(hidden.dtype)
 
-    def update_running(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics towards those of a batch, `[D]` each, as torch does; the variance is the unbiased one."""
-        self.num_batches_tracked += 1
-        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-            running.lerp_(new.to(running.dtype), self.momentum)
+    @torch.no_grad()
+    def update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of a batch, `[D]` each, if it has two frames or more."""
+        self.num_batches_tracked += count > 1
+        step = self.momentum * (count > 1)
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(new.to(running.dtype), step.to(running.dtype))
 
 
-# %% ../nbs/24_convolution.ipynb #b3c72afe
+# %% ../nbs/24_convolution.ipynb #a6ea1af5
 class ConvolutionModule(nn.Module):
     """Mix each frame with its neighbours (Conformer, Gulati et al., 2020, section 2.2).
 
@@ -99,5 +106,5 @@ class ConvolutionModule(nn.Module):
     def convolve(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:
         """Mix neighbours and normalise, `[B, D, T]`, as if there were no padding."""
         if frame_mask is not None:
-            x = x.masked_fill(~frame_mask[:, None], 0.0)  # what an utterance alone has beyond its end: zeros
+            x = x.masked_fill(~frame_mask[:, None], 0.0)  # an utterance alone has zeros beyond its end
         return self.batch_norm(self.depthwise_conv(x), frame_mask)
