@@ -401,6 +401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'w2vc.convolution.ConvolutionModule.forward': ( 'convolution.html#convolutionmodule.forward',
                                                                                   'w2vc/convolution.py'),
                                   'w2vc.convolution.MaskedBatchNorm1d': ('convolution.html#maskedbatchnorm1d', 'w2vc/convolution.py'),
+                                  'w2vc.convolution.MaskedBatchNorm1d.__init__': ( 'convolution.html#maskedbatchnorm1d.__init__',
+                                                                                   'w2vc/convolution.py'),
                                   'w2vc.convolution.MaskedBatchNorm1d.forward': ( 'convolution.html#maskedbatchnorm1d.forward',
                                                                                   'w2vc/convolution.py'),
                                   'w2vc.convolution.MaskedBatchNorm1d.update_running': ( 'convolution.html#maskedbatchnorm1d.update_running',
