@@ -1,4 +1,4 @@
-"""The quantizer: straight-through lookup, Gumbel noise, perplexity, and parity with the peer's one-hot product."""
+"""The quantizer: straight-through choice, Gumbel noise, perplexity, and parity with the peer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import helpers
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.quantizer import (
     GumbelVectorQuantizer,
-    RelaxedChoice,
-    StraightThroughLookup,
     codebook_perplexity,
     gumbel_relaxed,
+    straight_through,
 )
 
 
@@ -50,13 +49,11 @@ def peer(config: Wav2Vec2ConformerConfig, ours: nn.Module) -> nn.Module:
 
 
 def one_hot_product(quantizer: GumbelVectorQuantizer, x: Tensor) -> Tensor:
-    """The plain training version: every one-hot choice times the whole codebook."""
+    """The training version by PyTorch's own straight-through choice: every choice times the whole codebook."""
     B, T, _ = x.shape
     G, V = quantizer.num_groups, quantizer.num_vars
     logits = quantizer.weight_proj(x).float().view(B * T * G, V)
-    soft = gumbel_softmax(logits, tau=quantizer.temperature)
-    hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
-    choice = (hard - soft.detach() + soft).view(B * T, G, V, 1)
+    choice = gumbel_softmax(logits, tau=quantizer.temperature, hard=True).view(B * T, G, V, 1)
     return (choice * quantizer.codevectors.view(1, G, V, -1)).sum(2).view(B, T, -1)
 
 
@@ -124,13 +121,30 @@ def test_equals_the_one_hot_product(  # noqa: PLR0917
         assert (p.grad - plain_grads[name]).abs().max() <= 1e-5 * scale, name
 
 
+@settings(max_examples=15, deadline=None)
+@given(F=st.integers(1, 9), G=st.integers(1, 3), V=st.integers(1, 400), tau=st.floats(0.3, 4.0))
+def test_one_seed_gives_the_noise_of_gumbel_softmax(F: int, G: int, V: int, tau: float) -> None:
+    """Soft and hard, to the last bit; the hard one is exactly one-hot."""
+    logits = 3 * torch.randn(F, G, V, generator=torch.Generator().manual_seed(F + 10 * G + 100 * V))
+    answers = {}
+    for name, draw in (("ours", gumbel_relaxed), ("torch", gumbel_softmax)):
+        torch.manual_seed(2)
+        answers[name] = draw(logits, tau)
+    assert torch.equal(answers["ours"], answers["torch"])
+    torch.manual_seed(2)
+    hard = straight_through(answers["ours"])
+    assert torch.equal(hard, gumbel_softmax(logits, tau, hard=True))
+    assert torch.equal(hard.sort(-1).values[..., -1], torch.ones(F, G))
+    assert torch.equal(hard.sum(-1), torch.ones(F, G))
+
+
 def test_gradients_against_finite_differences() -> None:
-    """The gradient to `soft` is that of the soft average; the one to the codebook is that of the lookup."""
+    """The gradient to `soft` is that of the soft average; the one to the codebook is that of the chosen rows."""
     book = torch.randn(2, 3, 2, dtype=torch.double, requires_grad=True)
     soft = torch.rand(4, 2, 3, dtype=torch.double).softmax(-1).requires_grad_()
-    codes = torch.tensor([[0, 2], [1, 1], [2, 0], [2, 2]])
+    codes = soft.argmax(-1)
     weights = torch.randn(4, 2, 2, dtype=torch.double)
-    (StraightThroughLookup.apply(book, codes, soft) * weights).sum().backward()
+    (torch.einsum("fgv,gvd->fgd", straight_through(soft), book) * weights).sum().backward()
     eps = 1e-6
     for f, g, v in [(0, 0, 0), (1, 1, 2), (3, 0, 1)]:
         up, down = soft.detach().clone(), soft.detach().clone()
@@ -144,44 +158,6 @@ def test_gradients_against_finite_differences() -> None:
         for g in range(2):
             expected[g, codes[f, g]] += weights[f, g]
     torch.testing.assert_close(book.grad, expected)
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    F=st.integers(1, 9),
-    G=st.integers(1, 3),
-    V=st.integers(1, 7),
-    tau=st.floats(0.3, 4.0),
-    kind=st.integers(0, 2),
-)
-def test_both_answers_in_one_step_equal_each_by_itself(F: int, G: int, V: int, tau: float, kind: int) -> None:
-    """Values and gradients, in fp64: without a mask, with one, and with one that keeps nothing."""
-    g = torch.Generator().manual_seed(F + 10 * G + 100 * V)
-    logits = (3 * torch.randn(F, G, V, generator=g, dtype=torch.double)).requires_grad_()
-    weights = torch.randn(F, G, V, generator=g, dtype=torch.double)
-    mask = (None, torch.rand(F, generator=g) < 0.5, torch.zeros(F, dtype=torch.long))[kind]
-
-    def answers(fast: bool) -> tuple[Tensor, Tensor, Tensor]:
-        torch.manual_seed(2)
-        if fast:
-            soft = gumbel_relaxed(logits.detach(), tau)
-            soft, perplexity = RelaxedChoice.apply(logits, soft, mask, tau)
-        else:
-            soft, perplexity = gumbel_relaxed(logits, tau), codebook_perplexity(logits.softmax(-1), mask)
-        (slope,) = torch.autograd.grad((soft * weights).sum() + 3.0 * perplexity, logits)
-        return soft, perplexity, slope
-
-    for mine, plain in zip(answers(True), answers(False), strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
-
-
-def test_a_second_backward_finds_what_the_first_found() -> None:
-    logits = torch.randn(6, 2, 5, requires_grad=True)
-    relaxed = gumbel_relaxed(logits.detach(), 0.7)
-    soft, perplexity = RelaxedChoice.apply(logits, relaxed, torch.tensor([1, 0, 1, 1, 0, 1]), 0.7)
-    total = soft.square().sum() + perplexity
-    first, second = (torch.autograd.grad(total, logits, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
 
 
 def test_no_large_tensor_is_made() -> None:
@@ -255,6 +231,39 @@ def test_no_masked_frame_is_defined() -> None:
     assert perplexity.item() == 2  # one code per group
     (out.sum() + perplexity).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+    logits = torch.randn(6, 3, 5, requires_grad=True)
+    nothing = codebook_perplexity(logits.softmax(-1), torch.zeros(6, dtype=torch.bool))
+    nothing.backward()
+    assert nothing.item() == 3
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_a_mask_counts_the_frames_it_keeps() -> None:
+    """As if the others were not there: value and gradient."""
+    logits, keep = torch.randn(40, 2, 6, requires_grad=True), torch.rand(40) < 0.5
+    results = []
+    for perplexity in (
+        codebook_perplexity(logits.softmax(-1), keep),
+        codebook_perplexity(logits.softmax(-1), keep * torch.arange(1, 41)),
+        codebook_perplexity(logits[keep].softmax(-1)),
+    ):
+        (slope,) = torch.autograd.grad(perplexity, logits)
+        results.append((perplexity, slope))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other)
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    """Frames are counted in fp32: bfloat16 cannot count to 499."""
+    probs = torch.rand(499, 2, 8).softmax(-1)
+    expected = codebook_perplexity(probs)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = codebook_perplexity(probs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)
 
 
 def test_codes_that_underflow_keep_gradients_finite() -> None:
@@ -280,19 +289,34 @@ def test_half_precision_keeps_noise_and_softmax_in_fp32(dtype: torch.dtype) -> N
     assert 2 <= hard.item() <= 64
 
 
-def test_autocast_changes_only_the_projection() -> None:
-    ours = build(sizes()).train()
-    x = torch.randn(2, 9, 10)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_changes_only_the_projection(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the scores everything is computed in fp32: the same values and gradients as without autocast."""
+    ours = build(sizes()).train(training)
+    x, mask = torch.randn(2, 90, 10), torch.rand(2, 90) < 0.5
+    scores = torch.randn(180, 2, 8)
+
+    def outcome(autocast: bool) -> list[Tensor]:
+        logits = scores.clone().requires_grad_()
+        monkeypatch.setattr(ours, "logits", lambda features: logits)
+        ours.zero_grad()
         torch.manual_seed(0)
-        out, perplexity = ours(x, torch.ones(2, 9))
-        out.sum().backward()
-        probs, keep = torch.rand(18, 2, 8).softmax(-1), torch.rand(18) < 0.5
-        inside = codebook_perplexity(probs, keep)
-    assert torch.equal(inside, codebook_perplexity(probs, keep))
-    assert out.dtype == torch.float32
-    assert perplexity.dtype == torch.float32
-    assert all(row in ours.codevectors[0].tolist() for row in out.detach().view(-1, 6).tolist())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out, perplexity = ours(x, mask)
+            total = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() + 3 * perplexity
+        total.backward()
+        grads = [g for g in (ours.codevectors.grad, logits.grad) if g is not None]
+        return [out, perplexity, *grads]
+
+    inside, outside = outcome(True), outcome(False)
+    assert len(inside) == (4 if training else 3)
+    for a, b in zip(inside, outside, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+    monkeypatch.undo()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours.weight_proj(x).dtype == torch.bfloat16  # autocast was on
+        assert ours.logits(x).dtype == torch.float32
 
 
 def test_initialisation() -> None:

@@ -12,15 +12,15 @@ from torch import Tensor
 __all__ = ["negatives_from_noise", "sample_negative_indices"]
 
 
-# %% ../nbs/14_negatives.ipynb #f598f38a
+# %% ../nbs/14_negatives.ipynb #66721e69
 def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     """Turn noise into negatives: other masked frames of the same utterance, all equally likely (Eq. 14.1).
 
-    Nothing is drawn in here. Noise that depends only on (seed, epoch, utterance, frame) gives negatives that do not depend
-    on the other rows of the batch.
+    Nothing is drawn in here. Noise that depends only on (seed, epoch, utterance, frame) gives negatives that
+    do not depend on the other rows of the batch.
 
     Args:
-        noise: `[A, N]` float32 in [0, 1), a row for each of the A masked frames, in the order of `mask.nonzero()`.
+        noise: `[A, N]` float32 in [0, 1), a row for each masked frame, in the order of `mask.nonzero()`.
         mask: `[B, T]` bool, True = masked.
 
     Returns:
@@ -31,12 +31,12 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     row = masked // T
     counts = mask.sum(1)  # [B]
     first = (counts.cumsum(0) - counts)[row]  # [A] where the row's stretch of the list begins
-    others = (counts - 1)[row]  # [A]
-    own = torch.arange(len(masked), device=mask.device)
-    place = first[:, None] + (noise * others[:, None]).long()  # rounds down: 0 .. others - 1
-    place += (place >= own[:, None]) & (others > 0)[:, None]  # skip the frame itself; a lone one gets itself
+    own = (torch.arange(len(masked), device=mask.device) - first)[:, None]  # [A, 1] own place in it
+    others = (counts[row] - 1)[:, None]  # [A, 1]
+    u = (noise * others).long()  # [A, N] rounds down: 0 .. others - 1
+    place = u + ((u >= own) & (others > 0))  # Eq. 14.1: step over the frame itself; a lone one gets itself
     negatives = (T * torch.arange(B, device=mask.device))[:, None, None].repeat(1, T, noise.shape[1])
-    negatives[mask] = masked[place]
+    negatives[mask] = masked[first[:, None] + place]
     return negatives.int()
 
 
@@ -48,18 +48,18 @@ def sample_negative_indices(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw wrong answers for every masked frame, from the other masked frames of its utterance (wav2vec 2.0, section 3.2).
+    """Draw wrong answers for each masked frame: others of its utterance (wav2vec 2.0, section 3.2).
 
     Args:
         features_shape: $(B, T)$, rows and frames.
         num_negatives: $N$, drawn for each masked frame, with replacement.
-        mask_time_indices: `[B, T]` bool or any integers, non-zero = masked; None = all frames count as masked.
+        mask_time_indices: `[B, T]` bool or any integers, non-zero = masked; None = all frames are masked.
         generator: pass one to repeat a draw. A CPU generator gives the same draw for any device.
 
     Returns:
-        `[B, T, N]` int32 on the device of the mask: numbers of frames in the flattened batch `[B * T]`. Visible frames get
-        their row's first frame, which the loss ignores. A row's only masked frame gets itself, which the loss leaves out as
-        equal to the positive.
+        `[B, T, N]` int32 on the device of the mask: numbers of frames in the flattened batch `[B * T]`. A
+        visible frame gets its row's first frame, which the loss ignores. A row's only masked frame gets
+        itself, a duplicate of the positive, which the loss leaves out.
 
     Raises:
         ValueError: a mask of another shape or type, or fewer than one negative.
@@ -67,11 +67,9 @@ def sample_negative_indices(
     B, T = features_shape
     if num_negatives < 1:
         raise ValueError(f"num_negatives={num_negatives} must be at least 1")
-    mask = (
-        torch.ones(B, T, dtype=torch.bool)
-        if mask_time_indices is None
-        else torch.as_tensor(mask_time_indices)
-    )
+    if mask_time_indices is None:
+        mask_time_indices = torch.ones(B, T, dtype=torch.bool)
+    mask = torch.as_tensor(mask_time_indices)
     if tuple(mask.shape) != (B, T) or mask.is_floating_point():
         raise ValueError(
             f"mask_time_indices is {mask.dtype} of shape {tuple(mask.shape)}; "
@@ -79,7 +77,6 @@ def sample_negative_indices(
         )
     mask = mask != 0
     device = mask.device if generator is None else generator.device
-    noise = torch.rand(
-        int(mask.sum()), num_negatives, generator=generator, device=device, dtype=torch.float32
-    )
+    shape = (int(mask.sum()), num_negatives)
+    noise = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
     return negatives_from_noise(noise.to(mask.device), mask)

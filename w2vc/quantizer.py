@@ -17,9 +17,10 @@ __all__ = ["gumbel_relaxed", "straight_through", "codebook_perplexity", "GumbelV
 
 # %% ../nbs/16_quantizer.ipynb #20c6c2b2
 def gumbel_relaxed(logits: Tensor, temperature: float) -> Tensor:
-    """Add Gumbel noise to the scores and soften: `softmax((logits + noise) / temperature)` (wav2vec 2.0, equation 1).
+    """Add Gumbel noise to the scores and soften: `softmax((logits + noise) / temperature)`.
 
-    The largest entry is a fair draw from `softmax(logits)`, whatever the temperature.
+    This is equation 1 of wav2vec 2.0 (Baevski et al., 2020). The largest entry is a fair draw from
+    `softmax(logits)`, whatever the temperature.
 
     Args:
         logits: `[..., V]` fp32.
@@ -33,22 +34,22 @@ def gumbel_relaxed(logits: Tensor, temperature: float) -> Tensor:
     return (noisy / temperature).softmax(-1)
 
 
-# %% ../nbs/16_quantizer.ipynb #9dcc0137
+# %% ../nbs/16_quantizer.ipynb #addcccbd
 def straight_through(soft: Tensor) -> Tensor:
-    """Round a soft choice `[..., V]` to its largest entry, one-hot; the gradient passes as if nothing had been rounded.
+    """Round a soft choice `[..., V]` to its largest entry, one-hot; the gradient passes as if it stayed soft.
 
     Source: Bengio et al. (2013), section 3; with Gumbel noise Jang et al. (2017), section 2.2.
     """
     hard = one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
-    return hard - soft.detach() + soft
+    return hard + (soft - soft.detach())  # the bracket is exactly 0, and carries the gradient
 
 
 # %% ../nbs/16_quantizer.ipynb #99aae6ad
 def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many codes are in use: the exponential of the entropy of the average distribution, summed over the groups.
+    """How many codes are in use: the exponential of the entropy of the average distribution, over all groups.
 
-    It lies between `G` (one code per group takes all) and `G * V` (all codes used alike). If the mask keeps no frame
-    there is nothing to average: the result is then `G`, with a gradient of zero.
+    It lies between `G` (one code per group takes all) and `G * V` (all codes used alike). If the mask keeps
+    no frame there is nothing to average: the result is then `G`, with a gradient of zero.
 
     Args:
         probs: `[F, G, V]` fp32, a distribution over the codes for each frame and group (soft, or one-hot).
@@ -57,31 +58,30 @@ def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         A scalar (wav2vec 2.0, section 3.2: the diversity loss raises it).
     """
-    counted = torch.ones(len(probs), device=probs.device) if mask is None else (mask != 0).to(probs.dtype)
+    counted = probs.new_ones(len(probs)) if mask is None else (mask != 0).to(probs.dtype)  # [F]
     average = (counted[:, None, None] * probs).sum(0) / counted.sum().clamp(min=1)  # [G, V]
     # the clamp changes no value (p log p is 0 there) but keeps the gradient of an unused code finite
     logs = average.clamp(min=torch.finfo(average.dtype).tiny).log()
     return (-(average * logs).sum(-1)).exp().sum()
 
 
-# %% ../nbs/16_quantizer.ipynb #cd3231f0
+# %% ../nbs/16_quantizer.ipynb #8d96669d
 class GumbelVectorQuantizer(nn.Module):
-    """A product quantizer: `G` codebooks of `V` codes, chosen with Gumbel noise in training, by the best score in eval.
+    """A product quantizer: `G` codebooks of `V` codes, with noise in training, by the best score in eval.
 
     wav2vec 2.0 (Baevski et al., 2020), section 2 and equation 1. Attribute names equal the checkpoints' keys.
 
     Args:
-        config: reads `conv_dim[-1]` (width of the features), `num_codevector_groups`, `num_codevectors_per_group`
-            and `codevector_dim`.
+        config: reads `conv_dim[-1]` (width of the features), `num_codevector_groups`,
+            `num_codevectors_per_group` and `codevector_dim`.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
-        self.num_groups, self.num_vars = config.num_codevector_groups, config.num_codevectors_per_group
-        width = config.codevector_dim // self.num_groups
-        self.codevectors = nn.Parameter(torch.empty(1, self.num_groups * self.num_vars, width))
-        self.weight_proj = nn.Linear(config.conv_dim[-1], self.num_groups * self.num_vars)
-        self.temperature = 2.0
+        G, V = config.num_codevector_groups, config.num_codevectors_per_group
+        self.num_groups, self.num_vars, self.temperature = G, V, 2.0
+        self.weight_proj = nn.Linear(config.conv_dim[-1], G * V)
+        self.codevectors = nn.Parameter(torch.empty(1, G * V, config.codevector_dim // G))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -112,22 +112,29 @@ class GumbelVectorQuantizer(nn.Module):
 
         Args:
             features: `[B, T, C]` latent frames before the encoder (never masked).
-            mask_time_indices: `[B, T]` bool or any int type, True = hidden from the encoder. Only these frames
-                enter the perplexity; None counts all.
+            mask_time_indices: `[B, T]` bool or any int type, True = masked. Only these frames enter the
+                perplexity; None counts all.
             return_codes: also return the codes used, `[B, T, G]` long (drawn with noise in training).
 
         Returns:
-            Code vectors `[B, T, codevector_dim]`, and the perplexity (scalar): in training that of the average
-            softmax (no noise, no temperature; it has a gradient), in eval that of the counts of the chosen codes.
+            Code vectors `[B, T, codevector_dim]`, and the perplexity (scalar): in training that of the
+            softmax (no noise, no temperature; it has a gradient), in eval that of the chosen codes.
+
+        Raises:
+            ValueError: if the mask's shape is not `[B, T]`.
         """
         B, T, _ = features.shape
+        if mask_time_indices is not None and mask_time_indices.shape != (B, T):
+            came = tuple(mask_time_indices.shape)
+            raise ValueError(f"mask_time_indices has shape {came}, expected (batch, frames) = {(B, T)}")
         logits = self.logits(features)  # [F, G, V] with F = B * T
         if self.training:
             probs, choice = logits.softmax(-1), straight_through(gumbel_relaxed(logits, self.temperature))
         else:
             probs = choice = one_hot(logits.argmax(-1), self.num_vars).to(logits.dtype)
         table = self.codevectors.view(self.num_groups, self.num_vars, -1)  # [G, V, d]
-        vectors = torch.einsum("fgv,gvd->fgd", choice.to(table.dtype), table)  # the chosen row of each group
+        with torch.autocast(features.device.type, enabled=False):  # 16 bits would round the rows
+            vectors = torch.einsum("fgv,gvd->fgd", choice.to(table.dtype), table)
         mask = None if mask_time_indices is None else mask_time_indices.flatten()
-        codes = (choice.argmax(-1).view(B, T, self.num_groups),) * return_codes
-        return vectors.reshape(B, T, -1), codebook_perplexity(probs, mask), *codes
+        output = vectors.reshape(B, T, -1), codebook_perplexity(probs, mask)
+        return (*output, choice.argmax(-1).view(B, T, self.num_groups)) if return_codes else output
