@@ -164,6 +164,7 @@ class WeightNormConv1d(nn.Module):
         return nn.functional.conv1d(x, kernel, self.bias, padding=kernel.shape[2] // 2, groups=self.groups)
 
 
+# %% ../nbs/20_positions.ipynb #d1eef6d3
 class ConvolutionalPositions(nn.Module):
     """The convolutional positions of plain wav2vec 2.0: part of every Conformer checkpoint, used by none.
 
