@@ -53,6 +53,7 @@ __all__ = [
     "LoadReport",
     "match_names",
     "fill",
+    "check_frequencies",
     "parts_of",
     "ModelBase",
     "split_into_shards",
@@ -416,6 +417,7 @@ def fill(
         raise ValueError(
             f"{lists}\nstrict=False loads what fits, starts the rest afresh, and lists it in load_report."
         )
+    check_frequencies({name: tensors[theirs] for name, theirs in pairs.items()}, model.config, source)
     loaded = {name: tensors.pop(theirs).to(device=device) for name, theirs in pairs.items()}
     tensors.clear()
     absent = [name for name in expected if name not in loaded]
@@ -440,6 +442,20 @@ def fill(
     ]:
         raise RuntimeError(f"{type(model).__name__} keeps tensors that no file can hold: {listing(left)}")
     return report
+
+
+def check_frequencies(tensors: Mapping[str, Tensor], config: Wav2Vec2ConformerConfig, source: str) -> None:
+    """Refuse rotary frequencies of another base: the model computes with those of its config (chapter 20)."""
+    width, base = config.hidden_size // config.num_attention_heads, config.rotary_embedding_base
+    for name, found in tensors.items():
+        if name.endswith("inv_freq") and not torch.allclose(
+            found.float().cpu(),
+            rotary_frequencies(width, base),
+            rtol=0.01,  # the file may hold 16 bits
+        ):
+            raise refuse(
+                "rotary_embedding_base", base, f"that of {source}, whose {name} holds other frequencies"
+            )
 
 
 def parts_of(names: Iterable[str]) -> list[str]:
