@@ -154,11 +154,15 @@ def tdnn_loop(layer: TDNNLayer, hidden: Tensor) -> Tensor:
 
 
 @settings(max_examples=30, deadline=None)
-@given(kernel_size=st.integers(1, 5), dilation=st.integers(1, 4), more=st.integers(0, 5), index=st.integers(0, 1))
+@given(
+    kernel_size=st.integers(1, 5), dilation=st.integers(1, 4), more=st.integers(0, 5), index=st.integers(0, 1)
+)
 def test_tdnn_equals_the_loop_and_the_peer(kernel_size: int, dilation: int, more: int, index: int) -> None:
     from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import TDNNLayer as Peer
 
-    config = still(tdnn_dim=(6, 8), tdnn_kernel=(kernel_size, kernel_size), tdnn_dilation=(dilation, dilation))
+    config = still(
+        tdnn_dim=(6, 8), tdnn_kernel=(kernel_size, kernel_size), tdnn_dilation=(dilation, dilation)
+    )
     layer, peer = TDNNLayer(config, index), Peer(helpers.peer_config(config), index)
     peer.load_state_dict(layer.state_dict(), strict=True)
     hidden = torch.randn(2, (kernel_size - 1) * dilation + 1 + more, 6)

@@ -142,7 +142,7 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor 
         classes = classes.masked_fill(~counted, -100)  # where cross entropy gives 0
         each = functional.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="none")
     else:
-        distance = functional.mse_loss if kind == REGRESSION else functional.binary_cross_entropy_with_logits
+        distance = functional.binary_cross_entropy_with_logits if kind == MANY_LABELS else functional.mse_loss
         targets = labels.to(logits.dtype).masked_fill(~counted, 0)  # a NaN there would reach the gradient
         each = distance(logits, targets, reduction="none").masked_fill(~counted, 0)
     return each.sum() / counted.sum().clamp(min=1)
