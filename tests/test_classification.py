@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import warnings
 from pathlib import Path
@@ -14,19 +15,22 @@ from torch.nn import functional
 
 import helpers
 from w2vc.classification import (
-    FrameReader,
     SequenceClassifierOutput,
     TokenClassifierOutput,
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
     classification_loss,
-    resolve_problem_type,
+    counted_labels,
+    make_layer_weights,
     masked_mean,
+    read_frames,
+    resolve_problem_type,
     weighted_layer_sum,
 )
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model import Wav2Vec2ConformerModel
+from w2vc.speaker import Wav2Vec2ConformerForXVector
 
 SAMPLES, T = 6_000, 18
 N = 5  # classes
@@ -183,6 +187,18 @@ def test_floats_of_a_regression_are_all_numbers_and_nan_may_stand_in_padding() -
     torch.testing.assert_close(many, torch.tensor(2.0).log())
 
 
+def test_counted_labels() -> None:
+    mask = torch.tensor([[True, True, False]])
+    numbers, several = torch.tensor([[3, -100, 1]]), torch.tensor([[[1, -100], [-100, -100], [1, 0]]])
+    assert counted_labels(numbers, ONE).tolist() == [[True, False, True]]
+    assert counted_labels(numbers, ONE, mask).tolist() == [[True, False, False]]
+    assert counted_labels(several, MANY, mask).tolist() == [[[True, False], [False, False], [False, False]]]
+    assert counted_labels(several, ONE, mask).tolist() == [[True, False, False]]  # a one-hot row is one label
+    assert counted_labels(numbers, NUMBERS).tolist() == [[True, False, True]]
+    assert counted_labels(numbers.float(), NUMBERS, mask).tolist() == [[True, True, False]]
+    assert counted_labels(torch.tensor([1, -100]), ONE).tolist() == [True, False]
+
+
 # ---- wrong labels
 
 
@@ -318,10 +334,11 @@ def test_weighted_sum_without_the_switch_ends_in_the_normalised_output(head: Any
     with torch.no_grad():
         model.layer_weights.copy_(torch.tensor([0.0, 0.0, 200.0]))  # all on the last
     values = torch.randn(2, SAMPLES)
-    base = model.wav2vec2_conformer(values).last_hidden_state
-    assert torch.equal(model.read_frames(values)[1], base)
+    base = model.wav2vec2_conformer(values, output_hidden_states=True)
+    assert torch.equal(read_frames(model, base, None)[0], base.last_hidden_state)
     model.config.hidden_states_pre_norm = True
-    assert helpers.difference(model.read_frames(values)[1], base) > 0.01
+    other = model.wav2vec2_conformer(values, output_hidden_states=True)
+    assert helpers.difference(read_frames(model, other, None)[0], base.last_hidden_state) > 0.01
 
 
 def test_frame_head_reads_class_numbers_and_ignores_minus_100() -> None:
@@ -412,7 +429,7 @@ def test_an_adapter_works(head: Any, width: int | None, weighted: bool) -> None:
     base = model.wav2vec2_conformer(
         inputs["input_values"], inputs["attention_mask"], output_hidden_states=True
     )
-    _, frames, mask = model.read_frames(inputs["input_values"], inputs["attention_mask"])
+    frames, mask = read_frames(model, base, inputs["attention_mask"])
     if weighted:
         shares = model.layer_weights.softmax(0)
         mixed = sum(s * h for s, h in zip(shares, base.hidden_states, strict=True))
@@ -459,12 +476,39 @@ def test_hidden_states_are_returned_only_if_asked_for(head: Any) -> None:
 def test_the_mixture_can_be_turned_off_and_not_turned_on(head: Any) -> None:
     values = torch.randn(1, SAMPLES)
     model = build(head, still(use_weighted_layer_sum=True))
+    mixed = model(values).logits
     model.config.use_weighted_layer_sum = False  # read at each call
-    assert torch.equal(model.read_frames(values)[1], model.wav2vec2_conformer(values).last_hidden_state)
+    plain = build(head, still())
+    plain.load_state_dict({n: p for n, p in model.state_dict().items() if n != "layer_weights"})
+    assert torch.equal(model(values).logits, plain(values).logits)
+    assert not torch.equal(model(values).logits, mixed)
     model = build(head, still())
     model.config.use_weighted_layer_sum = True
     with pytest.raises(ValueError, match=r"use_weighted_layer_sum=True .*built"):
         model(values)
+
+
+@pytest.mark.parametrize("head", [*HEADS, Wav2Vec2ConformerForXVector], ids=["sequence", "frames", "speaker"])
+@pytest.mark.parametrize("training", [False, True])
+def test_mask_time_indices_are_those_of_the_base_model(head: Any, training: bool) -> None:
+    """The last optional argument: the same answer as from a base model that was given the mask itself."""
+    sizes = {"tdnn_dim": (8,), "tdnn_kernel": (3,), "tdnn_dilation": (1,), "xvector_output_dim": 9}
+    model = build(head, still(mask_time_prob=0.05, use_weighted_layer_sum=True, **sizes), training)
+    inputs = {key: value for key, value in batch(SEQUENCE, padded=True).items() if key != "labels"}
+    mask = torch.zeros(3, T, dtype=torch.bool)
+    mask[:, 1:4] = True
+    got = model(**inputs, mask_time_indices=mask, output_hidden_states=True)
+    base = model.wav2vec2_conformer(**inputs, mask_time_indices=mask, output_hidden_states=True)
+    assert all(torch.equal(x, y) for x, y in zip(got.hidden_states, base.hidden_states, strict=True))
+    seen: list[Any] = []
+    handle = model.wav2vec2_conformer.register_forward_hook(lambda *_: base)  # ours, whatever came in
+    handle_in = model.wav2vec2_conformer.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    assert torch.equal(model(**inputs, mask_time_indices=mask).logits, got.logits)
+    handle.remove()
+    handle_in.remove()
+    assert seen[0] is mask
+    assert list(inspect.signature(model.forward).parameters)[-1] == "mask_time_indices"
+    assert not torch.equal(model(**inputs, mask_time_indices=torch.zeros_like(mask)).logits, got.logits)
 
 
 # ---- padding
@@ -627,7 +671,8 @@ def test_first_values(head: Any) -> None:
     assert model.classifier.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert (model.classifier.bias == 0).all()
     assert torch.equal(model.layer_weights, torch.full((3,), 1 / 3))
-    assert isinstance(model, FrameReader)
+    assert torch.equal(model.layer_weights, make_layer_weights(model.config))
+    assert make_layer_weights(still()) is None
 
 
 # ---- in and out of files

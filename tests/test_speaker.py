@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import helpers
+from w2vc.checks import check_speakers
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.ctc import Wav2Vec2ConformerForCTC
 from w2vc.features import conv_output_lengths
@@ -25,11 +26,10 @@ from w2vc.speaker import (
     TDNNLayer,
     Wav2Vec2ConformerForXVector,
     XVectorOutput,
-    check_speakers,
     cosine_score,
+    effective_kernel_sizes,
     min_samples,
     statistics_pooling,
-    tap_spans,
     tdnn_output_lengths,
 )
 
@@ -144,24 +144,28 @@ def test_pooling_of_nothing_and_of_half_precision() -> None:
 
 
 def tdnn_loop(layer: TDNNLayer, hidden: Tensor) -> Tensor:
-    """Join the taps of every place, and apply the linear layer to them."""
-    reach = (layer.taps - 1) * layer.dilation
+    """Join the frames of every place, and apply the linear layer to them."""
+    reach = (layer.kernel_size - 1) * layer.dilation
     places = [
-        torch.cat([hidden[:, t + i * layer.dilation] for i in range(layer.taps)], -1)
+        torch.cat([hidden[:, t + i * layer.dilation] for i in range(layer.kernel_size)], -1)
         for t in range(hidden.shape[1] - reach)
     ]
     return layer.kernel(torch.stack(places, 1)).relu()
 
 
 @settings(max_examples=30, deadline=None)
-@given(taps=st.integers(1, 5), dilation=st.integers(1, 4), more=st.integers(0, 5), index=st.integers(0, 1))
-def test_tdnn_equals_the_loop_and_the_peer(taps: int, dilation: int, more: int, index: int) -> None:
+@given(
+    kernel_size=st.integers(1, 5), dilation=st.integers(1, 4), more=st.integers(0, 5), index=st.integers(0, 1)
+)
+def test_tdnn_equals_the_loop_and_the_peer(kernel_size: int, dilation: int, more: int, index: int) -> None:
     from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import TDNNLayer as Peer
 
-    config = still(tdnn_dim=(6, 8), tdnn_kernel=(taps, taps), tdnn_dilation=(dilation, dilation))
+    config = still(
+        tdnn_dim=(6, 8), tdnn_kernel=(kernel_size, kernel_size), tdnn_dilation=(dilation, dilation)
+    )
     layer, peer = TDNNLayer(config, index), Peer(helpers.peer_config(config), index)
     peer.load_state_dict(layer.state_dict(), strict=True)
-    hidden = torch.randn(2, (taps - 1) * dilation + 1 + more, 6)
+    hidden = torch.randn(2, (kernel_size - 1) * dilation + 1 + more, 6)
     out = layer(hidden)
     assert out.shape == (2, 1 + more, (6, 8)[index])
     torch.testing.assert_close(out, tdnn_loop(layer, hidden))
@@ -176,7 +180,7 @@ def test_lengths_are_those_of_the_layers(layers: list[tuple[int, int]], T: int) 
     kernels, dilations = zip(*layers, strict=True)
     config = still(tdnn_dim=(3,) * len(layers), tdnn_kernel=kernels, tdnn_dilation=dilations)
     told = tdnn_output_lengths(torch.tensor([T, 1]), config)
-    assert told[1] == (sum(tap_spans(config)) == len(layers))
+    assert told[1] == (sum(effective_kernel_sizes(config)) == len(layers))
     hidden = torch.randn(1, T, 3)
     if told[0] < 1:
         return

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from .checks import MANY_LABELS, ONE_LABEL, REGRESSION, check_label_form, check_label_values
 from .config import Wav2Vec2ConformerConfig, refuse
-from .features import valid_lengths
-from .model import ModelOutput, Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
+from .features import frame_mask, valid_lengths
+from .model import ModelOutput, Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel
 
 # %% auto #0
@@ -26,10 +26,10 @@ __all__ = [
     "resolve_problem_type",
     "counted_labels",
     "classification_loss",
-    "SequenceClassifierOutput",
-    "TokenClassifierOutput",
     "make_layer_weights",
     "read_frames",
+    "SequenceClassifierOutput",
+    "TokenClassifierOutput",
     "Wav2Vec2ConformerForSequenceClassification",
     "Wav2Vec2ConformerForAudioFrameClassification",
 ]
@@ -57,7 +57,7 @@ def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -> Tensor:
     """Mix the layers of a model: one share for each, by a softmax over learned scores.
 
-    Source: Peters et al. (2018), equation 1, without its overall factor; SUPERB (Yang et al., 2021), section 3.
+    Peters et al. (2018), equation 1, without its overall factor; SUPERB (Yang et al., 2021), section 3.
 
     Args:
         hidden_states: L + 1 tensors `[B, T, D]`: the encoder's input and every layer's output.
@@ -81,7 +81,7 @@ def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -
     return total.to(hidden_states[0].dtype)
 
 
-# %% ../nbs/44_classification.ipynb #b58b9fea
+# %% ../nbs/44_classification.ipynb #5d057590
 def resolve_problem_type(config: Wav2Vec2ConformerConfig) -> str:
     """Say which question the labels answer.
 
@@ -89,7 +89,7 @@ def resolve_problem_type(config: Wav2Vec2ConformerConfig) -> str:
         config: Reads `problem_type` and `num_labels`.
 
     Returns:
-        `config.problem_type`; if that is None, "regression" for one label, else "single_label_classification".
+        `config.problem_type`; if None, "regression" for one label, else "single_label_classification".
     """
     return config.problem_type or (REGRESSION if config.num_labels == 1 else ONE_LABEL)
 
@@ -106,22 +106,25 @@ def counted_labels(labels: Tensor, kind: str, mask: Tensor | None = None) -> Ten
     Returns:
         Bool for each label (for each frame, if one-hot).
     """
-    counted = (labels != -100) | (kind == REGRESSION and labels.is_floating_point())
+    counted = labels != -100
+    if kind == REGRESSION and labels.is_floating_point():
+        counted = torch.ones_like(counted)
     if kind == ONE_LABEL and labels.dim() == 3:
-        counted = counted.any(-1)
+        counted = counted.any(-1)  # the columns of a one-hot row are one label
     if mask is not None:
-        counted = counted & mask.to(labels.device).reshape(mask.shape + (1,) * (counted.dim() - mask.dim()))
+        mask = mask.to(labels.device)
+        counted = counted & (mask if counted.dim() == 2 else mask[..., None])
     return counted
 
 
-# %% ../nbs/44_classification.ipynb #52c33c0c
+# %% ../nbs/44_classification.ipynb #6139aa63
 def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
     """Compare logits with labels: the mean over all labels that count.
 
     Args:
         logits: `[B, num_labels]` or `[B, T, num_labels]`.
         labels: Class numbers without the last axis, or in the shape of the logits; see `check_label_form`.
-        kind: What `resolve_problem_type` says: cross entropy, binary cross entropy for each class, or squared distance.
+        kind: What `resolve_problem_type` says: cross entropy, binary cross entropy or squared distance.
         mask: `[B, T]` bool, True = real frame; None: all are real.
 
     Returns:
@@ -130,23 +133,58 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor 
     Raises:
         ValueError: Labels of a wrong shape, dtype or value.
     """
-    n_labels = logits.shape[-1]
     labels = check_label_form(labels, logits.shape, kind).to(logits.device)
     counted = counted_labels(labels, kind, mask)
-    check_label_values(labels, counted, n_labels, kind)
+    check_label_values(labels, counted, logits.shape[-1], kind)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == ONE_LABEL:
         classes = labels.argmax(-1) if labels.dim() == 3 else labels
-        classes = classes.masked_fill(~counted, -100).flatten()
-        each = functional.cross_entropy(logits.flatten(0, -2), classes, ignore_index=-100, reduction="none")
+        classes = classes.masked_fill(~counted, -100)  # where cross entropy gives 0
+        each = functional.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="none")
     else:
-        distance = functional.mse_loss if kind == REGRESSION else functional.binary_cross_entropy_with_logits
+        distance = functional.binary_cross_entropy_with_logits if kind == MANY_LABELS else functional.mse_loss
         targets = labels.to(logits.dtype).masked_fill(~counted, 0)  # a NaN there would reach the gradient
         each = distance(logits, targets, reduction="none").masked_fill(~counted, 0)
     return each.sum() / counted.sum().clamp(min=1)
 
 
-# %% ../nbs/44_classification.ipynb #3043ae90
+# %% ../nbs/44_classification.ipynb #8bd0afd3
+def make_layer_weights(config: Wav2Vec2ConformerConfig) -> nn.Parameter | None:
+    """With `use_weighted_layer_sum`, one score for each layer and one for their input; else None."""
+    n_states = config.num_hidden_layers + 1
+    return nn.Parameter(torch.full((n_states,), 1 / n_states)) if config.use_weighted_layer_sum else None
+
+
+def read_frames(model: Any, output: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Pick the frames that a head reads: the last ones, or with `use_weighted_layer_sum` a mixture of layers.
+
+    Args:
+        model: A head: reads its `wav2vec2_conformer`, `layer_weights` and `config`.
+        output: What the base model returned; with hidden states, if they are to be mixed.
+        attention_mask: `[B, S]` or None.
+
+    Returns:
+        The frames `[B, T, D]`, shortened by an adapter; and their mask `[B, T]`, True = real frame, or None.
+
+    Raises:
+        ValueError: `use_weighted_layer_sum` was turned on after the model was built.
+    """
+    base, frames = model.wav2vec2_conformer, output.last_hidden_state
+    samples = None if attention_mask is None else valid_lengths(attention_mask).to(frames.device)
+    if model.config.use_weighted_layer_sum:
+        if model.layer_weights is None:
+            allowed = "set when the model is built: it has no layer_weights"
+            raise refuse("use_weighted_layer_sum", True, allowed)
+        frames = weighted_layer_sum(output.hidden_states, model.layer_weights)
+        if base.adapter is not None:
+            n_frames = base._get_feat_extract_output_lengths
+            frames = base.adapter(frames, None if samples is None else n_frames(samples, add_adapter=False))
+    if samples is None:
+        return frames, None
+    return frames, frame_mask(base._get_feat_extract_output_lengths(samples), frames.shape[1])
+
+
+# %% ../nbs/44_classification.ipynb #1955df57
 @dataclass(eq=False)
 class SequenceClassifierOutput(ModelOutput):
     """What the classifier of utterances returns.
@@ -170,7 +208,7 @@ class TokenClassifierOutput(ModelOutput):
 
     Attributes:
         loss: Scalar in fp32; None without labels.
-        logits: `[B, T, num_labels]`, scores before softmax or sigmoid; T is counted after the adapter, if there is one.
+        logits: `[B, T, num_labels]`, scores before softmax or sigmoid; T is counted after an adapter.
         hidden_states: L + 1 tensors `[B, T, D]`, if asked for.
         attentions: L maps `[B, H, T, T]`, if asked for.
     """
@@ -181,65 +219,14 @@ class TokenClassifierOutput(ModelOutput):
     attentions: tuple[Tensor | None, ...] | None = None
 
 
-# %% ../nbs/44_classification.ipynb #07ca9554
-def make_layer_weights(config: Wav2Vec2ConformerConfig) -> nn.Parameter | None:
-    """With `use_weighted_layer_sum`, one score for the encoder's input and each layer's output; equal ones to begin with."""
-    n_states = config.num_hidden_layers + 1
-    return nn.Parameter(torch.full((n_states,), 1 / n_states)) if config.use_weighted_layer_sum else None
-
-
-def read_frames(  # noqa: PLR0917
-    model: Any,
-    input_values: Tensor,
-    attention_mask: Tensor | None,
-    mask_time_indices: Tensor | None,
-    output_attentions: bool | None,
-    output_hidden_states: bool | None,
-) -> tuple[Wav2Vec2BaseModelOutput, Tensor, Tensor | None]:
-    """Run the base model of a head and mix its layers, if the head has scores for them; an adapter then shortens the mixture.
-
-    Args:
-        model: A head: reads its `wav2vec2_conformer`, `layer_weights` and `config`.
-        input_values: `[B, S]`, and so on, as in the base model.
-
-    Returns:
-        The base model's output, the frames `[B, T, D]` to classify, and their mask `[B, T]` or None.
-
-    Raises:
-        ValueError: `use_weighted_layer_sum` was turned on after the model was built.
-    """
-    base, config, weights = model.wav2vec2_conformer, model.config, model.layer_weights
-    if config.use_weighted_layer_sum and weights is None:
-        raise refuse("use_weighted_layer_sum", True, "set when the model is built: it has no layer_weights")
-    weights = weights if config.use_weighted_layer_sum else None
-    wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-    keep = wanted or weights is not None
-    output = base(input_values, attention_mask, mask_time_indices, output_attentions, keep, True)
-    frames = output.last_hidden_state
-    if weights is not None:
-        frames = weighted_layer_sum(output.hidden_states, weights)
-        output.hidden_states = output.hidden_states if wanted else None
-        if base.adapter is not None:
-            samples = None if attention_mask is None else valid_lengths(attention_mask).to(frames.device)
-            n_real = (
-                None if samples is None else base._get_feat_extract_output_lengths(samples, add_adapter=False)
-            )
-            frames = base.adapter(frames, n_real)
-    if attention_mask is None:
-        return output, frames, None
-    real = model._get_feature_vector_attention_mask(frames.shape[1], attention_mask)
-    return output, frames, real.to(frames.device)
-
-
-# %% ../nbs/44_classification.ipynb #8bd0afd3
+# %% ../nbs/44_classification.ipynb #63cc2170
 class Wav2Vec2ConformerForSequenceClassification(PreTrainedModel):
     """One answer for each utterance: project the frames, average the real ones, classify the mean.
 
-    Mean pooling and linear layers, as in SUPERB (Yang et al., 2021). The loss follows `config.problem_type`; None means
-    a squared distance for one label, else cross entropy.
+    Mean pooling and linear layers, as in SUPERB (Yang et al., 2021); the loss as `resolve_problem_type` says.
 
     Args:
-        config: `num_labels` or `id2label`, `classifier_proj_size`, `use_weighted_layer_sum`; an adapter may be there.
+        config: `num_labels` or `id2label`, `classifier_proj_size`, `use_weighted_layer_sum`, `add_adapter`.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -270,32 +257,38 @@ class Wav2Vec2ConformerForSequenceClassification(PreTrainedModel):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: Class numbers `[B]`; numbers `[B]` in a regression of one label; else `[B, num_labels]`.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None draws them as the config says, in training.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding, counted before an adapter;
+                None: drawn in training, as the config says.
 
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
         """
-        base, frames, mask = read_frames(
-            self, input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states
+        config = self.config
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep = wanted or config.use_weighted_layer_sum
+        base = self.wav2vec2_conformer(
+            input_values, attention_mask, mask_time_indices, output_attentions, keep, True
         )
-        logits = self.classifier(masked_mean(self.projector(frames), mask))
-        loss = (
-            None if labels is None else classification_loss(logits, labels, resolve_problem_type(self.config))
-        )
-        output = SequenceClassifierOutput(loss, logits, base.hidden_states, base.attentions)
-        as_output = self.config.return_dict if return_dict is None else return_dict
+        frames, mask = read_frames(self, base, attention_mask)  # [B, T, D], [B, T]
+        logits = self.classifier(masked_mean(self.projector(frames), mask))  # [B, num_labels]
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, resolve_problem_type(config))
+        states = base.hidden_states if wanted else None
+        output = SequenceClassifierOutput(loss, logits, states, base.attentions)
+        as_output = config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
 
 
-# %% ../nbs/44_classification.ipynb #1955df57
+# %% ../nbs/44_classification.ipynb #7a9282ab
 class Wav2Vec2ConformerForAudioFrameClassification(PreTrainedModel):
     """One answer for each frame, such as who speaks: a linear layer on every frame.
 
-    The loss follows `config.problem_type`; None means a squared distance for one label, else cross entropy. Frames of
-    padding do not count, unless `config.padding_invariant` is off.
+    The loss is the one that `resolve_problem_type` says. Frames of padding do not count, unless
+    `config.padding_invariant` is off.
 
     Args:
-        config: `num_labels` or `id2label`, `use_weighted_layer_sum`; an adapter may be there.
+        config: `num_labels` or `id2label`, `use_weighted_layer_sum`, `add_adapter`.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -321,24 +314,30 @@ class Wav2Vec2ConformerForAudioFrameClassification(PreTrainedModel):
         Args:
             input_values: `[B, S]` waveforms.
             attention_mask: `[B, S]`, 1 = real sample, padding on the right.
-            labels: Class numbers `[B, T]`, or one-hot, yes-or-no or regression labels `[B, T, num_labels]`; T as in
-                the logits, -100 = ignore.
+            labels: Class numbers `[B, T]`, or one-hot, yes-or-no or regression labels `[B, T, num_labels]`;
+                T as in the logits, -100 = ignore.
             output_attentions: Return the attention maps; None reads the config, as the next two do.
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None draws them as the config says, in training.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding, counted before an adapter;
+                None: drawn in training, as the config says.
 
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
         """
-        base, frames, mask = read_frames(
-            self, input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states
+        config = self.config
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep = wanted or config.use_weighted_layer_sum
+        base = self.wav2vec2_conformer(
+            input_values, attention_mask, mask_time_indices, output_attentions, keep, True
         )
-        logits = self.classifier(frames)
+        frames, mask = read_frames(self, base, attention_mask)  # [B, T, D], [B, T]
+        logits = self.classifier(frames)  # [B, T, num_labels]
         loss = None
         if labels is not None:
-            counted = mask if self.config.padding_invariant else None
-            loss = classification_loss(logits, labels, resolve_problem_type(self.config), counted)
-        output = TokenClassifierOutput(loss, logits, base.hidden_states, base.attentions)
-        as_output = self.config.return_dict if return_dict is None else return_dict
+            mask = mask if config.padding_invariant else None  # transformers counts padding, too
+            loss = classification_loss(logits, labels, resolve_problem_type(config), mask)
+        states = base.hidden_states if wanted else None
+        output = TokenClassifierOutput(loss, logits, states, base.attentions)
+        as_output = config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()

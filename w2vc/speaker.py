@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, cosine_similarity, cross_entropy, normalize, one_hot
 
-from .classification import weighted_layer_sum
 from .checks import check_long_enough, check_speakers
-from .config import Wav2Vec2ConformerConfig, refuse
-from .features import conv_output_lengths, frame_mask, receptive_field, valid_lengths
+from .classification import make_layer_weights, weighted_layer_sum
+from .config import Wav2Vec2ConformerConfig
+from .features import conv_output_lengths, frame_mask, valid_lengths
 from .model import ModelOutput, Wav2Vec2ConformerModel
 from .pretrained import PreTrainedModel
 
@@ -24,7 +24,7 @@ __all__ = [
     "cosine_score",
     "statistics_pooling",
     "TDNNLayer",
-    "tap_spans",
+    "effective_kernel_sizes",
     "tdnn_output_lengths",
     "min_samples",
     "AMSoftmaxLoss",
@@ -42,10 +42,10 @@ def cosine_score(one: Tensor, other: Tensor) -> Tensor:
         other: `[..., D]`; the other axes broadcast, so `cosine_score(a[:, None], b)` compares all with all.
 
     Returns:
-        The other axes, in fp32 (or finer).
+        The other axes, in fp32 at least.
     """
-    fine = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-    return cosine_similarity(one.to(fine), other.to(fine), dim=-1)
+    wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+    return cosine_similarity(one.to(wide), other.to(wide), dim=-1)
 
 
 # %% ../nbs/46_speaker.ipynb #81cd6539
@@ -60,7 +60,7 @@ def statistics_pooling(hidden: Tensor, n_frames: Tensor | None = None) -> Tensor
         n_frames: Real frames per row, `[B]`; None: all. A row without any becomes zeros.
 
     Returns:
-        `[B, 2D]`: means, then deviations; computed in fp32 or finer, returned in the dtype of `hidden`.
+        `[B, 2D]`: means, then deviations; computed in fp32 at least, returned in the dtype of `hidden`.
     """
     B, T, _ = hidden.shape
     n_frames = torch.full((B,), T, device=hidden.device) if n_frames is None else n_frames
@@ -68,8 +68,8 @@ def statistics_pooling(hidden: Tensor, n_frames: Tensor | None = None) -> Tensor
     padded = ~frame_mask(n_frames, T)[:, :, None]  # [B, T, 1]
     count = n_frames.clamp(1, T)[:, None]  # [B, 1]
     mean = x.masked_fill(padded, 0).sum(1) / count  # [B, D]
-    gaps = (x - mean[:, None]).masked_fill(padded, 0)
-    variance = gaps.square().sum(1) / (count - 1).clamp(min=1)
+    centred = (x - mean[:, None]).masked_fill(padded, 0)
+    variance = centred.square().sum(1) / (count - 1).clamp(min=1)
     varies = variance > 0  # the slope of a square root at 0 is infinite: keep 0 away from it
     deviation = variance.where(varies, 1).sqrt().where(varies, 0)
     return torch.cat([mean, deviation], 1).to(hidden.dtype)
@@ -77,10 +77,10 @@ def statistics_pooling(hidden: Tensor, n_frames: Tensor | None = None) -> Tensor
 
 # %% ../nbs/46_speaker.ipynb #82a78a8f
 class TDNNLayer(nn.Module):
-    """Look at a few frames, evenly spaced, through one linear layer and a ReLU, at every place where they fit.
+    """Send a few frames, evenly spaced, through one linear layer and a ReLU, at every place where they fit.
 
-    A time-delay layer (Waibel et al., 1989; Peddinti et al., 2015). The weights are those of a linear layer over the
-    joined taps, `kernel.weight` `[out, taps * in]`, the earliest first; they are used as a dilated convolution.
+    A time-delay layer (Waibel et al., 1989; Peddinti et al., 2015): a dilated convolution with the weights of
+    a linear layer over the joined frames, `kernel.weight` `[out, kernel_size * in]`, earliest frame first.
 
     Args:
         config: Reads `tdnn_dim`, `tdnn_kernel`, `tdnn_dilation`.
@@ -89,20 +89,21 @@ class TDNNLayer(nn.Module):
 
     def __init__(self, config: Wav2Vec2ConformerConfig, index: int = 0) -> None:
         super().__init__()
-        self.taps, self.dilation = config.tdnn_kernel[index], config.tdnn_dilation[index]
-        self.kernel = nn.Linear(config.tdnn_dim[max(index - 1, 0)] * self.taps, config.tdnn_dim[index])
+        self.kernel_size, self.dilation = config.tdnn_kernel[index], config.tdnn_dilation[index]
+        width = config.tdnn_dim[max(index - 1, 0)]
+        self.kernel = nn.Linear(width * self.kernel_size, config.tdnn_dim[index])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map `[B, T, D_in]` to `[B, T', D_out]` with T' = T - (taps - 1) dilation; nothing is padded."""
-        weight = self.kernel.weight  # [D_out, taps * D_in]
-        weight = weight.view(len(weight), self.taps, -1).transpose(1, 2)  # [D_out, D_in, taps]
+        """Map `[B, T, D_in]` to `[B, T', D_out]` with T' = T - (kernel_size - 1) dilation; no padding."""
+        weight = self.kernel.weight  # [D_out, kernel_size * D_in]
+        weight = weight.view(len(weight), self.kernel_size, -1).transpose(1, 2)  # [D_out, D_in, kernel_size]
         hidden = conv1d(hidden.transpose(1, 2), weight, self.kernel.bias, dilation=self.dilation)
         return hidden.relu().transpose(1, 2)
 
 
-# %% ../nbs/46_speaker.ipynb #e08a39e1
-def tap_spans(config: Wav2Vec2ConformerConfig) -> list[int]:
-    """How many frames the window of each TDNN layer covers, gaps included: k taps, d apart, span (k - 1) d + 1."""
+# %% ../nbs/46_speaker.ipynb #1f564557
+def effective_kernel_sizes(config: Wav2Vec2ConformerConfig) -> list[int]:
+    """Frames from the first to the last that each TDNN layer sees: (kernel size - 1) * dilation + 1."""
     return [(k - 1) * d + 1 for k, d in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True)]
 
 
@@ -116,19 +117,20 @@ def tdnn_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Ten
     Returns:
         A tensor of the same shape; 0 where too few frames enter.
     """
-    spans = tap_spans(config)
-    return conv_output_lengths(lengths, spans, [1] * len(spans))
+    sizes = effective_kernel_sizes(config)
+    return conv_output_lengths(lengths, sizes, [1] * len(sizes))
 
 
+# %% ../nbs/46_speaker.ipynb #ddab0c9b
 def min_samples(config: Wav2Vec2ConformerConfig) -> int:
     """Samples of the shortest utterance that gives a vector: those that one frame behind the TDNN sees."""
-    spans = tap_spans(config)
-    needed, _ = receptive_field(spans, [1] * len(spans))
+    layers = [*zip(config.conv_kernel, config.conv_stride, strict=True)]
     if config.add_adapter and not config.use_weighted_layer_sum:
-        for _ in range(config.num_adapter_layers):
-            needed = max((needed - 1) * config.adapter_stride + config.adapter_kernel_size - 2, 1)
-    for kernel, stride in zip(config.conv_kernel[::-1], config.conv_stride[::-1], strict=True):
-        needed = (needed - 1) * stride + kernel
+        layers += [(config.adapter_kernel_size - 2, config.adapter_stride)] * config.num_adapter_layers
+    layers += [(size, 1) for size in effective_kernel_sizes(config)]
+    needed = 1
+    for kernel_size, stride in reversed(layers):
+        needed = max((needed - 1) * stride + kernel_size, 1)
     return needed
 
 
@@ -136,7 +138,7 @@ def min_samples(config: Wav2Vec2ConformerConfig) -> int:
 class AMSoftmaxLoss(nn.Module):
     """Additive-margin softmax: the right speaker must win by a margin, and only directions count.
 
-    Additive margin softmax (Wang et al., 2018), on the cosines between an utterance's vector and each speaker's direction.
+    Additive margin softmax (Wang et al., 2018), on the cosines of an utterance's vector and each direction.
 
     Args:
         width: Numbers in a vector, D below.
@@ -151,13 +153,13 @@ class AMSoftmaxLoss(nn.Module):
         self.weight = nn.Parameter(torch.randn(width, n_speakers))
 
     def cosines(self, vectors: Tensor) -> Tensor:
-        """Compare vectors `[B, D]` with every speaker's direction: `[B, num_labels]` in fp32 (or finer), also under autocast."""
-        fine = torch.promote_types(vectors.dtype, torch.float32)
+        """Compare vectors `[B, D]` with each direction: `[B, num_labels]`, in fp32 or finer always."""
+        wide = torch.promote_types(vectors.dtype, torch.float32)
         with torch.autocast(vectors.device.type, enabled=False):
-            return normalize(vectors.to(fine), dim=1) @ normalize(self.weight.to(fine), dim=0)
+            return normalize(vectors.to(wide), dim=1) @ normalize(self.weight.to(wide), dim=0)
 
     def forward(self, vectors: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of vectors `[B, D]` whose speakers are `labels` `[B]`; a scalar in fp32 (or finer)."""
+        """The mean loss of vectors `[B, D]` whose speakers are `labels` `[B]`; a scalar in fp32 at least."""
         labels = labels.flatten().long()
         taken = self.margin * one_hot(labels, self.weight.shape[1])  # [B, num_labels]
         return cross_entropy(self.scale * (self.cosines(vectors) - taken), labels)
@@ -185,26 +187,21 @@ class XVectorOutput(ModelOutput):
 
 # %% ../nbs/46_speaker.ipynb #d973d6c3
 class Wav2Vec2ConformerForXVector(PreTrainedModel):
-    """The model, a TDNN, statistics pooling and two linear layers: one vector per utterance, trained on who speaks.
+    """The model, a TDNN, statistics pooling, linear layers: one vector per utterance that says who speaks.
 
-    X-vectors (Snyder et al., 2018). With `use_weighted_layer_sum` the head reads a learned mixture of all layers, taken in front
-    of the adapter, if there is one.
+    X-vectors (Snyder et al., 2018). With `use_weighted_layer_sum` the head reads a learned mixture of layers,
+    taken in front of an adapter.
 
     Args:
-        config: Every size and switch; `num_labels` is the number of speakers to train on. Kept as `model.config`.
+        config: Every size and switch; `num_labels` is the number of speakers in training.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
         self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
-        self.layer_weights: nn.Parameter | None = None
-        if config.use_weighted_layer_sum:
-            n_states = config.num_hidden_layers + 1
-            self.layer_weights = nn.Parameter(torch.full((n_states,), 1 / n_states))
-        self.adapted = (
-            config.add_adapter and self.layer_weights is None
-        )  # whether we read the adapter's output
-        width = config.output_hidden_size if self.adapted else config.hidden_size
+        self.layer_weights = make_layer_weights(config)
+        self.reads_adapter = config.add_adapter and self.layer_weights is None
+        width = config.output_hidden_size if self.reads_adapter else config.hidden_size
         self.projector = nn.Linear(width, config.tdnn_dim[0])
         self.tdnn = nn.ModuleList(TDNNLayer(config, i) for i in range(len(config.tdnn_dim)))
         self.feature_extractor = nn.Linear(2 * config.tdnn_dim[-1], config.xvector_output_dim)
@@ -235,28 +232,31 @@ class Wav2Vec2ConformerForXVector(PreTrainedModel):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: `[B]`, who speaks, in 0..num_labels - 1.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None draws them as the config says, in training.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding, counted before an adapter;
+                None: drawn in training, as the config says.
 
         Raises:
-            ValueError: Labels that name no speaker; or an utterance too short for the TDNN (seen by its shape anywhere,
-                by the mask on the host only; elsewhere its statistics are 0).
+            ValueError: Labels that name no speaker; or an utterance too short for the TDNN (seen by its shape
+                anywhere, by the mask on the host only; elsewhere its statistics are 0).
         """
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        config = self.config
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep = wanted or self.layer_weights is not None
         base = self.wav2vec2_conformer(
             input_values, attention_mask, mask_time_indices, output_attentions, keep, True
         )
         B, S = input_values.shape
         samples = torch.full((B,), S) if attention_mask is None else valid_lengths(attention_mask)
-        check_long_enough(samples, S, min_samples(self.config))
-        n_frames = self._get_tdnn_output_lengths(self._get_feat_extract_output_lengths(samples, self.adapted))
-        hidden = base.last_hidden_state
+        check_long_enough(samples, S, min_samples(config))
+        hidden = base.last_hidden_state  # [B, T, D]
         if self.layer_weights is not None:
             hidden = weighted_layer_sum(base.hidden_states, self.layer_weights)
         hidden = self.projector(hidden)
         for layer in self.tdnn:
             hidden = layer(hidden)
-        embeddings = self.feature_extractor(statistics_pooling(hidden, n_frames.to(hidden.device)))
+        n_frames = self._get_feat_extract_output_lengths(samples, self.reads_adapter)
+        n_frames = self._get_tdnn_output_lengths(n_frames).to(hidden.device)
+        embeddings = self.feature_extractor(statistics_pooling(hidden, n_frames))  # [B, xvector_output_dim]
         logits = self.classifier(embeddings)
         loss = None
         if labels is not None:
@@ -264,5 +264,5 @@ class Wav2Vec2ConformerForXVector(PreTrainedModel):
             loss = self.objective(logits, labels.to(logits.device))
         states = base.hidden_states if wanted else None
         output = XVectorOutput(loss, logits, embeddings, states, base.attentions)
-        as_output = self.config.return_dict if return_dict is None else return_dict
+        as_output = config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
