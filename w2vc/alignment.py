@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
 from .config import Wav2Vec2ConformerConfig
-from .ctc import min_input_length, extend_labels
+from .ctc import extend_labels, min_input_length
 from .features import receptive_field
 from .text import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, offsets_in_seconds
 

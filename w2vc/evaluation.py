@@ -26,13 +26,13 @@ from torch import Tensor
 
 from .audio import BatchFeature, Samples, Wav2Vec2FeatureExtractor, load_audio
 from .batches import Clip, Collator, PretrainingCollator, data_loader, turn_order
-from .classification import MANY_LABELS, ONE_LABEL, resolve_problem_type
 
 # isort: split
 from .classification import Wav2Vec2ConformerForAudioFrameClassification
 
 # isort: split
-from .classification import Wav2Vec2ConformerForSequenceClassification
+from .checks import MANY_LABELS, ONE_LABEL
+from .classification import Wav2Vec2ConformerForSequenceClassification, resolve_problem_type
 from .config import Wav2Vec2ConformerConfig, find_file, read_json
 from .ctc import Wav2Vec2ConformerForCTC
 from .fast import fast_forms
