@@ -424,13 +424,24 @@ def test_dtype(dtype: Any, tmp_path: Path) -> None:
         assert head.lm_head.weight.dtype == wanted  # fresh parts follow
 
 
-def test_speeds_of_rotary_positions_are_never_rounded(tmp_path: Path) -> None:
-    """Also those that are not the usual ones, which could be computed anew."""
+def test_rotary_frequencies_are_never_rounded_in_a_file(tmp_path: Path) -> None:
+    """Neither by a dtype at loading nor by a cast: other programs compute with what the file holds."""
     model = build(position_embeddings_type="rotary")
-    model.encoder.embed_positions.inv_freq.mul_(1.01)
+    exact = model.encoder.embed_positions.inv_freq.clone()
     model.save_pretrained(tmp_path)
-    half = Wav2Vec2ConformerModel.from_pretrained(tmp_path, dtype="bfloat16")
-    assert torch.equal(half.encoder.embed_positions.inv_freq, model.encoder.embed_positions.inv_freq)
+    for half in (Wav2Vec2ConformerModel.from_pretrained(tmp_path, dtype="bfloat16"), model.bfloat16()):
+        half.save_pretrained(tmp_path / "half")
+        assert torch.equal(
+            load_file(tmp_path / "half" / "model.safetensors")["encoder.embed_positions.inv_freq"], exact
+        )
+
+
+def test_rotary_frequencies_of_another_base_are_refused(tmp_path: Path) -> None:
+    build(position_embeddings_type="rotary").save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: {name: x.bfloat16() if "inv_freq" in name else x for name, x in t.items()})
+    Wav2Vec2ConformerModel.from_pretrained(tmp_path)  # rounded to 16 bits they are the same ones
+    with pytest.raises(ValueError, match="rotary_embedding_base=500.*holds other frequencies"):
+        Wav2Vec2ConformerModel.from_pretrained(tmp_path, rotary_embedding_base=500)
 
 
 def test_bad_dtype_and_overrides(tmp_path: Path) -> None:

@@ -894,6 +894,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'w2vc.pretrained.PreTrainedModel.save_pretrained': ( 'pretrained.html#pretrainedmodel.save_pretrained',
                                                                                       'w2vc/pretrained.py'),
                                  'w2vc.pretrained.check_frequencies': ('pretrained.html#check_frequencies', 'w2vc/pretrained.py'),
+                                 'w2vc.pretrained.config_frequencies': ('pretrained.html#config_frequencies', 'w2vc/pretrained.py'),
                                  'w2vc.pretrained.demo_folder': ('pretrained.html#demo_folder', 'w2vc/pretrained.py'),
                                  'w2vc.pretrained.fill': ('pretrained.html#fill', 'w2vc/pretrained.py'),
                                  'w2vc.pretrained.first_values': ('pretrained.html#first_values', 'w2vc/pretrained.py'),

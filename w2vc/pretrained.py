@@ -53,6 +53,7 @@ __all__ = [
     "LoadReport",
     "match_names",
     "fill",
+    "config_frequencies",
     "check_frequencies",
     "parts_of",
     "ModelBase",
@@ -444,18 +445,19 @@ def fill(
     return report
 
 
+def config_frequencies(config: Wav2Vec2ConformerConfig) -> Tensor:
+    """The exact rotary frequencies of a config, `[K/2]` float32."""
+    return rotary_frequencies(config.hidden_size // config.num_attention_heads, config.rotary_embedding_base)
+
+
 def check_frequencies(tensors: Mapping[str, Tensor], config: Wav2Vec2ConformerConfig, source: str) -> None:
     """Refuse rotary frequencies of another base: the model computes with those of its config (chapter 20)."""
-    width, base = config.hidden_size // config.num_attention_heads, config.rotary_embedding_base
     for name, found in tensors.items():
         if name.endswith("inv_freq") and not torch.allclose(
-            found.float().cpu(),
-            rotary_frequencies(width, base),
-            rtol=0.01,  # the file may hold 16 bits
+            found.float().cpu(), config_frequencies(config), rtol=0.01
         ):
-            raise refuse(
-                "rotary_embedding_base", base, f"that of {source}, whose {name} holds other frequencies"
-            )
+            allowed = f"that of {source}, whose {name} holds other frequencies"  # a hundredth off is 16-bit rounding
+            raise refuse("rotary_embedding_base", config.rotary_embedding_base, allowed)
 
 
 def parts_of(names: Iterable[str]) -> list[str]:
@@ -690,6 +692,11 @@ class PreTrainedModel(ModelBase):
             max_shard_bytes: Larger weights are split into several files with an index.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        for name in tensors:
+            if name.endswith(
+                "inv_freq"
+            ):  # rounded in a model that was cast; other programs compute with what the file says
+                tensors[name] = config_frequencies(self.config)
         config, dtype = copy.deepcopy(self.config), str(self.dtype).removeprefix("torch.")
         config.extra_keys |= {"architectures": [type(self).__name__], "dtype": dtype}
         if "torch_dtype" in config.extra_keys:  # the older name of the same key
@@ -753,4 +760,4 @@ class PreTrainedModel(ModelBase):
         here = os.path.isdir(name_or_path)  # in full, for a program that later works in another folder
         model.name_or_path = os.path.abspath(name_or_path) if here else os.fspath(name_or_path)
         model.revision = revision
-        return model.to(device=device, dtype=dtype).eval()
+        return model.to(device=device).eval()  # the tensors were read in their dtype
