@@ -82,8 +82,8 @@ def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
         raise ValueError(f"attention_mask has dtype {attention_mask.dtype}; it must be bool or hold 0 and 1")
     if attention_mask.device not in (input_values.device, torch.device("cpu")):
         raise ValueError(
-            f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}: put the mask on the "
-            "same device, or leave it on the CPU (better: its lengths are then known without waiting for the device)"
+            f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}: put the "
+            "mask on the same device, or leave it on the CPU (better: its lengths are then known without a wait)"
         )
 
 
@@ -98,10 +98,11 @@ def _list_some(texts: Sequence[str], comma: str = ", ") -> str:
     return comma.join(texts[:5]) + (f"{comma}…" if len(texts) > 5 else "")
 
 
-def _rows(invalid: Tensor) -> str:
-    """Name the rows that are True in `invalid` `[B]`, the first five of them."""
+def _refuse_rows(invalid: Tensor, message: str) -> None:
+    """Name the rows that are True in `invalid` `[B]` in the place of {} in the message; reads values."""
     rows = [str(row) for row in invalid.nonzero()[:, 0].tolist()]
-    return ("row " if len(rows) == 1 else "rows ") + _list_some(rows)
+    if rows:
+        raise ValueError(message.format(("row " if len(rows) == 1 else "rows ") + _list_some(rows)))
 
 
 # %% ../nbs/29_checks.ipynb #9fd84825
@@ -110,45 +111,34 @@ def check_inputs(
 ) -> None:
     """Refuse audio that the model would answer wrongly: the input contract of every head.
 
-    Type, shape and dtype are checked always. Values are checked where a tensor is on the CPU: on an accelerator reading
-    them would make the host wait, and while a graph is compiled or exported there are none.
+    Type, shape and dtype are checked always, values where they are `readable`.
 
     Args:
         input_values: `[B, S]`, floating, finite, at least the receptive field long.
-        attention_mask: `[B, S]` bool or 0/1, valid samples first, at least the receptive field of them in each row; or None.
-            On the device of `input_values`, or on the CPU wherever they are.
+        attention_mask: `[B, S]` bool or 0/1, valid samples first, at least the receptive field of them in each row; or
+            None. On the device of `input_values`, or on the CPU.
         config: the sizes of the convolutions.
 
     Raises:
-        ValueError: says which argument and rows are wrong, what came, and what to do.
+        ValueError: says which argument and rows are wrong, what came, and what to do; as all checks here.
     """
     width, _ = receptive_field(config.conv_kernel, config.conv_stride)
     _check_audio(input_values, width)
     if readable(input_values):
         broken = ~torch.isfinite(input_values).all(-1)  # [B]
-        if broken.any():
-            raise ValueError(
-                f"input_values holds NaN or Inf in {_rows(broken)}: look at the audio of these rows"
-            )
+        _refuse_rows(broken, "input_values holds NaN or Inf in {}: look at the audio of these rows")
     if attention_mask is None:
         return
     _check_mask(attention_mask, input_values)
-    if not readable(attention_mask):
-        return
-    valid = attention_mask != 0  # [B, S]
-    invalid = (valid & (attention_mask != 1)).any(-1)
-    if invalid.any():
-        raise ValueError(f"attention_mask holds values other than 0 and 1 in {_rows(invalid)}")
-    left = (valid[:, 1:] & ~valid[:, :-1]).any(-1)
-    if left.any():
-        raise ValueError(
-            f"attention_mask has a 1 after a 0 in {_rows(left)}: pad on the right, valid samples first"
-        )
-    short = valid.sum(-1) < width
-    if short.any():
-        raise ValueError(
-            f"attention_mask leaves fewer than {width} valid samples in {_rows(short)} (one latent frame sees {width}): "
-            "drop these utterances, or join them to others"
+    if readable(attention_mask):
+        valid = attention_mask != 0  # [B, S]
+        others = (valid & (attention_mask != 1)).any(-1)
+        _refuse_rows(others, "attention_mask holds values other than 0 and 1 in {}")
+        left = (valid[:, 1:] & ~valid[:, :-1]).any(-1)
+        _refuse_rows(left, "attention_mask has a 1 after a 0 in {}: pad on the right, valid samples first")
+        fewer = f"fewer than {width} valid samples in {{}} (one latent frame sees {width})"
+        _refuse_rows(
+            valid.sum(-1) < width, f"attention_mask leaves {fewer}: drop them, or join them to others"
         )
 
 
@@ -158,16 +148,13 @@ def _holds_integers(values: Tensor) -> bool:
     return not (values.dtype == torch.bool or values.is_floating_point() or values.is_complex())
 
 
-def _check_integers(
-    name: str, values: Any, shapes: Sequence[Sequence[int | None]], expected: str, what: str
-) -> None:
-    """Refuse what is no tensor of integers of one of these shapes (None: any size); reads no values."""
+def _check_integers(name: str, values: Any, shape: Sequence[int | None], form: str, what: str) -> None:
+    """Refuse what is no tensor of integers of this shape (None: any size), in words `form`; reads no values."""
     if not isinstance(values, Tensor):
-        raise ValueError(f"{name} is a {type(values).__name__}, expected a tensor {expected}")
+        raise ValueError(f"{name} is a {type(values).__name__}, expected a tensor {form}")
     came = tuple(values.shape)
-    fits = (len(came) == len(s) and all(b in (a, None) for a, b in zip(came, s, strict=True)) for s in shapes)
-    if not any(fits):
-        raise ValueError(f"{name} has shape {came}, expected a tensor {expected}")
+    if len(came) != len(shape) or any(b not in (a, None) for a, b in zip(came, shape, strict=True)):
+        raise ValueError(f"{name} has shape {came}, expected a tensor {form}")
     if not _holds_integers(values):
         raise ValueError(f"{name} has dtype {values.dtype}, expected integers ({what})")
 
@@ -183,19 +170,15 @@ def _refuse_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> N
 def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
     """Refuse labels that the CTC loss cannot mean: wrong shape, not integers, or outside the vocabulary.
 
-    One number is read from the device, while a graph is compiled too: torch's CTC loss reads lengths and breaks the graph anyway,
-    and a label out of range would read foreign memory.
+    One number is read, from a device and in a compiled model too: torch's CTC loss reads lengths there anyway.
 
     Args:
         labels: What came; `[B, U]` is allowed.
         n_rows: Utterances in the batch, B.
         vocab_size: Tokens that the head scores.
-
-    Raises:
-        ValueError: Names what came and what is allowed.
     """
     form = f"(batch, labels) with batch = {n_rows}"
-    _check_integers("labels", labels, [(n_rows, None)], form, "token ids")
+    _check_integers("labels", labels, (n_rows, None), form, "token ids")
     allowed = f"0..{vocab_size - 1} (vocab_size={vocab_size}), and -100 for places to ignore"
     _refuse_first("labels", labels, ((labels < 0) & (labels != -100)) | (labels >= vocab_size), allowed)
 
@@ -203,25 +186,20 @@ def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
 def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
     """Refuse labels that name no speaker: wrong shape, not integers, or out of range.
 
-    One number is read from the device: whether all labels are allowed. While a graph is compiled there are no values,
-    and only shape and dtype are looked at.
+    One number is read from the device; while a graph is compiled, none, and only shape and dtype are looked at.
 
     Args:
         labels: What came; `[B]` or `[B, 1]` is allowed.
         n_rows: Utterances in the batch, B.
         n_speakers: Speakers that the loss knows, `config.num_labels`.
-
-    Raises:
-        ValueError: Names what came and what is allowed.
     """
     if n_speakers < 2:
-        raise refuse(
-            "num_labels", n_speakers, "at least 2 to train: who has no rival always wins, and the loss is 0"
-        )
+        raise refuse("num_labels", n_speakers, "at least 2 to train: without a rival the loss is always 0")
     form = f"({n_rows},), one speaker per utterance"
-    _check_integers("labels", labels, [(n_rows,), (n_rows, 1)], form, "speaker numbers")
+    if isinstance(labels, Tensor) and labels.shape == (n_rows, 1):
+        labels = labels[:, 0]
+    _check_integers("labels", labels, (n_rows,), form, "speaker numbers")
     if not torch.compiler.is_compiling():
-        labels = labels.flatten()
         allowed = f"0..{n_speakers - 1} (num_labels={n_speakers})"
         _refuse_first("labels", labels, (labels < 0) | (labels >= n_speakers), allowed)
 
@@ -234,15 +212,13 @@ def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
         needed: Frames of the shortest path of each row, `[B]` (`min_input_length`).
         n_labels: `[B]`.
         n_frames: `[B]`.
-
-    Raises:
-        ValueError: Names the rows, their frames, and how many they need.
     """
     if not needed.device.type == n_frames.device.type == "cpu":
         return
+    columns = (needed.tolist(), n_labels.tolist(), n_frames.tolist())
     lists = [
         f"row {row} has {has} frames and needs {needs} ({count} labels, {needs - count} of them repeated)"
-        for row, (needs, count, has) in enumerate(torch.stack([needed, n_labels, n_frames], 1).tolist())
+        for row, (needs, count, has) in enumerate(zip(*columns, strict=True))
         if needs > has
     ]
     if lists:
@@ -253,15 +229,12 @@ def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
 
 
 def check_long_enough(samples: Tensor, width: int, least: int) -> None:
-    """Refuse utterances from which no frame is left behind the TDNN.
+    """Refuse utterances from which no frame is left behind the TDNN (`min_samples`).
 
     Args:
         samples: Valid samples per row, `[B]`; looked at where they are `readable`.
         width: Samples per row, padding included; looked at anywhere.
         least: Samples of the shortest utterance that is allowed.
-
-    Raises:
-        ValueError: Names the rows, their lengths, and the shortest that is allowed.
     """
     if width >= least and not readable(samples):
         return
@@ -290,9 +263,6 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
     Returns:
         Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of the
         logits, even if the last axis, of size 1, was left out. Integers and bools become long.
-
-    Raises:
-        ValueError: Says what came and what is allowed.
     """
     places, full = tuple(shape[:-1]), tuple(shape)
     one_hot = kind == ONE_LABEL and len(full) == 3
@@ -318,25 +288,14 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
 
 # %% ../nbs/29_checks.ipynb #eabb7934
 def invalid_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, str]:
-    """Find labels whose value has no meaning for the loss, such as class 7 of 4.
-
-    Args:
-        labels: From `check_label_form`.
-        n_labels: Number of classes.
-        kind: The problem type.
-
-    Returns:
-        A bool for each label (for each frame, if one-hot), and in words what is allowed.
-    """
+    """Find labels whose value means nothing, such as class 7 of 4 (True); say in words what is allowed."""
     if kind == REGRESSION:
         return ~labels.isfinite(), "finite numbers"
     if kind == MANY_LABELS:
         return ~((labels >= 0) & (labels <= 1)), "0 to 1, and -100 for what to ignore"
     if labels.dim() == 3:
         one_hot = ((labels == 1).sum(-1) == 1) & ((labels == 0).sum(-1) == n_labels - 1)
-        advice = (
-            f"set config.problem_type={MANY_LABELS!r} where several classes, or none, may be true at once"
-        )
+        advice = f"if several classes or none may be true, set config.problem_type={MANY_LABELS!r}"
         return ~one_hot, f"one 1 among zeros, or -100 throughout for a frame to ignore; {advice}"
     allowed = f"0..{n_labels - 1} (num_labels={n_labels}), and -100 for what to ignore"
     return (labels < 0) | (labels >= n_labels), allowed
@@ -345,17 +304,13 @@ def invalid_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, st
 def check_label_values(labels: Tensor, counted: Tensor, n_labels: int, kind: str) -> None:
     """Refuse labels that count and cannot be meant.
 
-    One number is read from the device: whether any value is invalid. While a graph is compiled there are no values, and
-    nothing is refused.
+    One number is read from the device; while a graph is compiled, none, and nothing is refused.
 
     Args:
         labels: From `check_label_form`.
         counted: Bool for each label (for each frame, if one-hot): those that enter the loss.
         n_labels: Number of classes.
         kind: The problem type.
-
-    Raises:
-        ValueError: Names the first such label, and what is allowed.
     """
     if not torch.compiler.is_compiling():
         invalid, allowed = invalid_labels(labels, n_labels, kind)
@@ -368,34 +323,26 @@ def check_pretraining(
 ) -> None:
     """Refuse a mask and negatives from which no loss of pre-training can be computed.
 
-    One number is read from the device: whether all negatives are allowed. While a graph is compiled there are no values,
-    and only shapes and dtypes are looked at.
+    One number is read from the device; while a graph is compiled, none, and only shapes and dtypes are looked at.
 
     Args:
         mask: What came as `mask_time_indices`.
         negatives: What came as `sampled_negative_indices`.
         shape: Rows and frames, (B, T).
         config: Reads `add_adapter`.
-
-    Raises:
-        ValueError: Names what came and what is allowed.
     """
     B, T = shape
     if mask is None:
         raise ValueError("sampled_negative_indices came without mask_time_indices; the loss needs both")
     if config.add_adapter:
         raise ValueError("add_adapter=True shortens the states: there is no one target per state, so no loss")
-    if tuple(mask.shape) != (B, T):
-        raise ValueError(
-            f"mask_time_indices has shape {tuple(mask.shape)}, expected (batch, frames) = {(B, T)}"
-        )
+    if (came := tuple(mask.shape)) != (B, T):
+        raise ValueError(f"mask_time_indices has shape {came}, expected (batch, frames) = {(B, T)}")
     form = f"(batch, frames, negatives) with (batch, frames) = {(B, T)}"
-    _check_integers("sampled_negative_indices", negatives, [(B, T, None)], form, "frame indices")
+    _check_integers("sampled_negative_indices", negatives, (B, T, None), form, "frame indices")
     if torch.compiler.is_compiling():
         return
     first = torch.arange(B, device=negatives.device)[:, None, None] * T  # the number of each row's frame 0
     strangers = (negatives < first) | (negatives >= first + T)
-    allowed = (
-        f"row * {T} .. row * {T} + {T - 1}: frames of the utterance itself, as numbers in the flattened batch"
-    )
+    allowed = f"row * {T} + 0..{T - 1}: frames of the utterance itself, as numbers in the flattened batch"
     _refuse_first("sampled_negative_indices", negatives, strangers & (mask != 0)[..., None], allowed)
