@@ -37,8 +37,8 @@ def _check_audio(input_values: Any, width: int) -> None:
     """Refuse audio of a wrong type, shape or dtype; reads no values."""
     if not isinstance(input_values, Tensor):
         raise ValueError(
-            f"input_values is a {type(input_values).__name__}; pass a float tensor [B, S], as "
-            "Wav2Vec2FeatureExtractor(...)(audio, sampling_rate=16000, return_tensors='pt').input_values gives it"
+            f"input_values is a {type(input_values).__name__}; pass a float tensor [B, S], such as "
+            "Wav2Vec2FeatureExtractor(...)(audio, sampling_rate=16000, return_tensors='pt').input_values"
         )
     shape, dtype = tuple(input_values.shape), input_values.dtype
     came = f"input_values has shape {shape}"
@@ -55,7 +55,8 @@ def _check_audio(input_values: Any, width: int) -> None:
     if not dtype.is_floating_point:
         advice = "it must be a floating dtype"
         if dtype in (torch.int16, torch.int32):  # the two widths of PCM that audio files hold
-            advice = f"this looks like PCM: scale it to -1..1 with input_values / {2 ** (torch.iinfo(dtype).bits - 1)}"
+            scale = 2 ** (torch.iinfo(dtype).bits - 1)
+            advice = f"this looks like PCM: scale it to -1..1 with input_values / {scale}"
         raise ValueError(f"input_values has dtype {dtype}; {advice}")
     if 0 in shape:
         raise ValueError(f"{came}: it is empty; pass at least one row of {width} samples")
@@ -83,7 +84,7 @@ def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
     if attention_mask.device not in (input_values.device, torch.device("cpu")):
         raise ValueError(
             f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}: put the "
-            "mask on the same device, or leave it on the CPU (better: its lengths are then known without a wait)"
+            "mask on the same device, or leave it on the CPU (better: its lengths are known without a wait)"
         )
 
 
@@ -115,8 +116,8 @@ def check_inputs(
 
     Args:
         input_values: `[B, S]`, floating, finite, at least the receptive field long.
-        attention_mask: `[B, S]` bool or 0/1, valid samples first, at least the receptive field of them in each row; or
-            None. On the device of `input_values`, or on the CPU.
+        attention_mask: `[B, S]` bool or 0/1, valid samples first, in each row at least the receptive
+            field of them; or None. On the device of `input_values`, or on the CPU.
         config: the sizes of the convolutions.
 
     Raises:
@@ -149,7 +150,7 @@ def _holds_integers(values: Tensor) -> bool:
 
 
 def _check_integers(name: str, values: Any, shape: Sequence[int | None], form: str, what: str) -> None:
-    """Refuse what is no tensor of integers of this shape (None: any size), in words `form`; reads no values."""
+    """Refuse what is no tensor of integers of this shape (None: any size), in words `form`."""
     if not isinstance(values, Tensor):
         raise ValueError(f"{name} is a {type(values).__name__}, expected a tensor {form}")
     came = tuple(values.shape)
@@ -161,7 +162,7 @@ def _check_integers(name: str, values: Any, shape: Sequence[int | None], form: s
 
 # %% ../nbs/29_checks.ipynb #2cfcd453
 def _refuse_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> None:
-    """Name the first of the values that are invalid; one number is read from the device: whether there is any."""
+    """Name the first value that is invalid; one number is read from the device: whether there is any."""
     if invalid.any():
         place = invalid.nonzero()[0].tolist()
         raise ValueError(f"{name}{place} = {values[tuple(place)].tolist()} is refused: allowed are {allowed}")
@@ -170,7 +171,7 @@ def _refuse_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> N
 def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
     """Refuse labels that the CTC loss cannot mean: wrong shape, not integers, or outside the vocabulary.
 
-    One number is read, from a device and in a compiled model too: torch's CTC loss reads lengths there anyway.
+    One number is read, from a device and when compiled too: torch's CTC loss reads lengths there anyway.
 
     Args:
         labels: What came; `[B, U]` is allowed.
@@ -186,7 +187,7 @@ def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
 def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
     """Refuse labels that name no speaker: wrong shape, not integers, or out of range.
 
-    One number is read from the device; while a graph is compiled, none, and only shape and dtype are looked at.
+    One number is read from the device; while a graph is compiled, only shape and dtype are looked at.
 
     Args:
         labels: What came; `[B]` or `[B, 1]` is allowed.
@@ -206,7 +207,7 @@ def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
 
 # %% ../nbs/29_checks.ipynb #53ecd18c
 def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
-    """Refuse rows whose frames are too few to spell their labels; on an accelerator nothing is read, and nothing refused.
+    """Refuse rows whose frames are too few to spell their labels; looked at on the CPU alone.
 
     Args:
         needed: Frames of the shortest path of each row, `[B]` (`min_input_length`).
@@ -223,8 +224,8 @@ def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
     ]
     if lists:
         raise ValueError(
-            f"labels: {len(lists)} of {len(needed)} rows are too long for their audio, the loss would be infinite: "
-            f"{_list_some(lists, '; ')}. Leave them out, or set config.ctc_zero_infinity=True to count them as 0"
+            f"labels: {len(lists)} of {len(needed)} rows are too long for their audio, an infinite loss: "
+            f"{_list_some(lists, '; ')}. Leave them out, or count them as 0 by config.ctc_zero_infinity=True"
         )
 
 
@@ -241,8 +242,8 @@ def check_long_enough(samples: Tensor, width: int, least: int) -> None:
     lists = [f"row {r} has {n} ({n / 16_000:.3f} s)" for r, n in enumerate(samples.tolist()) if n < least]
     if lists:
         raise ValueError(
-            f"input_values: the x-vector layers need {least} samples ({least / 16_000:.3f} s at 16 kHz) a row; "
-            f"{_list_some(lists)}. Leave these utterances out, or join them to others"
+            f"input_values: the x-vector layers need {least} samples ({least / 16_000:.3f} s at 16 kHz) "
+            f"a row; {_list_some(lists)}. Leave these utterances out, or join them to others"
         )
 
 
@@ -261,8 +262,8 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
         kind: The problem type.
 
     Returns:
-        Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of the
-        logits, even if the last axis, of size 1, was left out. Integers and bools become long.
+        Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of
+        the logits, even if the last axis, of size 1, was left out. Integers and bools become long.
     """
     places, full = tuple(shape[:-1]), tuple(shape)
     one_hot = kind == ONE_LABEL and len(full) == 3
@@ -278,7 +279,7 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
     as_numbers = kind == ONE_LABEL and came in (places, (*places, 1))
     as_full = (one_hot or kind != ONE_LABEL) and (came == full or (full[-1] == 1 and came == places))
     if not (as_numbers or as_full):
-        hint = "; frames are counted after the adapter, if there is one, by model._get_feat_extract_output_lengths"
+        hint = "; frames are counted after the adapter (if any), by model._get_feat_extract_output_lengths"
         raise ValueError(f"labels has shape {came}, expected {allowed}{hint if len(full) == 3 else ''}")
     no_bool = kind == REGRESSION and dtype == torch.bool
     if dtype.is_complex or no_bool or (as_numbers and not _holds_integers(labels)):
@@ -304,7 +305,7 @@ def invalid_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, st
 def check_label_values(labels: Tensor, counted: Tensor, n_labels: int, kind: str) -> None:
     """Refuse labels that count and cannot be meant.
 
-    One number is read from the device; while a graph is compiled, none, and nothing is refused.
+    One number is read from the device; while a graph is compiled, nothing is refused.
 
     Args:
         labels: From `check_label_form`.
@@ -323,7 +324,7 @@ def check_pretraining(
 ) -> None:
     """Refuse a mask and negatives from which no loss of pre-training can be computed.
 
-    One number is read from the device; while a graph is compiled, none, and only shapes and dtypes are looked at.
+    One number is read from the device; while a graph is compiled, only shapes and dtypes are looked at.
 
     Args:
         mask: What came as `mask_time_indices`.

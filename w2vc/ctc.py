@@ -34,7 +34,7 @@ __all__ = [
 
 # %% ../nbs/40_ctc.ipynb #39e8b415
 def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
-    """Read a path as labels: join runs of equal symbols, then drop the blanks (Graves et al., 2006, section 3.1).
+    """Read a path as labels: join runs of equal symbols, drop the blanks (Graves et al., 2006, section 3.1).
 
     Args:
         path: One symbol per frame.
@@ -89,10 +89,10 @@ _NEVER = -1e30  # log of "impossible"; a finite number, because minus infinity m
 
 
 def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, blank: int = 0) -> Tensor:
-    """Minus the log probability that the frames spell the labels, summed over all paths by the forward algorithm.
+    """Minus the log probability that the frames spell the labels, over all paths, by the forward algorithm.
 
-    Graves et al. (2006), section 4.1, in log space and for all rows at once. The loop over frames stays: each column
-    of the trellis is made from the one before. The head calls torch's `ctc_loss`, the same in compiled code.
+    Graves et al. (2006), section 4.1, in log space and for all rows at once. The loop over frames stays: each
+    column of the trellis is made from the one before. The head calls torch's `ctc_loss`, the same in C++.
 
     Args:
         logits: `[B, T, V]`, before the softmax.
@@ -101,7 +101,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
         blank: The blank's number.
 
     Returns:
-        `[B]` in fp32 (or the logits' own type, if finer); infinite, with gradient 0, where the frames are too few.
+        `[B]` in fp32 (or the logits' own type, if finer); infinite, gradient 0, where the frames are too few.
     """
     B, T, _ = logits.shape
     n_frames = torch.full((B,), T, device=logits.device) if n_frames is None else n_frames
@@ -147,8 +147,8 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
     """The model and one linear layer that scores every token at every frame; trained with CTC on text alone.
 
     Args:
-        config: Every size and switch; `vocab_size` must be set, `pad_token_id` is the blank. Kept as `model.config`;
-            `ctc_loss_reduction`, `ctc_zero_infinity` and `pad_token_id` are read at each call.
+        config: Every size and switch; `vocab_size` must be set, `pad_token_id` is the blank. Kept as
+            `model.config`; this blank, `ctc_loss_reduction` and `ctc_zero_infinity` are read at each call.
         target_lang: Must be None: there are no language adapters for Conformer checkpoints.
 
     Raises:
@@ -212,7 +212,8 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: `[B, U]` token ids of the texts; -100 and the blank are passed over.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None: as the config says, in training.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None: drawn in training, as
+                the config says.
 
         Raises:
             ValueError: Labels outside the vocabulary or of a wrong shape; or (seen on the host only, and if
