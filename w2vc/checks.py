@@ -174,7 +174,7 @@ def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
     One number is read, from a device and when compiled too: torch's CTC loss reads lengths there anyway.
 
     Args:
-        labels: What came; `[B, U]` is allowed.
+        labels: What came; any number of labels a row is allowed.
         n_rows: Utterances in the batch, B.
         vocab_size: Tokens that the head scores.
     """
