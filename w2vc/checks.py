@@ -19,50 +19,47 @@ __all__ = [
     "REGRESSION",
     "ONE_LABEL",
     "MANY_LABELS",
+    "readable",
     "check_inputs",
     "check_labels",
-    "check_feasible",
-    "invalid_labels",
-    "check_label_form",
-    "check_label_values",
     "check_speakers",
+    "check_feasible",
     "check_long_enough",
+    "check_label_form",
+    "invalid_labels",
+    "check_label_values",
     "check_pretraining",
 ]
 
 
-# %% ../nbs/29_checks.ipynb #c1a91a80
+# %% ../nbs/29_checks.ipynb #91a3eaf4
 def _check_audio(input_values: Any, width: int) -> None:
     """Refuse audio of a wrong type, shape or dtype; reads no values."""
     if not isinstance(input_values, Tensor):
         raise ValueError(
-            f"input_values is a {type(input_values).__name__}; pass a float tensor [B, S], as "
-            "Wav2Vec2FeatureExtractor(...)(audio, sampling_rate=16000, return_tensors='pt').input_values gives it"
+            f"input_values is a {type(input_values).__name__}; pass a float tensor [B, S], such as "
+            "Wav2Vec2FeatureExtractor(...)(audio, sampling_rate=16000, return_tensors='pt').input_values"
         )
     shape, dtype = tuple(input_values.shape), input_values.dtype
+    came = f"input_values has shape {shape}"
     if len(shape) == 1:
-        raise ValueError(
-            f"input_values has shape {shape}: add the batch axis, input_values[None] -> (1, {shape[0]})"
-        )
+        raise ValueError(f"{came}: add the batch axis, input_values[None] -> (1, {shape[0]})")
     if len(shape) == 3 and min(shape[1:]) <= 8:
         axis = 1 if shape[1] <= shape[2] else 2
         raise ValueError(
-            f"input_values has shape {shape}, which looks like {shape[axis]} channels of audio: "
+            f"{came}, which looks like {shape[axis]} channels of audio: "
             f"mix down to one with input_values.mean({axis}), or pass one channel a row"
         )
     if len(shape) != 2:
-        raise ValueError(
-            f"input_values has shape {shape}; it must be [B, S]: one row of samples per utterance"
-        )
+        raise ValueError(f"{came}; it must be [B, S]: one row of samples per utterance")
     if not dtype.is_floating_point:
         advice = "it must be a floating dtype"
         if dtype in (torch.int16, torch.int32):  # the two widths of PCM that audio files hold
-            advice = f"this looks like PCM: scale it to -1..1 with input_values / {2 ** (torch.iinfo(dtype).bits - 1)}"
+            scale = 2 ** (torch.iinfo(dtype).bits - 1)
+            advice = f"this looks like PCM: scale it to -1..1 with input_values / {scale}"
         raise ValueError(f"input_values has dtype {dtype}; {advice}")
-    if shape[0] == 0 or shape[1] == 0:
-        raise ValueError(
-            f"input_values has shape {shape}: it is empty; pass at least one row of {width} samples"
-        )
+    if 0 in shape:
+        raise ValueError(f"{came}: it is empty; pass at least one row of {width} samples")
     if shape[1] < width:
         raise ValueError(
             f"input_values has {shape[1]} samples a row, fewer than the {width} that one latent frame sees: "
@@ -70,7 +67,7 @@ def _check_audio(input_values: Any, width: int) -> None:
         )
 
 
-# %% ../nbs/29_checks.ipynb #3449390c
+# %% ../nbs/29_checks.ipynb #05131e72
 def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
     """Refuse an attention mask that does not belong to this audio; reads no values."""
     if not isinstance(attention_mask, Tensor):
@@ -86,149 +83,176 @@ def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
         raise ValueError(f"attention_mask has dtype {attention_mask.dtype}; it must be bool or hold 0 and 1")
     if attention_mask.device not in (input_values.device, torch.device("cpu")):
         raise ValueError(
-            f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}: put the mask on the "
-            "same device, or leave it on the CPU (better: its lengths are then known without waiting for the device)"
+            f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}: put the "
+            "mask on the same device, or leave it on the CPU (better: its lengths are known without a wait)"
         )
 
 
-def _rows(bad: Tensor) -> str:
-    """Name the rows that are True in `bad` `[B]`, the first five of them."""
-    rows = [str(row) for row in bad.nonzero()[:, 0].tolist()]
-    return ("row " if len(rows) == 1 else "rows ") + ", ".join(rows[:5]) + (", …" if len(rows) > 5 else "")
+# %% ../nbs/29_checks.ipynb #3d7107bc
+def readable(values: Tensor) -> bool:
+    """Say whether values may be looked at: they are in the CPU's memory, and no graph is being compiled."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-# %% ../nbs/29_checks.ipynb #0352aa2e
+def _list_some(texts: Sequence[str], comma: str = ", ") -> str:
+    """Join the first five; an ellipsis stands for the others."""
+    return comma.join(texts[:5]) + (f"{comma}…" if len(texts) > 5 else "")
+
+
+def _refuse_rows(invalid: Tensor, message: str) -> None:
+    """Name the rows that are True in `invalid` `[B]` in the place of {} in the message; reads values."""
+    rows = [str(row) for row in invalid.nonzero()[:, 0].tolist()]
+    if rows:
+        raise ValueError(message.format(("row " if len(rows) == 1 else "rows ") + _list_some(rows)))
+
+
+# %% ../nbs/29_checks.ipynb #9fd84825
 def check_inputs(
     input_values: Tensor, attention_mask: Tensor | None, config: Wav2Vec2ConformerConfig
 ) -> None:
     """Refuse audio that the model would answer wrongly: the input contract of every head.
 
-    Type, shape and dtype are checked always. Values are checked where a tensor is on the CPU: on an accelerator reading
-    them would make the host wait, and while a graph is compiled or exported there are none.
+    Type, shape and dtype are checked always, values where they are `readable`.
 
     Args:
         input_values: `[B, S]`, floating, finite, at least the receptive field long.
-        attention_mask: `[B, S]` bool or 0/1, valid samples first, at least the receptive field of them in each row; or None.
-            On the device of `input_values`, or on the CPU wherever they are.
+        attention_mask: `[B, S]` bool or 0/1, valid samples first, in each row at least the receptive
+            field of them; or None. On the device of `input_values`, or on the CPU.
         config: the sizes of the convolutions.
 
     Raises:
-        ValueError: says which argument and rows are wrong, what came, and what to do.
+        ValueError: says which argument and rows are wrong, what came, and what to do; as all checks here.
     """
     width, _ = receptive_field(config.conv_kernel, config.conv_stride)
     _check_audio(input_values, width)
-    if attention_mask is not None:
-        _check_mask(attention_mask, input_values)
-    if torch.compiler.is_compiling():
-        return
-    if input_values.device.type == "cpu":
+    if readable(input_values):
         broken = ~torch.isfinite(input_values).all(-1)  # [B]
-        if broken.any():
-            raise ValueError(
-                f"input_values holds NaN or Inf in {_rows(broken)}: look at the audio of these rows"
-            )
-    if attention_mask is None or attention_mask.device.type != "cpu":
+        _refuse_rows(broken, "input_values holds NaN or Inf in {}: look at the audio of these rows")
+    if attention_mask is None:
         return
-    valid = attention_mask != 0  # [B, S]
-    invalid = (valid & (attention_mask != 1)).any(-1)
+    _check_mask(attention_mask, input_values)
+    if readable(attention_mask):
+        valid = attention_mask != 0  # [B, S]
+        others = (valid & (attention_mask != 1)).any(-1)
+        _refuse_rows(others, "attention_mask holds values other than 0 and 1 in {}")
+        left = (valid[:, 1:] & ~valid[:, :-1]).any(-1)
+        _refuse_rows(left, "attention_mask has a 1 after a 0 in {}: pad on the right, valid samples first")
+        fewer = f"fewer than {width} valid samples in {{}} (one latent frame sees {width})"
+        _refuse_rows(
+            valid.sum(-1) < width, f"attention_mask leaves {fewer}: drop them, or join them to others"
+        )
+
+
+# %% ../nbs/29_checks.ipynb #f6826a9e
+def _holds_integers(values: Tensor) -> bool:
+    """Say whether a tensor is of an integer type; True and False are no numbers here."""
+    return not (values.dtype == torch.bool or values.is_floating_point() or values.is_complex())
+
+
+def _check_integers(name: str, values: Any, shape: Sequence[int | None], form: str, what: str) -> None:
+    """Refuse what is no tensor of integers of this shape (None: any size), in words `form`."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name} is a {type(values).__name__}, expected a tensor {form}")
+    came = tuple(values.shape)
+    if len(came) != len(shape) or any(b not in (a, None) for a, b in zip(came, shape, strict=True)):
+        raise ValueError(f"{name} has shape {came}, expected a tensor {form}")
+    if not _holds_integers(values):
+        raise ValueError(f"{name} has dtype {values.dtype}, expected integers ({what})")
+
+
+# %% ../nbs/29_checks.ipynb #2cfcd453
+def _refuse_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> None:
+    """Name the first value that is invalid; one number is read from the device: whether there is any."""
     if invalid.any():
-        raise ValueError(f"attention_mask holds values other than 0 and 1 in {_rows(invalid)}")
-    left = (valid[:, 1:] & ~valid[:, :-1]).any(-1)
-    if left.any():
-        raise ValueError(
-            f"attention_mask has a 1 after a 0 in {_rows(left)}: pad on the right, valid samples first"
-        )
-    short = valid.sum(-1) < width
-    if short.any():
-        raise ValueError(
-            f"attention_mask leaves fewer than {width} valid samples in {_rows(short)} (one latent frame sees {width}): "
-            "drop these utterances, or join them to others"
-        )
+        place = invalid.nonzero()[0].tolist()
+        raise ValueError(f"{name}{place} = {values[tuple(place)].tolist()} is refused: allowed are {allowed}")
 
 
-# %% ../nbs/29_checks.ipynb #5daae7b1
 def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
-    """Refuse labels that the loss cannot mean: wrong shape, not integers, or outside the vocabulary.
+    """Refuse labels that the CTC loss cannot mean: wrong shape, not integers, or outside the vocabulary.
 
-    One number is read from the device: whether all labels are allowed.
+    One number is read, from a device and when compiled too: torch's CTC loss reads lengths there anyway.
 
-    Raises:
-        ValueError: Names what came and what is allowed.
+    Args:
+        labels: What came; any number of labels a row is allowed.
+        n_rows: Utterances in the batch, B.
+        vocab_size: Tokens that the head scores.
     """
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[0] != n_rows:
-        came = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels: got {came}, expected a tensor (batch, labels) with batch = {n_rows}")
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels: got dtype {labels.dtype}, expected integers (token ids)")
-    invalid = ((labels < 0) & (labels != -100)) | (labels >= vocab_size)
-    if invalid.any():
-        row, place = (int(i) for i in invalid.nonzero()[0])
-        raise ValueError(
-            f"labels[{row}, {place}] = {int(labels[row, place])} is refused: allowed are 0..{vocab_size - 1} "
-            f"(vocab_size={vocab_size}), and -100 for places to ignore"
-        )
+    form = f"(batch, labels) with batch = {n_rows}"
+    _check_integers("labels", labels, (n_rows, None), form, "token ids")
+    allowed = f"0..{vocab_size - 1} (vocab_size={vocab_size}), and -100 for places to ignore"
+    _refuse_first("labels", labels, ((labels < 0) & (labels != -100)) | (labels >= vocab_size), allowed)
 
 
-# %% ../nbs/29_checks.ipynb #eb6daf84
+def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
+    """Refuse labels that name no speaker: wrong shape, not integers, or out of range.
+
+    One number is read from the device; while a graph is compiled, only shape and dtype are looked at.
+
+    Args:
+        labels: What came; `[B]` or `[B, 1]` is allowed.
+        n_rows: Utterances in the batch, B.
+        n_speakers: Speakers that the loss knows, `config.num_labels`.
+    """
+    if n_speakers < 2:
+        raise refuse("num_labels", n_speakers, "at least 2 to train: without a rival the loss is always 0")
+    form = f"({n_rows},), one speaker per utterance"
+    if isinstance(labels, Tensor) and labels.shape == (n_rows, 1):
+        labels = labels[:, 0]
+    _check_integers("labels", labels, (n_rows,), form, "speaker numbers")
+    if not torch.compiler.is_compiling():
+        allowed = f"0..{n_speakers - 1} (num_labels={n_speakers})"
+        _refuse_first("labels", labels, (labels < 0) | (labels >= n_speakers), allowed)
+
+
+# %% ../nbs/29_checks.ipynb #53ecd18c
 def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
-    """Refuse rows whose frames are too few to spell their labels.
+    """Refuse rows whose frames are too few to spell their labels; looked at on the CPU alone.
 
     Args:
         needed: Frames of the shortest path of each row, `[B]` (`min_input_length`).
         n_labels: `[B]`.
         n_frames: `[B]`.
-
-    Raises:
-        ValueError: Names the rows, their frames, and how many they need.
     """
-    rows = (needed > n_frames).nonzero().flatten().tolist()
-    if rows:
-        lists = [
-            f"row {r} has {int(n_frames[r])} frames and needs {int(needed[r])} ({int(n_labels[r])} labels, "
-            f"{int(needed[r] - n_labels[r])} of them repeated)"
-            for r in rows[:5]
-        ]
+    if not needed.device.type == n_frames.device.type == "cpu":
+        return
+    columns = (needed.tolist(), n_labels.tolist(), n_frames.tolist())
+    lists = [
+        f"row {row} has {has} frames and needs {needs} ({count} labels, {needs - count} of them repeated)"
+        for row, (needs, count, has) in enumerate(zip(*columns, strict=True))
+        if needs > has
+    ]
+    if lists:
         raise ValueError(
-            f"labels: {len(rows)} of {len(needed)} rows are too long for their audio, the loss would be infinite: "
-            f"{'; '.join(lists)}{'; …' if len(rows) > 5 else ''}. "
-            "Leave them out, or set config.ctc_zero_infinity=True to count them as 0"
+            f"labels: {len(lists)} of {len(needed)} rows are too long for their audio, an infinite loss: "
+            f"{_list_some(lists, '; ')}. Leave them out, or count them as 0 by config.ctc_zero_infinity=True"
         )
 
 
-# %% ../nbs/29_checks.ipynb #ac3c56c7
-REGRESSION, ONE_LABEL, MANY_LABELS = (
-    "regression",
-    "single_label_classification",
-    "multi_label_classification",
-)  # values of config.problem_type
-
-
-def invalid_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, str]:
-    """Find labels whose value has no meaning for the loss, such as class 7 of 4.
+def check_long_enough(samples: Tensor, width: int, least: int) -> None:
+    """Refuse utterances from which no frame is left behind the TDNN (`min_samples`).
 
     Args:
-        labels: From `check_label_form`.
-        n_labels: Number of classes.
-        kind: The problem type.
-
-    Returns:
-        A bool for each label (for each frame, if one-hot), and in words what is allowed.
+        samples: Valid samples per row, `[B]`; looked at where they are `readable`.
+        width: Samples per row, padding included; looked at anywhere.
+        least: Samples of the shortest utterance that is allowed.
     """
-    if kind == REGRESSION:
-        return ~labels.isfinite(), "finite numbers"
-    if kind == MANY_LABELS:
-        return ~((labels >= 0) & (labels <= 1)), "0 to 1, and -100 for what to ignore"
-    if labels.dim() == 3:
-        one_hot = ((labels == 1).sum(-1) == 1) & ((labels == 0).sum(-1) == n_labels - 1)
-        advice = (
-            f"set config.problem_type={MANY_LABELS!r} where several classes, or none, may be true at once"
+    if width >= least and not readable(samples):
+        return
+    lists = [f"row {r} has {n} ({n / 16_000:.3f} s)" for r, n in enumerate(samples.tolist()) if n < least]
+    if lists:
+        raise ValueError(
+            f"input_values: the x-vector layers need {least} samples ({least / 16_000:.3f} s at 16 kHz) "
+            f"a row; {_list_some(lists)}. Leave these utterances out, or join them to others"
         )
-        return ~one_hot, f"one 1 among zeros, or -100 throughout for a frame to ignore; {advice}"
-    allowed = f"0..{n_labels - 1} (num_labels={n_labels}), and -100 for what to ignore"
-    return (labels < 0) | (labels >= n_labels), allowed
 
 
-# %% ../nbs/29_checks.ipynb #26e32a53
+# %% ../nbs/29_checks.ipynb #5ef6aa2a
+REGRESSION = "regression"  # the values of config.problem_type
+ONE_LABEL = "single_label_classification"
+MANY_LABELS = "multi_label_classification"
+
+
 def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
     """Check type and shape of labels; their values are not looked at.
 
@@ -238,14 +262,11 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
         kind: The problem type.
 
     Returns:
-        Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of the
-        logits, even if the last axis, of size 1, was left out. Integers and bools become long.
-
-    Raises:
-        ValueError: Says what came and what is allowed.
+        Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of
+        the logits, even if the last axis, of size 1, was left out. Integers and bools become long.
     """
     places, full = tuple(shape[:-1]), tuple(shape)
-    numbers, one_hot = kind == ONE_LABEL, kind == ONE_LABEL and len(full) == 3
+    one_hot = kind == ONE_LABEL and len(full) == 3
     allowed = {
         ONE_LABEL: f"class numbers (integers) of shape {places}"
         + f" or one-hot labels of shape {full}" * one_hot,
@@ -254,148 +275,75 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
     }[kind] + f" for problem_type {kind!r}"
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor: {allowed}")
-    came = tuple(labels.shape)
-    fits_numbers = numbers and came in (places, (*places, 1))
-    fits_full = came == full if full[-1] > 1 else came in (places, full)
-    if not (fits_numbers or (fits_full and (one_hot or not numbers))):
-        hint = "; frames are counted after the adapter, if there is one, by model._get_feat_extract_output_lengths"
-        raise ValueError(f"labels: got shape {came}, expected {allowed}{hint if len(full) == 3 else ''}")
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if (
-        labels.is_complex()
-        or (fits_numbers and not whole)
-        or (kind == REGRESSION and labels.dtype == torch.bool)
-    ):
-        raise ValueError(f"labels: got dtype {labels.dtype}, expected {allowed}")
-    labels = labels if labels.is_floating_point() else labels.long()
-    return labels.reshape(places if fits_numbers else full)
+    came, dtype = tuple(labels.shape), labels.dtype
+    as_numbers = kind == ONE_LABEL and came in (places, (*places, 1))
+    as_full = (one_hot or kind != ONE_LABEL) and (came == full or (full[-1] == 1 and came == places))
+    if not (as_numbers or as_full):
+        hint = "; frames are counted after the adapter (if any), by model._get_feat_extract_output_lengths"
+        raise ValueError(f"labels has shape {came}, expected {allowed}{hint if len(full) == 3 else ''}")
+    no_bool = kind == REGRESSION and dtype == torch.bool
+    if dtype.is_complex or no_bool or (as_numbers and not _holds_integers(labels)):
+        raise ValueError(f"labels has dtype {dtype}, expected {allowed}")
+    return (labels if dtype.is_floating_point else labels.long()).reshape(places if as_numbers else full)
 
 
-# %% ../nbs/29_checks.ipynb #00cac24e
+# %% ../nbs/29_checks.ipynb #eabb7934
+def invalid_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, str]:
+    """Find labels whose value means nothing, such as class 7 of 4 (True); say in words what is allowed."""
+    if kind == REGRESSION:
+        return ~labels.isfinite(), "finite numbers"
+    if kind == MANY_LABELS:
+        return ~((labels >= 0) & (labels <= 1)), "0 to 1, and -100 for what to ignore"
+    if labels.dim() == 3:
+        one_hot = ((labels == 1).sum(-1) == 1) & ((labels == 0).sum(-1) == n_labels - 1)
+        advice = f"if several classes or none may be true, set config.problem_type={MANY_LABELS!r}"
+        return ~one_hot, f"one 1 among zeros, or -100 throughout for a frame to ignore; {advice}"
+    allowed = f"0..{n_labels - 1} (num_labels={n_labels}), and -100 for what to ignore"
+    return (labels < 0) | (labels >= n_labels), allowed
+
+
 def check_label_values(labels: Tensor, counted: Tensor, n_labels: int, kind: str) -> None:
     """Refuse labels that count and cannot be meant.
 
-    One number is read from the device: whether any value is invalid. While a graph is compiled there are no values, and nothing
-    is refused.
+    One number is read from the device; while a graph is compiled, nothing is refused.
 
     Args:
         labels: From `check_label_form`.
         counted: Bool for each label (for each frame, if one-hot): those that enter the loss.
         n_labels: Number of classes.
         kind: The problem type.
-
-    Raises:
-        ValueError: Names the first such label, and what is allowed.
     """
-    if torch.compiler.is_compiling():
-        return
-    invalid, allowed = invalid_labels(labels, n_labels, kind)
-    if (invalid & counted).any():
-        where = (invalid & counted).nonzero()[0].tolist()
-        raise ValueError(f"labels{where} = {labels[tuple(where)].tolist()} is refused: allowed are {allowed}")
+    if not torch.compiler.is_compiling():
+        invalid, allowed = invalid_labels(labels, n_labels, kind)
+        _refuse_first("labels", labels, invalid & counted, allowed)
 
 
-# %% ../nbs/29_checks.ipynb #1e805083
-def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
-    """Refuse labels that name no speaker: wrong shape, not integers, or out of range.
-
-    One number is read from the device: whether all labels are allowed. While a graph is compiled there are no values,
-    and only shape and dtype are looked at.
-
-    Args:
-        labels: What came.
-        n_rows: Utterances in the batch, B.
-        n_speakers: Speakers that the loss knows, `config.num_labels`.
-
-    Raises:
-        ValueError: Names what came and what is allowed.
-    """
-    if n_speakers < 2:
-        raise refuse(
-            "num_labels", n_speakers, "at least 2 to train: who has no rival always wins, and the loss is 0"
-        )
-    if not isinstance(labels, Tensor) or labels.shape not in ((n_rows,), (n_rows, 1)):
-        came = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels: got {came}, expected a tensor ({n_rows},), one speaker per utterance")
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels: got dtype {labels.dtype}, expected integers (speaker numbers)")
-    if torch.compiler.is_compiling():
-        return
-    invalid = ((labels < 0) | (labels >= n_speakers)).flatten()
-    if invalid.any():
-        row = int(invalid.nonzero()[0])
-        raise ValueError(
-            f"labels[{row}] = {int(labels.flatten()[row])} is refused: allowed are 0..{n_speakers - 1} "
-            f"(num_labels={n_speakers})"
-        )
-
-
-# %% ../nbs/29_checks.ipynb #559a4c7b
-def check_long_enough(samples: Tensor, width: int, least: int) -> None:
-    """Refuse utterances from which no frame is left behind the TDNN.
-
-    Args:
-        samples: Valid samples per row, `[B]`; looked at on the CPU alone, and not while a graph is compiled.
-        width: Samples per row, padding included; looked at anywhere.
-        least: Samples of the shortest utterance that is allowed.
-
-    Raises:
-        ValueError: Names the rows, their lengths, and the shortest that is allowed.
-    """
-    rows = list(range(len(samples))) if width < least else []
-    if not rows and samples.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows = (samples < least).nonzero().flatten().tolist()
-    if rows:
-        lists = [f"row {r} has {int(samples[r])} ({int(samples[r]) / 16_000:.3f} s)" for r in rows[:5]]
-        raise ValueError(
-            f"input_values: the x-vector layers need {least} samples ({least / 16_000:.3f} s at 16 kHz) a row; "
-            f"{', '.join(lists)}{', …' if len(rows) > 5 else ''}. Leave these utterances out, or join them to others"
-        )
-
-
-# %% ../nbs/29_checks.ipynb #91a3eaf4
+# %% ../nbs/29_checks.ipynb #404bf433
 def check_pretraining(
     mask: Tensor | None, negatives: Tensor, shape: Sequence[int], config: Wav2Vec2ConformerConfig
 ) -> None:
     """Refuse a mask and negatives from which no loss of pre-training can be computed.
 
-    One number is read from the device: whether all negatives are allowed. While a graph is compiled there are no values,
-    and only shapes and dtypes are looked at.
+    One number is read from the device; while a graph is compiled, only shapes and dtypes are looked at.
 
     Args:
         mask: What came as `mask_time_indices`.
         negatives: What came as `sampled_negative_indices`.
         shape: Rows and frames, (B, T).
         config: Reads `add_adapter`.
-
-    Raises:
-        ValueError: Names what came and what is allowed.
     """
     B, T = shape
     if mask is None:
         raise ValueError("sampled_negative_indices came without mask_time_indices; the loss needs both")
     if config.add_adapter:
         raise ValueError("add_adapter=True shortens the states: there is no one target per state, so no loss")
-    if tuple(mask.shape) != (B, T):
-        raise ValueError(
-            f"mask_time_indices has shape {tuple(mask.shape)}, expected (batch, frames) = {(B, T)}"
-        )
-    if negatives.dim() != 3 or tuple(negatives.shape[:2]) != (B, T):
-        raise ValueError(
-            f"sampled_negative_indices has shape {tuple(negatives.shape)}, expected (batch, frames, negatives) "
-            f"with (batch, frames) = {(B, T)}"
-        )
-    if negatives.dtype == torch.bool or negatives.is_floating_point() or negatives.is_complex():
-        raise ValueError(
-            f"sampled_negative_indices has dtype {negatives.dtype}, expected integers (frame indices)"
-        )
+    if (came := tuple(mask.shape)) != (B, T):
+        raise ValueError(f"mask_time_indices has shape {came}, expected (batch, frames) = {(B, T)}")
+    form = f"(batch, frames, negatives) with (batch, frames) = {(B, T)}"
+    _check_integers("sampled_negative_indices", negatives, (B, T, None), form, "frame indices")
     if torch.compiler.is_compiling():
         return
-    first = torch.arange(B, device=negatives.device)[:, None, None] * T
-    invalid = ((negatives < first) | (negatives >= first + T)) & (mask != 0)[..., None]
-    if invalid.any():
-        row, frame, k = invalid.nonzero()[0].tolist()
-        raise ValueError(
-            f"sampled_negative_indices[{row}, {frame}, {k}] = {int(negatives[row, frame, k])}; allowed for row {row} are "
-            f"{row * T}..{row * T + T - 1}: frames of the utterance itself, as numbers in the flattened batch"
-        )
+    first = torch.arange(B, device=negatives.device)[:, None, None] * T  # the number of each row's frame 0
+    strangers = (negatives < first) | (negatives >= first + T)
+    allowed = f"row * {T} + 0..{T - 1}: frames of the utterance itself, as numbers in the flattened batch"
+    _refuse_first("sampled_negative_indices", negatives, strangers & (mask != 0)[..., None], allowed)

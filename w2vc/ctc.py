@@ -34,7 +34,7 @@ __all__ = [
 
 # %% ../nbs/40_ctc.ipynb #39e8b415
 def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
-    """Read a path as labels: join runs of equal symbols, then drop the blanks (Graves et al., 2006, section 3.1).
+    """Read a path as labels: join runs of equal symbols, drop the blanks (Graves et al., 2006, section 3.1).
 
     Args:
         path: One symbol per frame.
@@ -84,48 +84,15 @@ def min_input_length(labels: Tensor, n_labels: Tensor) -> Tensor:
     return n_labels + repeats.sum(1)
 
 
-# %% ../nbs/40_ctc.ipynb #bf518b60
-def pack_labels(labels: Tensor, blank: int = 0, ignored: int = -100) -> tuple[Tensor, Tensor]:
-    """Drop what is no label, wherever it stands, and move the others to the left.
-
-    Args:
-        labels: `[B, U]` integers; `ignored` and `blank` fill the rows of short texts.
-        blank: The CTC blank, which no text contains.
-        ignored: Marks places to pass over.
-
-    Returns:
-        Labels `[B, U]` long, each row filled up with blanks, and how many are real, `[B]`.
-    """
-    real = (labels != ignored) & (labels != blank)
-    order = real.int().argsort(dim=1, descending=True, stable=True)  # real ones first, in their order
-    packed = labels.long().masked_fill(~real, blank).gather(1, order)
-    return packed, real.sum(1)
-
-
-def min_input_length(labels: Tensor, n_labels: Tensor) -> Tensor:
-    """Count the frames of the shortest path: one per label, and a blank between two equal neighbours.
-
-    Args:
-        labels: `[B, U]`, packed.
-        n_labels: Real labels per row, `[B]`.
-
-    Returns:
-        `[B]` long. With fewer frames than this no path exists, and the loss is infinite.
-    """
-    places = torch.arange(labels.shape[1], device=labels.device)[1:]
-    repeats = (labels[:, 1:] == labels[:, :-1]) & (places < n_labels[:, None])
-    return n_labels + repeats.sum(1)
-
-
 # %% ../nbs/40_ctc.ipynb #c9353102
 _NEVER = -1e30  # log of "impossible"; a finite number, because minus infinity makes gradients NaN
 
 
 def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, blank: int = 0) -> Tensor:
-    """Minus the log probability that the frames spell the labels, summed over all paths by the forward algorithm.
+    """Minus the log probability that the frames spell the labels, over all paths, by the forward algorithm.
 
-    Graves et al. (2006), section 4.1, in log space and for all rows at once. The loop over frames stays: each column
-    of the trellis is made from the one before. The model calls torch's `ctc_loss`, the same in compiled code.
+    Graves et al. (2006), section 4.1, in log space and for all rows at once. The loop over frames stays: each
+    column of the trellis is made from the one before. The head calls torch's `ctc_loss`, the same in C++.
 
     Args:
         logits: `[B, T, V]`, before the softmax.
@@ -134,7 +101,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
         blank: The blank's number.
 
     Returns:
-        `[B]` in fp32 (or the logits' own type, if finer); infinite, with gradient 0, where the frames are too few.
+        `[B]` in fp32 (or the logits' own type, if finer); infinite, gradient 0, where the frames are too few.
     """
     B, T, _ = logits.shape
     n_frames = torch.full((B,), T, device=logits.device) if n_frames is None else n_frames
@@ -144,7 +111,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     emit = log_probs.gather(2, states[:, None].expand(-1, T, -1))  # [B, T, S]
     skips = (
         states != pad(states, (2, 0), value=blank)[:, :-2]
-    )  # a label unlike the last (blanks are all alike)
+    )  # a label unlike the last one; blanks are alike
     reach = torch.full_like(emit[:, 0], _NEVER)  # [B, S]: log probability of all ways to stand here
     reach[:, 0] = 0.0  # before the first frame we stand on the first blank
     for t in range(T):
@@ -180,8 +147,8 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
     """The model and one linear layer that scores every token at every frame; trained with CTC on text alone.
 
     Args:
-        config: Every size and switch; `vocab_size` must be set, `pad_token_id` is the blank. Kept as `model.config`;
-            `ctc_loss_reduction`, `ctc_zero_infinity` and `pad_token_id` are read at each call.
+        config: Every size and switch; `vocab_size` must be set, `pad_token_id` is the blank. Kept as
+            `model.config`; this blank, `ctc_loss_reduction` and `ctc_zero_infinity` are read at each call.
         target_lang: Must be None: there are no language adapters for Conformer checkpoints.
 
     Raises:
@@ -212,12 +179,10 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         else:
             n_frames = self._get_feat_extract_output_lengths(valid_lengths(attention_mask))
         labels, n_labels = pack_labels(labels, blank)
-        on_host = labels.device.type == n_frames.device.type == "cpu"  # elsewhere each look makes us wait
-        if on_host and not config.ctc_zero_infinity:
+        if not config.ctc_zero_infinity:
             check_feasible(min_input_length(labels, n_labels), n_labels, n_frames)
-        with torch.autocast(
-            logits.device.type, enabled=False
-        ):  # int64 labels also keep torch off cuDNN's kernel
+        # the loss is taken in fp32; labels of type int64 keep torch off cuDNN's kernel
+        with torch.autocast(logits.device.type, enabled=False):
             return nn.functional.ctc_loss(
                 log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1),
                 labels.to(logits.device),
@@ -247,7 +212,8 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: `[B, U]` token ids of the texts; -100 and the blank are passed over.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None draws them as the config says, in training.
+            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None: drawn in training, as
+                the config says.
 
         Raises:
             ValueError: Labels outside the vocabulary or of a wrong shape; or (seen on the host only, and if
@@ -257,12 +223,7 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
             input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states, True
         )
         logits = self.lm_head(self.dropout(base.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss_of = self._loss
-            if torch.compiler.is_compiling():  # torch's ctc_loss reads lengths: never one graph
-                loss_of = torch.compiler.disable(loss_of)  # type: ignore[no-untyped-call]
-            loss = loss_of(logits, labels, attention_mask)
+        loss = None if labels is None else self._loss(logits, labels, attention_mask)
         output = CausalLMOutput(loss, logits, base.hidden_states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
