@@ -14,12 +14,12 @@ from .config import Wav2Vec2ConformerConfig, get_activation
 __all__ = ["MaskedBatchNorm1d", "ConvolutionModule"]
 
 
-# %% ../nbs/24_convolution.ipynb #08b25edf
+# %% ../nbs/24_convolution.ipynb #c6f3dc4c
 class MaskedBatchNorm1d(nn.BatchNorm1d):
     """Batch norm that leaves padding out; parameters, buffers and settings are those of `nn.BatchNorm1d`.
 
-    Batch normalisation (Ioffe and Szegedy, 2015) takes one mean and one variance per channel over all frames of the
-    batch while training, and keeps running averages of them for evaluation.
+    Batch normalisation (Ioffe and Szegedy, 2015) takes one mean and one variance per channel over all frames of
+    the batch while training, and keeps running averages of them for evaluation.
 
     Args:
         channels: The number of channels, D.
@@ -65,13 +65,13 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             running.lerp_(new.to(running.dtype), step.to(running.dtype))
 
 
-# %% ../nbs/24_convolution.ipynb #b3c72afe
+# %% ../nbs/24_convolution.ipynb #a6ea1af5
 class ConvolutionModule(nn.Module):
     """Mix each frame with its neighbours (Conformer, Gulati et al., 2020, section 2.2).
 
-    Layer norm, pointwise convolution to twice the width, gated linear unit, depthwise convolution of odd width, batch
-    norm, activation, pointwise convolution, dropout. No convolution has a bias. With `config.padding_invariant`, a
-    frame mask keeps padding out of the depthwise convolution and of the batch statistics.
+    Layer norm, pointwise convolution to twice the width, gated linear unit, depthwise convolution of odd width,
+    batch norm, activation, pointwise convolution, dropout. No convolution has a bias. With
+    `config.padding_invariant`, a frame mask keeps padding out of the depthwise convolution and of the statistics.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
