@@ -148,8 +148,8 @@ class ConformerEncoder(nn.Module):
     that the keys match.
 
     Args:
-        config: Sizes, dropouts and switches; `layerdrop`, `padding_invariant` and `hidden_states_pre_norm` are
-            read at each call.
+        config: Sizes, dropouts and switches; `layerdrop`, `padding_invariant` and `hidden_states_pre_norm`
+            are read at each call.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -180,7 +180,7 @@ class ConformerEncoder(nn.Module):
         Returns:
             Last hidden states `[B, T, D]`; L + 1 hidden states or None; L maps `[B, H, T, T]` or None.
             Each hidden state is the very tensor that the next block reads; the last one is normalised, unless
-            `config.hidden_states_pre_norm`. A layer skipped by LayerDrop repeats the stream, and its map is None.
+            `config.hidden_states_pre_norm`. A layer that LayerDrop skips repeats the stream; its map is None.
         """
         if frame_mask is not None:
             frame_mask = frame_mask.to(hidden.device)
