@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from helpers import assert_close, difference, grad_difference, peer_config, randomise_, tiny_config
 from w2vc.attention import SelfAttention
 from w2vc.config import Wav2Vec2ConformerConfig
-from w2vc.conformer import ConformerBlock, ConformerEncoder, FeedForward, keep_buffers
+from w2vc.conformer import ConformerBlock, ConformerEncoder, FeedForward, KeepBuffers
 from w2vc.features import frame_mask
 
 peer = pytest.importorskip("transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer")
@@ -371,7 +371,7 @@ def test_keep_buffers_gives_the_very_buffers_back() -> None:
     before = {name: (buffer, buffer.clone()) for name, buffer in encoder.named_buffers()}
 
     def run() -> None:
-        with keep_buffers(encoder):
+        with KeepBuffers(encoder):
             encoder(frames())
             counts = [b.item() for n, b in encoder.named_buffers() if n.endswith("num_batches_tracked")]
             assert counts == [1] * encoder.config.num_hidden_layers
@@ -445,3 +445,15 @@ def test_the_block_uses_the_chapters_parts() -> None:
         "ffn1_layer_norm", "ffn1", "self_attn_layer_norm", "self_attn", "self_attn_dropout",
         "conv_module", "ffn2_layer_norm", "ffn2", "final_layer_norm",
     ]  # fmt: skip
+
+
+def test_a_graph_with_recomputed_blocks_can_be_walked_twice() -> None:
+    """Two saliency maps of one forward pass, or a loss whose parts are weighed by their gradients."""
+    encoder = ConformerEncoder(tiny_config(**SILENT)).train()
+    encoder.gradient_checkpointing = True
+    hidden = torch.randn(2, 9, 32, requires_grad=True)
+    last, _, _ = encoder(hidden)
+    counted = {name: b.clone() for name, b in encoder.named_buffers()}
+    first = torch.autograd.grad(last.square().sum(), hidden, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(last.square().sum(), hidden)[0])
+    assert all(torch.equal(b, counted[name]) for name, b in encoder.named_buffers())

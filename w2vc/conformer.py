@@ -5,8 +5,7 @@
 # %% ../nbs/26_conformer.ipynb #0e7cdb78
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -24,7 +23,7 @@ __all__ = [
     "FeedForward",
     "ConformerBlock",
     "skip_layer",
-    "keep_buffers",
+    "KeepBuffers",
     "recompute_contexts",
     "ConformerEncoder",
 ]
@@ -117,23 +116,26 @@ def skip_layer(layerdrop: float, training: bool) -> bool:
 
 
 # %% ../nbs/26_conformer.ipynb #1b48bda4
-@contextmanager
-def keep_buffers(module: nn.Module) -> Iterator[None]:
-    """Let a module write into copies of its buffers for a while; the real ones stay as they are."""
-    parts = list(module.modules())
-    real = [(part, name, buffer) for part in parts for name, buffer in part.named_buffers(recurse=False)]
-    for part, name, buffer in real:
-        setattr(part, name, buffer.clone())
-    try:
-        yield
-    finally:  # torch ends a second run by an exception, as soon as it has what it needs
-        for part, name, buffer in real:
-            setattr(part, name, buffer)
+class KeepBuffers:
+    """A context in which a module writes into copies of its buffers; the real ones stay as they are. It may be entered again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parts = list(module.modules())
+        self.real: list[tuple[nn.Module, str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        self.real = [(m, name, b) for m in self.parts for name, b in m.named_buffers(recurse=False)]
+        for module, name, buffer in self.real:
+            setattr(module, name, buffer.clone())
+
+    def __exit__(self, *error: object) -> None:
+        for module, name, buffer in self.real:
+            setattr(module, name, buffer)
 
 
-def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], KeepBuffers]:
     """Contexts for `torch.utils.checkpoint`: the second run of `block` must not count its batch twice."""
-    return nullcontext(), keep_buffers(block)
+    return nullcontext(), KeepBuffers(block)
 
 
 # %% ../nbs/26_conformer.ipynb #66236d5f
