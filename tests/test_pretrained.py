@@ -440,7 +440,7 @@ def test_rotary_frequencies_of_another_base_are_refused(tmp_path: Path) -> None:
     build(position_embeddings_type="rotary").save_pretrained(tmp_path)
     edit(tmp_path, lambda t: {name: x.bfloat16() if "inv_freq" in name else x for name, x in t.items()})
     Wav2Vec2ConformerModel.from_pretrained(tmp_path)  # rounded to 16 bits they are the same ones
-    with pytest.raises(ValueError, match="rotary_embedding_base=500.*holds other frequencies"):
+    with pytest.raises(ValueError, match=r"rotary_embedding_base=500.*holds other frequencies"):
         Wav2Vec2ConformerModel.from_pretrained(tmp_path, rotary_embedding_base=500)
 
 

@@ -530,7 +530,7 @@ def test_head_errors() -> None:
     for wrong in (0, 2 * T, -1, 10_000):  # of another utterance, or of none
         some = negatives.clone()
         some[row + 1, frame, 3] = wrong
-        refused(rf"\[{row + 1}, {frame}, 3\] = {wrong}; allowed for row {row + 1} are", some, mask)
+        refused(rf"\[{row + 1}, {frame}, 3\] = {wrong} is refused: allowed are row \* {T}", some, mask)
     refused("add_adapter", negatives, mask, build(still(add_adapter=True)))
 
 
