@@ -24,7 +24,7 @@ from .fast import plain_forms
 from .features import receptive_field, valid_lengths
 from .health import perplexity
 from .measures import cross_table, log_mel_frames
-from .pretrained import listening
+from .pretrained import eval_mode
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .speech import SAMPLING_RATE, SILENCE, Segment, Speech, frame_labels
 from .viz import OKABE_ITO, Sound, figure, plot_matrix, render
@@ -149,7 +149,7 @@ def collect_codes(
     width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
     base, quantizer = model.wav2vec2_conformer, model.quantizer
     found: dict[int, tuple[Any, ...]] = {}
-    with plain_forms(model), listening(model):
+    with plain_forms(model), eval_mode(model):
         for batch in utterance_batches(model, speech, extractor, batch_seconds=batch_seconds):
             sound = batch["input_values"]
             latent = base.feature_extractor(sound, valid_lengths(batch["attention_mask"]))

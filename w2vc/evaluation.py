@@ -46,7 +46,7 @@ from .measures import count_edits, cross_table, diarization_error_rate, equal_er
 # isort: split
 from .measures import eval_library, fit_softmax, log_mel_frames, min_dcf, plain_text, score_pairs
 from .model import Wav2Vec2ConformerModel
-from .pretrained import PreTrainedModel, listening, read_checkpoint
+from .pretrained import PreTrainedModel, eval_mode, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .recipes import Recipe
 from .speaker import Wav2Vec2ConformerForXVector, min_samples
@@ -293,7 +293,7 @@ def phone_frames(
     parts: list[tuple[Any, ...]] = []
     width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
     base = model.wav2vec2_conformer
-    with listening(model):
+    with eval_mode(model):
         for batch in utterance_batches(model, speech, extractor, batch_seconds=batch_seconds):
             sound = batch["input_values"]
             features = base.feature_extractor(sound, valid_lengths(batch["attention_mask"]))
@@ -364,7 +364,7 @@ def _layer_states(
     layers: list[list[Tensor]] = []
     labels: list[tuple[Any, ...]] = []
     base: Any = model.base_model
-    with listening(model):
+    with eval_mode(model):
         for batch in utterance_batches(model, speech, extractor, batch_seconds=batch_seconds):
             output = base(
                 batch["input_values"], batch["attention_mask"], output_hidden_states=True, return_dict=True
@@ -496,7 +496,7 @@ def contrastive_sums(
         "seed": recipe.run.seed,
     }
     found: dict[str, Sums] = {}
-    with listening(model):
+    with eval_mode(model):
         for batch in data_loader(speech, collator, **bounds):
             batch.to(model.device)
             padding = None if len(set(batch["lengths"])) == 1 else batch["attention_mask"]
@@ -783,7 +783,7 @@ def judge_sequences(trial: Trial) -> Found:
         )
     asked: list[Utterance] = []
     said: list[int] = []
-    with listening(trial.model):
+    with eval_mode(trial.model):
         for batch in trial.batches(Speech(known)):
             asked += batch["utterances"]
             said += (
@@ -822,7 +822,7 @@ def judge_frames(trial: Trial) -> Found:
     asked: list[Utterance] = []
     right: list[tuple[int, int]] = []
     errors: list[DiarizationErrors] = []
-    with listening(trial.model):
+    with eval_mode(trial.model):
         for batch in trial.batches(trial.speech.filter(lambda u: bool(getattr(u, target)))):
             logits = (
                 trial.model(batch["input_values"], batch["attention_mask"], return_dict=True)
@@ -880,7 +880,7 @@ def judge_speakers(trial: Trial) -> Found:
         )
     asked: list[Utterance] = []
     vectors: list[Tensor] = []
-    with listening(trial.model):
+    with eval_mode(trial.model):
         for batch in trial.batches(Speech(known)):
             asked += batch["utterances"]
             vectors.append(

@@ -25,7 +25,7 @@ from .config import refuse, write_atomically
 from .fast import plain_forms
 from .features import receptive_field
 from .positions import RelativePositions
-from .pretrained import PreTrainedModel, listening
+from .pretrained import PreTrainedModel, eval_mode
 from .speech import Segment, Utterance, frame_labels
 from .viz import Picture, Sound, figure, plot_matrix, render, timeline
 
@@ -120,7 +120,7 @@ def attention_maps(
     samples = torch.from_numpy(normalise(as_utterance(audio).audio))[None].to(
         model.device, model.dtype
     )  # [1, S]
-    with plain_forms(base), listening(base):
+    with plain_forms(base), eval_mode(base):
         maps = base(samples, output_attentions=True).attentions  # L of [1, H, T, T]
     return torch.stack([maps[layer][0, heads].float().cpu() for layer in layers])
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from . import attention, conformer, convolution, features, masking
 from .fast import plain_forms
 from .health import choice_sums
-from .pretrained import listening
+from .pretrained import eval_mode
 from .tracing import as_input, dependency_map, dependency_spans, parity_strip, record
 
 # %% auto #0
@@ -449,7 +449,7 @@ def check_up(net: nn.Module, audio: Any) -> dict[str, float]:
     only = {"spans", "itself", "leak", "no gradient", "diversity"}
     with (
         plain_forms(net),
-        listening(net),
+        eval_mode(net),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
@@ -481,7 +481,7 @@ def hidden_accuracy(net: nn.Module, audio: Any) -> float:
     )
     hook = cast(Any, net).quantizer.register_forward_hook(lambda part, given, output: codes.append(output[2]))
     try:
-        with plain_forms(net), listening(net):
+        with plain_forms(net), eval_mode(net):
             mask, wrong = mask.to(samples.device), wrong.to(samples.device)
             out = net(samples, mask_time_indices=mask)
             states, targets = out.projected_states, out.projected_quantized_states

@@ -60,7 +60,7 @@ __all__ = [
     "split_into_shards",
     "weight_files",
     "read_dtype",
-    "listening",
+    "eval_mode",
     "join_head",
     "save_head",
     "demo_folder",
@@ -590,7 +590,7 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 # %% ../nbs/28_pretrained.ipynb #4cd458e6
 @contextmanager
-def listening(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients, and afterwards each of its parts back as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

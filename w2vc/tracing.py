@@ -24,7 +24,7 @@ from .audio import Samples, load_audio, normalise
 from .fast import plain_forms
 from .features import conv_output_lengths, frame_mask, receptive_field
 from .masking import compute_mask_indices
-from .pretrained import BASE, listening
+from .pretrained import BASE, eval_mode
 
 # %% auto #0
 __all__ = [
@@ -569,7 +569,7 @@ def trace(
         **inputs: Further arguments of the model, such as `attention_mask` or `labels`.
     """
     samples, kind, config = as_input(model, audio), type(model).__name__, cast(Any, model.config)
-    with plain_forms(model), listening(model):
+    with plain_forms(model), eval_mode(model):
         if timed:
             model(samples, **inputs)
         clocks = [Clock(model) for _ in range(repeats if timed else 1)]
@@ -765,7 +765,7 @@ def block_map(
     hook = part.register_forward_hook(lambda *call: met.append(call[1:]), with_kwargs=True)
     with (
         plain_forms(model),
-        listening(model),
+        eval_mode(model),
         torch.inference_mode(False),
     ):  # in evaluation, but with gradients
         try:
@@ -823,7 +823,7 @@ def record(model: nn.Module, audio: Any, *, blocks: str = STRIP, **inputs: Any) 
     try:
         with (
             plain_forms(model),
-            listening(model),
+            eval_mode(model),
             torch.inference_mode(False),
             torch.no_grad(),
         ):  # ordinary tensors, to be worked with
@@ -1183,7 +1183,7 @@ def spot_the_negative(
         lambda part, given, output: codes.append(output[2][0].cpu())
     )
     try:
-        with plain_forms(model), listening(model):
+        with plain_forms(model), eval_mode(model):
             output = model(samples, mask_time_indices=hidden[None].to(samples.device))
     finally:
         hook.remove()

@@ -29,7 +29,7 @@ from .ctc import Wav2Vec2ConformerForCTC
 from .fast import describe_forms, slow_down, speed_up
 from .health import Sums, choice_sums, code_sums, describe_codes, diversity_share, find_alarms
 from .measures import EditCounts, count_edits
-from .pretrained import OLD_WEIGHTS, PreTrainedModel, listening, read_checkpoint
+from .pretrained import OLD_WEIGHTS, PreTrainedModel, eval_mode, read_checkpoint
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .recipes import Recipe, SourcePlan, describe_cost, estimate_cost, gumbel_temperature
 from .speaker import Wav2Vec2ConformerForXVector
@@ -520,7 +520,7 @@ def blame(objective: Objective, batch: BatchFeature) -> list[str]:
                 row["sampled_negative_indices"] - i * batch["mask_time_indices"].shape[1]
             )
         try:
-            with listening(objective.model):
+            with eval_mode(objective.model):
                 finite = bool(objective.forward(objective.model, row, 1)[0].isfinite())
         except ValueError:  # the model refuses what is not a number
             finite = False

@@ -22,7 +22,7 @@ from .batches import bucket_batches
 from .config import Wav2Vec2ConformerConfig
 from .ctc import Wav2Vec2ConformerForCTC
 from .fast import fast_forms
-from .pretrained import demo_folder, listening
+from .pretrained import demo_folder, eval_mode
 from .speech import Utterance
 from .text import Wav2Vec2Processor
 
@@ -206,7 +206,7 @@ def frame_logits(
     sizes = [job.size for job in jobs]
     max_rows = None if model.config.padding_invariant else 1  # else a row would depend on its neighbours
     results = [torch.zeros(T, model.config.vocab_size or 0) for T in counts]
-    with fast_forms(model), listening(model):
+    with fast_forms(model), eval_mode(model):
         for batch in bucket_batches(sizes, max([most, 1, *sizes]), max_rows=max_rows):
             rows, mask = _rows([jobs[j] for j in batch], audios)
             logits = model(rows.to(model.device), mask.to(model.device), return_dict=True).logits.cpu()

@@ -37,7 +37,7 @@ from .explore import Explorer, as_utterance, attention_explorer, clip_data, fram
 from .explore import gray_png, save_page, slider
 from .fast import plain_forms
 from .measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
-from .pretrained import PreTrainedModel, demo_folder, listening
+from .pretrained import PreTrainedModel, demo_folder, eval_mode
 from .pretraining import Wav2Vec2ConformerForPreTraining
 from .speaker import Wav2Vec2ConformerForXVector
 from .speech import Segment, Speech, Utterance, frame_labels, load_speech
@@ -696,7 +696,7 @@ def speaker_vectors(model: Any, speech: Speech, extractor: Any = None) -> Tensor
             "model", type(model).__name__, "a Wav2Vec2ConformerForXVector, which gives vectors of voices"
         )
     found: dict[str, Tensor] = {}
-    with plain_forms(model), listening(model):
+    with plain_forms(model), eval_mode(model):
         for batch in utterance_batches(model, speech, extractor):
             vectors = (
                 model(batch["input_values"], batch["attention_mask"], return_dict=True)
@@ -855,7 +855,7 @@ def turns_view(model: Any, audio: Any, extractor: Any = None) -> Explorer:
         [model.config.id2label[i] for i in range(model.config.num_labels)],
     )
     hop, middle = frame_clock(model, u.sampling_rate)
-    with plain_forms(model), listening(model):
+    with plain_forms(model), eval_mode(model):
         chances = (
             model(as_input(model, u), return_dict=True).logits[0].sigmoid().float().cpu()
         )  # [T, speakers]
@@ -985,7 +985,7 @@ def answers_table(model: SequenceModel, utterance: Utterance, n: int = 10) -> st
         utterance: The recording.
         n: Labels to list.
     """
-    with plain_forms(model), listening(model):
+    with plain_forms(model), eval_mode(model):
         logits = model(as_input(model, utterance), return_dict=True).logits[0].float()
     many = resolve_problem_type(model.config) == "multi_label_classification"
     values, places = (logits.sigmoid() if many else logits.softmax(-1)).topk(min(n, len(logits)))
