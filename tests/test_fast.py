@@ -38,7 +38,7 @@ from w2vc.fast import (
     slow_down,
     speed_up,
 )
-from w2vc.features import FeatureEncoder, frame_mask
+from w2vc.features import FeatureEncoder, frame_mask, receptive_field
 from w2vc.masking import compute_mask_indices
 from w2vc.model import Wav2Vec2ConformerModel
 from w2vc.negatives import sample_negative_indices
@@ -106,8 +106,9 @@ def inputs_for(part: nn.Module, seed: int, lengths: list[int], extra: int) -> tu
     g = torch.Generator().manual_seed(seed)
     config: Any = part.config
     if isinstance(part, FeatureEncoder):
-        samples = torch.tensor([max(0, 400 + 320 * (n - 1)) + random.Random(n).randint(0, 319) for n in lengths])
-        audio = torch.randn(len(lengths), int(samples.max()) + 320 * extra, generator=g)
+        width, hop = receptive_field(config.conv_kernel, config.conv_stride)
+        samples = torch.tensor([width + hop * (n - 1) + n % hop if n else width - 1 for n in lengths])
+        audio = torch.randn(len(lengths), int(samples.max()) + hop * extra, generator=g)
         rows = part(audio).shape[1]
         return [audio, samples], frame_mask(torch.tensor(lengths), rows)
     mask = frame_mask(torch.tensor(lengths), max(lengths) + extra)
@@ -166,7 +167,7 @@ def small_blocks(model: Any) -> Any:
 def test_each_pair_is_equal(plain: type[nn.Module], training: bool, device: str) -> None:
     """In 64 bits, where rounding cannot hide a mistake; blocks are made small enough to be many."""
     torch.manual_seed(0)
-    for seed in range(16):
+    for seed in range(10):
         config = random_config(seed)
         part = randomised(plain(config), seed).double().train(training)
         if hasattr(part, "gradient_checkpointing"):
@@ -241,8 +242,10 @@ def model_step(model: Any, inputs: dict[str, Any], seed: int, **wanted: Any) -> 
 def test_whole_models_are_equal(head: str) -> None:
     """All heads over random configs: norms, positions, masks, checkpointing, LayerDrop, training and not."""
     for seed in range(6):
-        plain_adapter = {"add_adapter": False} if head != "base" else {}
-        plain: Any = build(seed, head, **plain_adapter, num_labels=2).double().train(seed % 2 == 0)
+        fixed: dict[str, Any] = {"add_adapter": False} if head != "base" else {}
+        if head == "pretraining":
+            fixed["mask_time_prob"] = 0.5  # with a mask embedding
+        plain: Any = build(seed, head, **fixed, num_labels=2).double().train(seed % 2 == 0)
         if seed % 3 == 0:
             plain.gradient_checkpointing_enable()
         draw = random.Random(seed)
@@ -262,13 +265,14 @@ def test_low_precision_is_as_close_to_fp64_fast_as_plain(norm: str, mode: str) -
     inputs = batch([6000, 12_000, 3000])
     exact = copy.deepcopy(model).double()(inputs["input_values"].double(), inputs["attention_mask"])
     dtype = torch.float32 if mode == "autocast" else getattr(torch, mode)
-    gaps = []
+    gaps, dtypes = [], set()
     for form in (speed_up, slow_down):
         low = form(copy.deepcopy(model)).to(dtype)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             out = low(**inputs).last_hidden_state
         gaps.append(difference(out, exact.last_hidden_state))
-    assert out.dtype == low(**inputs).last_hidden_state.dtype
+        dtypes.add(out.dtype)
+    assert len(dtypes) == 1
     bound = torch.finfo(torch.bfloat16 if mode == "autocast" else dtype).eps
     assert 0 < gaps[0] < max(2 * gaps[1], 16 * bound)
 
@@ -399,7 +403,7 @@ def test_a_compiled_or_exported_model_is_the_plain_one() -> None:
     want = model(**inputs).last_hidden_state
     compiled = torch.compile(speed_up(model), backend="eager", fullgraph=True)
     assert_close("fast, compiled", compiled(**inputs).last_hidden_state, want)
-    attention = speed_up(SelfAttention(tiny_config())).eval()
+    attention = speed_up(SelfAttention(tiny_config())).eval().requires_grad_(False)
     attention.most_bytes, attention.fewest = 1, 4
     hidden, table = torch.randn(2, 9, 32), make_positions(attention.config)(9, "cpu", torch.float32)
     traced = torch.jit.trace(lambda x: attention(x, None, table)[0], hidden, check_trace=False)
@@ -534,8 +538,8 @@ def test_fast_forms_hold_less() -> None:
     blocks.most_bytes = 1
     plain, fast = (peak(lambda f=f: f(hidden, None, table)[0].sum().backward()) for f in (layer, blocks))
     assert fast < 0.3 * plain
-    encoder = FeatureEncoder(tiny_config())
-    audio = torch.randn(2, 160_000)
+    encoder = FeatureEncoder(tiny_config(conv_dim=[256] * 3))
+    audio = torch.randn(2, 80_000)
     with torch.no_grad():
         plain, fast = (peak(lambda f=f: f(audio)) for f in (encoder, speed_up(copy.deepcopy(encoder))))
     assert fast < 0.4 * plain

@@ -202,11 +202,12 @@ class FastSelfAttention(SelfAttention):
         """Do what `SelfAttention` does."""
         if isinstance(frame_mask, Packing):
             return self.mix_packed(query, key, value, frame_mask, distance_keys), None
-        B, H, T, _ = query.shape
-        size = max(self.fewest, self.most_bytes // (B * H * 2 * T * query.element_size()))
-        if output_attentions or distance_keys is None or size >= T or records_graph():
-            return super().mix(query, key, value, frame_mask, distance_keys, output_attentions)
-        return self.mix_in_blocks(size, query, key, value, frame_mask, distance_keys), None
+        if not (output_attentions or distance_keys is None or records_graph()):
+            B, H, T, _ = query.shape
+            size = max(self.fewest, self.most_bytes // (B * H * 2 * T * query.element_size()))
+            if size < T:
+                return self.mix_in_blocks(size, query, key, value, frame_mask, distance_keys), None
+        return super().mix(query, key, value, frame_mask, distance_keys, output_attentions)
 
     def mix_packed(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, distance_keys: Tensor | None
@@ -294,9 +295,9 @@ def is_untouched(part: nn.Module) -> bool:
     A fast form calls the modules inside it in another way, or with other shapes; only ours, torch's own and torch's linear
     layers of 8 bits are known to bear that, and of ours no subclass of a part that has a fast form.
     """
-    known = "torch.nn.modules.", "w2vc.", "torch.ao.nn.quantized.dynamic.modules.linear"
+    linears = "torch.ao.nn.quantized.dynamic.modules.linear", "torch.ao.nn.quantized.modules.linear"
     return all(
-        type(module).__module__.startswith(known)
+        type(module).__module__.startswith(("torch.nn.modules.", "w2vc.", *linears))
         and (type(module) in {*FAST, *FAST.values()} or not isinstance(module, tuple(FAST)))
         and "forward" not in vars(module)
         and not any(getattr(module, name) for name in _HOOKS)
