@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -126,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 worked, 1 failed, 2 was called wrongly, 130 was interrupted.
     """
     command = typer.main.get_command(app)
+    if sys.stderr.isatty():  # somebody reads along: say which fast forms run
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("w2vc").setLevel(logging.INFO)
     try:
         result = command.main(args=arguments, prog_name="w2vc", standalone_mode=False)
         return int(result or 0)
