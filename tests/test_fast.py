@@ -130,7 +130,9 @@ def step(part: nn.Module, inputs: list[Any], counts: Tensor, seed: int) -> dict[
     found = {"frames": frames}
     weights = torch.linspace(-1, 1, frames.numel(), device=frames.device, dtype=frames.dtype).view_as(frames)
     (frames * weights).sum().backward()
-    found["input gradient"] = leaves[0].grad[counts] if counts.shape == leaves[0].shape[:2] else leaves[0].grad
+    found["input gradient"] = (
+        leaves[0].grad[counts] if counts.shape == leaves[0].shape[:2] else leaves[0].grad
+    )
     return found | state_of(part)
 
 
@@ -254,7 +256,9 @@ def test_whole_models_are_equal(head: str) -> None:
         if seed % 3 == 0:
             plain.gradient_checkpointing_enable()
         draw = random.Random(seed)
-        inputs: dict[str, Any] = batch([draw.randint(6000, 9000) for _ in range(3)], seed, extra=seed % 2 * 900)
+        inputs: dict[str, Any] = batch(
+            [draw.randint(6000, 9000) for _ in range(3)], seed, extra=seed % 2 * 900
+        )
         inputs["input_values"] = inputs["input_values"].double()
         inputs |= with_targets(head, plain, inputs, seed)
         fast = small_blocks(speed_up(copy.deepcopy(plain)))
@@ -266,7 +270,9 @@ def test_whole_models_are_equal(head: str) -> None:
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "float16", "autocast"])
 @pytest.mark.parametrize("norm", ["group", "layer"])
 def test_low_precision_is_as_close_to_fp64_fast_as_plain(norm: str, mode: str) -> None:
-    model = build(1, feat_extract_norm=norm, padding_invariant=True, add_adapter=False, mask_time_prob=0.0).eval()
+    model = build(
+        1, feat_extract_norm=norm, padding_invariant=True, add_adapter=False, mask_time_prob=0.0
+    ).eval()
     inputs = batch([6000, 12_000, 3000])
     exact = copy.deepcopy(model).double()(inputs["input_values"].double(), inputs["attention_mask"])
     dtype = torch.float32 if mode == "autocast" else getattr(torch, mode)
@@ -367,12 +373,18 @@ def touch(model: Any, how: str) -> set[str]:
     "how", ["hook", "backward hook", "foreign class", "subclass", "replaced forward", "parametrization"]
 )
 def test_what_was_touched_stays_plain_and_is_named(how: str, caplog: pytest.LogCaptureFixture) -> None:
-    model: Any = build(0, padding_invariant=True, num_hidden_layers=2, mask_time_prob=0.0, add_adapter=False).eval()
+    model: Any = build(
+        0, padding_invariant=True, num_hidden_layers=2, mask_time_prob=0.0, add_adapter=False
+    ).eval()
     plain = touch(model, how)
     want = model(**batch([4000, 9000])).last_hidden_state
     with caplog.at_level(logging.INFO, logger="w2vc.fast"):
         speed_up(model)
-    assert {name for name, m in model.named_modules() if isinstance(m, tuple(FAST)) and type(m) not in FAST.values()} == plain
+    assert {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, tuple(FAST)) and type(m) not in FAST.values()
+    } == plain
     (line,) = caplog.messages
     assert set(line.split("; plain: ")[1].split(", ")) == plain
     assert "FastSelfAttention" in line
@@ -451,12 +463,16 @@ def operations(part: nn.Module, *inputs: Any) -> int:
 
 def test_no_operation_is_done_on_padding() -> None:
     """All operations of a packed batch are those of the utterances alone, and those of the unpacked depthwise convolution."""
-    encoder = ConformerEncoder(tiny_config(position_embeddings_type="rotary", attn_implementation="eager")).eval()
+    encoder = ConformerEncoder(
+        tiny_config(position_embeddings_type="rotary", attn_implementation="eager")
+    ).eval()
     lengths = [50, 9, 31]
     hidden, mask = torch.randn(3, 50, 32), frame_mask(torch.tensor(lengths), 50)
     padded = operations(encoder, hidden, mask)
     alone = sum(operations(encoder, hidden[i : i + 1, :n], None) for i, n in enumerate(lengths))
-    depthwise = 2 * 60 * 32 * encoder.config.conv_depthwise_kernel_size * len(encoder.layers)  # 60 padded frames
+    depthwise = (
+        2 * 60 * 32 * encoder.config.conv_depthwise_kernel_size * len(encoder.layers)
+    )  # 60 padded frames
     assert operations(speed_up(encoder), hidden, mask) == alone + depthwise
     assert alone + depthwise < 0.62 * padded  # 60 % of the frames are real
 
@@ -502,10 +518,14 @@ def test_long_sound_in_blocks_is_equal_with_its_dropout(training: bool, dropout:
         return fast(x, mask, table)[0][mask]
 
     if dropout == 0 or not training:
-        assert_close("fast, blocks", out(hidden), slow_down(copy.deepcopy(fast))(hidden, mask, table)[0][mask])
+        assert_close(
+            "fast, blocks", out(hidden), slow_down(copy.deepcopy(fast))(hidden, mask, table)[0][mask]
+        )
     direction, x = torch.randn_like(hidden), hidden.clone().requires_grad_()
     out(x).square().sum().backward()
-    slope = (out(hidden + 1e-6 * direction).square().sum() - out(hidden - 1e-6 * direction).square().sum()) / 2e-6
+    slope = (
+        out(hidden + 1e-6 * direction).square().sum() - out(hidden - 1e-6 * direction).square().sum()
+    ) / 2e-6
     assert_close("fast, gradient of blocks", (x.grad * direction).sum(), slope, 1e-6)
 
 
@@ -550,7 +570,9 @@ def test_fast_forms_hold_less() -> None:
     assert fast < 0.4 * plain
     model = build(0, padding_invariant=True, add_adapter=False, layerdrop=0.0).train()
     inputs = batch([40_000, 4000, 4000, 4000])
-    plain, fast = (peak(lambda f=f: model_step(f, inputs, 0)) for f in (model, speed_up(copy.deepcopy(model))))
+    plain, fast = (
+        peak(lambda f=f: model_step(f, inputs, 0)) for f in (model, speed_up(copy.deepcopy(model)))
+    )
     assert fast < 0.6 * plain
 
 

@@ -177,7 +177,7 @@ class Packing:
         return bool(ordered and not mask.all() and mask.sum() > 1)
 
 
-# %% ../nbs/70_speed.ipynb #ee0c0011
+# %% ../nbs/70_speed.ipynb #22894163
 class PackedConvolutionModule(ConvolutionModule):
     """Unpack for the one layer that mixes neighbours."""
 
@@ -185,10 +185,8 @@ class PackedConvolutionModule(ConvolutionModule):
         """Do what `ConvolutionModule` does; of a packed batch `[1, D, R]` -> `[1, D, R]`."""
         if not isinstance(frame_mask, Packing):
             return super().convolve(x, frame_mask)
-        image = frame_mask.unpack(x.mT).mT[:, :, None]  # [B, D, 1, T], channels last in memory
-        kernel, padding = self.depthwise_conv.weight[:, :, None], self.depthwise_conv.padding[0]
-        mixed = functional.conv2d(image, kernel, padding=(0, int(padding)), groups=len(kernel))[:, :, 0]
-        return self.batch_norm(frame_mask.pack(mixed.mT).mT, None)
+        x = self.depthwise_conv(frame_mask.unpack(x.mT).mT)
+        return self.batch_norm(frame_mask.pack(x.mT).mT, None)
 
 
 # %% ../nbs/70_speed.ipynb #59ab7a77
