@@ -631,6 +631,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'w2vc.export': { 'w2vc.export.CTCProgram': ('export.html#ctcprogram', 'w2vc/export.py'),
                              'w2vc.export.CTCProgram.__init__': ('export.html#ctcprogram.__init__', 'w2vc/export.py'),
                              'w2vc.export.CTCProgram.forward': ('export.html#ctcprogram.forward', 'w2vc/export.py'),
+                             'w2vc.export.ExportedSelfAttention': ('export.html#exportedselfattention', 'w2vc/export.py'),
+                             'w2vc.export.ExportedSelfAttention.mix': ('export.html#exportedselfattention.mix', 'w2vc/export.py'),
                              'w2vc.export._moved': ('export.html#_moved', 'w2vc/export.py'),
                              'w2vc.export.example_inputs': ('export.html#example_inputs', 'w2vc/export.py'),
                              'w2vc.export.export_facts': ('export.html#export_facts', 'w2vc/export.py'),

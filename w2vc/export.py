@@ -21,13 +21,16 @@ import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
 
+from .attention import SelfAttention, attend, hide_padding
 from .config import refuse, write_together
 from .ctc import Wav2Vec2ConformerForCTC
+from .fast import slow_down
 from .features import receptive_field
 
 # %% auto #0
 __all__ = [
     "LARGEST_FILE",
+    "ExportedSelfAttention",
     "CTCProgram",
     "example_inputs",
     "export_model",
@@ -39,12 +42,41 @@ __all__ = [
 ]
 
 
+# %% ../nbs/74_export.ipynb #a74c0de2
+class ExportedSelfAttention(SelfAttention):
+    """Attention by the readable path, whose scores are picked out by their indices: operations of which every runtime has all."""
+
+    def mix(  # noqa: PLR0917
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        frame_mask: Tensor | None,
+        distance_keys: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do what `SelfAttention` does."""
+        bias = None
+        if distance_keys is not None:
+            scaled = (query + self.pos_bias_v[:, None]) * query.shape[-1] ** -0.5
+            scores = torch.einsum("bhtk,hrk->bhtr", scaled, distance_keys)  # [B, H, T, 2T-1]
+            frame = torch.arange(query.shape[2], device=query.device)
+            column = (
+                frame - frame[:, None] + query.shape[2] - 1
+            )  # [T, T]: where the distance from i to j stands in row i
+            bias = scores.gather(-1, column.expand(*scores.shape[:2], -1, -1))
+            query = query + self.pos_bias_u[:, None]
+        if frame_mask is not None:
+            bias = hide_padding(bias, frame_mask, query.dtype)
+        return attend(query, key, value, bias, self.dropout)[0], None
+
+
 # %% ../nbs/74_export.ipynb #40c1791a
 class CTCProgram(nn.Module):
     """What is exported of a CTC model: waveforms and mask in, logits out, and nothing that only training needs.
 
     The model is copied, moved to the CPU in float32 and put into eval mode. The dead convolutional positions are left out, weight
-    norms anywhere else are folded into plain weights, and attention takes the readable path, whose operations every runtime has.
+    norms anywhere else are folded into plain weights, and attention takes the form above.
 
     Args:
         model: With a CTC head.
@@ -58,9 +90,10 @@ class CTCProgram(nn.Module):
         if not isinstance(model, Wav2Vec2ConformerForCTC):
             raise refuse("model", type(model).__name__, "a Wav2Vec2ConformerForCTC")
         model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        model.config.attn_implementation = "eager"
         model.wav2vec2_conformer.encoder.pos_conv_embed = nn.Identity()  # type: ignore[assignment]
-        for part in model.modules():
+        for part in slow_down(model).modules():
+            if type(part) is SelfAttention:
+                part.__class__ = ExportedSelfAttention
             for name in [*getattr(part, "parametrizations", {})]:
                 part.__class__ = type(
                     type(part).__name__, type(part).__bases__, dict(vars(type(part)))
