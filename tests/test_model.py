@@ -444,11 +444,14 @@ def test_forward_on_the_gpu_equals_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Model", "ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector", "ForPreTraining"]
+    "name", ["Model", "ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector"]
 )  # fmt: skip
 @pytest.mark.parametrize("knobs", [{}, {"use_weighted_layer_sum": True}], ids=["last", "mixed"])
 def test_the_mask_may_stay_on_the_host(name: str, knobs: dict[str, Any]) -> None:
-    """The meta device stands for an accelerator: it holds no values, and refuses to be mixed with tensors of the host."""
+    """The meta device stands for an accelerator: it holds no values, and refuses to be mixed with tensors of the host.
+
+    The pre-training head has a base model like the others, and switches autocast off, which torch cannot do on this device.
+    """
     config = tiny_config(vocab_size=12, **knobs)
     with torch.device("meta"):
         model = getattr(w2vc, f"Wav2Vec2Conformer{name}")(config).eval()
