@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = ("features", "negatives", "quantizer", "positions", "attention", "convolution", "conformer", "model",
         "pretraining", "ctc", "classification", "speaker", "checks", "fast")  # fmt: skip
 ENVIRONMENT = re.compile(
-    r"is_compiling|is_tracing|is_exporting|device\.type|\.is_cuda|\.is_cpu|is_grad_enabled|_hooks\b|listened_to\(|in_process_group\("
+    r"is_compiling|is_tracing|is_exporting|device\.type (?:==|!=|in|not)|\.is_cuda|\.is_cpu|is_grad_enabled|_hooks\b|listened_to\(|in_process_group\("
 )
 
 

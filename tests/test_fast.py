@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import w2vc
 from helpers import assert_close, difference, randomise_, tiny_config
 from w2vc.attention import SelfAttention
 from w2vc.classification import Wav2Vec2ConformerForAudioFrameClassification as ForFrames
@@ -25,6 +26,7 @@ from w2vc.classification import Wav2Vec2ConformerForSequenceClassification as Fo
 from w2vc.conformer import ConformerEncoder
 from w2vc.convolution import ConvolutionModule
 from w2vc.ctc import Wav2Vec2ConformerForCTC
+from w2vc.evaluation import evaluate
 from w2vc.fast import (
     FAST,
     BlockwiseFeatureEncoder,
@@ -34,7 +36,9 @@ from w2vc.fast import (
     Packing,
     convolve_rows,
     describe_forms,
+    fast_forms,
     fold_group_norm,
+    plain_forms,
     slow_down,
     speed_up,
 )
@@ -612,3 +616,56 @@ def test_batch_norm_of_a_packed_batch_counts_each_frame_once() -> None:
     module.batch_norm.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     module(torch.randn(1, 9, 32), packing)
     assert shapes == [(1, 32, 9)]
+
+
+# ------------------------------------------------------------------------------------------------ the jobs
+
+
+def forms_of(model: nn.Module) -> set[str]:
+    """Names of the classes of the parts that have two forms."""
+    return {type(part).__name__ for part in model.modules() if isinstance(part, tuple(FAST))}
+
+
+PLAIN, SPED_UP = ({form.__name__ for form in forms} for forms in (FAST, FAST.values()))
+
+
+def test_transcribe_and_evaluate_take_the_fast_forms_and_give_the_model_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, speech = w2vc.load_demo("ctc"), w2vc.load_speech("builtin", "test").filter(kind="keyword")[:2]
+    seen = []
+    model.lm_head.register_forward_pre_hook(
+        lambda *_: seen.append(forms_of(model))
+    )  # outside of every part with two forms
+    with caplog.at_level(logging.INFO, "w2vc.fast"):
+        w2vc.transcribe(list(speech), model)
+        evaluate(model, speech, draws=10)
+    assert seen
+    assert all(found == SPED_UP for found in seen)
+    assert forms_of(model) == PLAIN
+    assert {record.message for record in caplog.records} == {
+        "fast forms: 1 BlockwiseFeatureEncoder, 1 PackedConformerEncoder, 4 FastSelfAttention, 4 PackedConvolutionModule"
+    }
+
+
+def test_a_model_shared_by_jobs_is_given_back_by_the_last() -> None:
+    model = Wav2Vec2ConformerModel(tiny_config())
+    first, second = fast_forms(model), fast_forms(model)
+    with first:
+        with second:
+            assert forms_of(model) == SPED_UP
+        assert forms_of(model) == SPED_UP
+    assert forms_of(model) == PLAIN
+    speed_up(model)
+    with plain_forms(model):
+        assert forms_of(model) == PLAIN
+    assert forms_of(model) == SPED_UP
+
+
+def test_who_looks_inside_sees_the_plain_forms() -> None:
+    """A trace of a model that was sped up has the same rows, and the padded shapes, of the plain one."""
+    model = w2vc.load_demo("ctc")
+    utterance = w2vc.load_speech("builtin", "test")[0]
+    plain = str(w2vc.trace(model, utterance, timed=False))
+    assert str(w2vc.trace(speed_up(model), utterance, timed=False)) == plain
+    assert forms_of(model) == SPED_UP

@@ -602,7 +602,9 @@ def test_first_values_of_heads_to_come() -> None:
 def test_dead_positions_start_with_weight_equal_to_direction() -> None:
     conv = Wav2Vec2ConformerModel(tiny_config()).encoder.pos_conv_embed.conv
     length, direction = conv.parametrizations["weight"].values()
-    torch.testing.assert_close(length, direction.norm(dim=(0, 1), keepdim=True))  # so the kernel is the direction
+    torch.testing.assert_close(
+        length, direction.norm(dim=(0, 1), keepdim=True)
+    )  # so the kernel is the direction
     assert not conv.bias.any()
 
 

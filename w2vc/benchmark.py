@@ -272,10 +272,10 @@ class Side:
     """What was measured of one side of a row.
 
     Attributes:
-        seconds: Median of the wall time of a call.
-        spread: Interquartile range of the wall time.
-        cpu: Median of the processor time of all threads.
-        samples: Wall time of each repetition, in the order of the run.
+        seconds: Median of the time of a call: processor time on one thread of a CPU, which other programs hardly disturb; elsewhere wall time.
+        spread: Its interquartile range.
+        wall: Median of the wall time.
+        samples: The time of each repetition, in the order of the run.
         memory: Most bytes held during a call, above those held when all was built (weights included there).
         flops: Operations of the products of a call.
         share: Of the machine's own product rate in the same run; 0 where nothing is multiplied.
@@ -286,7 +286,7 @@ class Side:
 
     seconds: float = 0.0
     spread: float = 0.0
-    cpu: float = 0.0
+    wall: float = 0.0
     samples: list[float] = field(default_factory=list)
     memory: int = 0
     flops: int = 0
@@ -1215,11 +1215,12 @@ def _say_failure(child: Child, error: ChildError, s: Setting) -> str:
     )
 
 
-def _sum_up(side: Side, answers: Sequence[Mapping[str, float]], roof: float) -> Side:
+def _sum_up(side: Side, answers: Sequence[Mapping[str, float]], roof: float, s: Setting) -> Side:
     """Condense the repetitions of one side."""
-    side.samples = [_rounded(a["seconds"]) for a in answers]
+    clock = "cpu" if s.device == "cpu" and s.threads == 1 else "seconds"
+    side.samples = [_rounded(a[clock]) for a in answers]
     side.seconds, side.spread = map(_rounded, middle(side.samples))
-    side.cpu = _rounded(middle([a["cpu"] for a in answers])[0])
+    side.wall = _rounded(middle([a["seconds"] for a in answers])[0])
     side.memory = int(max(a["memory"] for a in answers))
     side.share = _rounded(side.flops / side.seconds / roof if roof else 0.0)
     return side
@@ -1263,7 +1264,7 @@ def measure_row(row: Row, s: Setting, *, against: bool = True, repeats: int | No
             roof = max((a["roof"] for name in going for a in answers[name]), default=0.0)
             done.about["product rate, GFLOP/s"] = roof / 1e9
             for name in going:
-                _sum_up(getattr(done, name), answers[name], roof)
+                _sum_up(getattr(done, name), answers[name], roof, s)
             if "peer" in going and math.isfinite(row.tolerance):
                 outputs = {
                     name: torch.load(
@@ -1367,7 +1368,7 @@ def _gigabytes(side: Side | None) -> str:
 def readme_table(report: BenchmarkReport, rows: Sequence[str] | None = None) -> str:
     """Write the table of a report in Markdown: work, times, ratios to the peer, memory, goal and verdict.
 
-    Times are medians ± half the interquartile range; memory is what a call needs above what was held before.
+    Times are medians ± half the interquartile range (of processor time, on one thread of a CPU); memory is what a call needs above what was held before.
 
     Args:
         report: The figures.

@@ -576,9 +576,10 @@ def trace(
         for clock in clocks:
             with clock:
                 model(samples, **inputs)
+        classes = [type(part).__name__ for _, part, *_ in clocks[0].calls]  # of the plain forms
     sizes, rows = letter_sizes(config, *samples.shape), []
     sizes["V"] = config.vocab_size if kind.endswith("ForCTC") else config.num_codevectors_per_group
-    for calls in zip(*(clock.calls for clock in clocks), strict=True):
+    for part_class, *calls in zip(classes, *(clock.calls for clock in clocks), strict=True):
         name, part, output, _ = calls[0]
         seconds = min(call[3] for call in calls)
         shape = () if output is None else tuple(output.shape)
@@ -587,14 +588,7 @@ def trace(
         window, field = own_window(name, part, config, kind), receptive_samples(name, config, kind)
         rows.append(
             TraceRow(
-                name,
-                type(part).__name__,
-                letters,
-                shape,
-                parameters,
-                window,
-                field,
-                1000 * seconds if timed else None,
+                name, part_class, letters, shape, parameters, window, field, 1000 * seconds if timed else None
             )
         )
     note = ""
