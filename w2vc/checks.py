@@ -84,7 +84,7 @@ def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
     if attention_mask.device not in (input_values.device, torch.device("cpu")):
         raise ValueError(
             f"attention_mask is on {attention_mask.device}, input_values on {input_values.device}: put the "
-            "mask on the same device, or leave it on the CPU (better: its lengths are known without a wait)"
+            "mask on the same device, or leave it on the CPU, where its values can be checked without a wait"
         )
 
 

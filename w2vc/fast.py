@@ -93,6 +93,7 @@ def records_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
+# %% ../nbs/70_speed.ipynb #c1bb2321
 class BlockwiseFeatureEncoder(FeatureEncoder):
     """Encode each utterance alone, 100 frames at a time: what seven layers hold of them fits in a processor's cache."""
 
@@ -290,8 +291,6 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     SelfAttention: FastSelfAttention,
     ConvolutionModule: PackedConvolutionModule,
 }
-_Model = TypeVar("_Model", bound=nn.Module)
-_log = logging.getLogger(__name__)
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
@@ -321,6 +320,11 @@ def describe_forms(model: nn.Module) -> str:
     ]
     fast = ", ".join(f"{n} {form}" for form, n in forms.items()) or "none"
     return f"fast forms: {fast}" + (f"; plain: {', '.join(plain)}" if plain else "")
+
+
+# %% ../nbs/70_speed.ipynb #6be701e0
+_Model = TypeVar("_Model", bound=nn.Module)
+_log = logging.getLogger(__name__)
 
 
 def speed_up(model: _Model) -> _Model:
