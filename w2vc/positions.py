@@ -61,8 +61,8 @@ def relative_shift(scores: Tensor) -> Tensor:
 
     Entry `[i, j]` of the result is entry `[i, (T-1) - (i-j)]` of the input. In the flat memory of one head
     that is place `(T-1) + i (2T-2) + j`: rows that are one entry shorter and start `T-1` entries later. So
-    the result is a view, and nothing is copied. The same holds for n neighbouring queries of more keys, which
-    have `n+T-1` distances to T keys.
+    the result is a view, and nothing is copied. The same holds for n neighbouring queries of T keys, which
+    have `n+T-1` distances.
 
     Source: Transformer-XL (Dai et al., 2019), appendix B; its code pads and views instead.
 
@@ -187,10 +187,8 @@ class ConvolutionalPositions(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`: what a model with such positions would add to its frames."""
-        mixed = self.conv(hidden.transpose(1, 2))[
-            ..., : hidden.shape[1]
-        ]  # an even kernel gives one frame too many
-        return self.activation(mixed).transpose(1, 2)
+        mixed = self.conv(hidden.transpose(1, 2))  # [B, D, T], or T + 1 if the kernel is even
+        return self.activation(mixed[..., : hidden.shape[1]]).transpose(1, 2)
 
 
 # %% ../nbs/20_positions.ipynb #1d82190c
