@@ -193,7 +193,7 @@ FAULTS: dict[str, Fault] = {
         Fault("spans_too_short", "masking", "arange(mask_length)", "arange(mask_length - 1)", "spans", None, "test_masking.py::test_every_mask_is_made_of_whole_spans_of_real_frames"),
         Fault("hidden_frames_seen", "model", "where(mask, mask_embedding, hidden)", "hidden", "leak", None, "test_model.py::test_spec_augment_hides_frames_in_training_alone"),
         Fault("itself_as_negative", "negatives", "u + (u >= own)", "u", "itself", None, "test_negatives.py::test_negatives_are_other_masked_frames_of_the_same_utterance"),
-        Fault("straight_through_lost", "quantizer", "hard - soft.detach() + soft", "hard", "no gradient", None,
+        Fault("straight_through_lost", "quantizer", "hard + (soft - soft.detach())", "hard", "no gradient", None,
                "test_quantizer.py::test_equals_the_one_hot_product"),
         Fault("diversity_upside_down", "pretraining", "(num_codes - perplexity) / num_codes", "perplexity / num_codes", "diversity", None,
                "test_pretraining.py::test_diversity_loss_from_collapsed_to_uniform"),
