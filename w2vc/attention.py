@@ -161,8 +161,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Mix values by content, distance and padding: all work that grows with the square of the length.
 
-        Query, key and value are `[B, H, T, K]`, and `distance_keys` is `[H, 2T-1, K]` for relative positions. Gives
-        the mixed values `[B, H, T, K]`, and the weights `[B, H, T, T]` if they are wanted.
+        Query, key and value are `[B, H, T, K]`, and `distance_keys` is `[H, 2T-1, K]` for relative positions.
+        Gives the mixed values `[B, H, T, K]`, and the weights `[B, H, T, T]` if they are wanted.
         """
         bias = None
         if distance_keys is not None:

@@ -117,7 +117,10 @@ def skip_layer(layerdrop: float, training: bool) -> bool:
 
 # %% ../nbs/26_conformer.ipynb #1b48bda4
 class KeepBuffers:
-    """A context in which a module writes into copies of its buffers; the real ones stay as they are. It may be entered again."""
+    """A context in which a module writes into copies of its buffers; the real ones stay as they are.
+
+    It may be entered again.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = list(module.modules())

@@ -18,8 +18,8 @@ __all__ = ["MaskedBatchNorm1d", "ConvolutionModule"]
 class MaskedBatchNorm1d(nn.BatchNorm1d):
     """Batch norm that leaves padding out; parameters, buffers and settings are those of `nn.BatchNorm1d`.
 
-    Batch normalisation (Ioffe and Szegedy, 2015) takes one mean and one variance per channel over all frames of
-    the batch while training, and keeps running averages of them for evaluation.
+    Batch normalisation (Ioffe and Szegedy, 2015) takes one mean and one variance per channel over all frames
+    of the batch while training, and keeps running averages of them for evaluation.
 
     Args:
         channels: The number of channels, D.
@@ -69,9 +69,10 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
 class ConvolutionModule(nn.Module):
     """Mix each frame with its neighbours (Conformer, Gulati et al., 2020, section 2.2).
 
-    Layer norm, pointwise convolution to twice the width, gated linear unit, depthwise convolution of odd width,
-    batch norm, activation, pointwise convolution, dropout. No convolution has a bias. With
-    `config.padding_invariant`, a frame mask keeps padding out of the depthwise convolution and of the statistics.
+    Layer norm, pointwise convolution to twice the width, gated linear unit, depthwise convolution of odd
+    width, batch norm, activation, pointwise convolution, dropout. No convolution has a bias. With
+    `config.padding_invariant`, a frame mask keeps padding out of the depthwise convolution and of the
+    statistics.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:

@@ -86,8 +86,8 @@ class Wav2Vec2BaseModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: `[B, T, D]`, or `[B, T', output_hidden_size]` with an adapter.
         extract_features: `[B, T, C]`, the normalised features before the projection.
-        hidden_states: L + 1 tensors `[B, T, D]`: the encoder's input, then each layer's output. Each is the very tensor that
-            the next layer reads, so gradients with respect to it can be asked for; 0 on padding.
+        hidden_states: L + 1 tensors `[B, T, D]`: the encoder's input, then each layer's output. Each is the
+            very tensor that the next layer reads, so it can have a gradient; 0 on padding.
         attentions: L maps `[B, H, T, T]`; None for a layer that LayerDrop skipped.
     """
 
@@ -136,12 +136,12 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
     def _get_feature_vector_attention_mask(
         self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
     ) -> Tensor:
-        """Turn a mask over samples `[B, S]` into one over frames `[B, feature_vector_length]`, True = real."""
+        """Turn a mask over samples, `[B, S]`, into one over frames, `[B, feature_vector_length]` bool."""
         lengths = self._get_feat_extract_output_lengths(valid_lengths(attention_mask), add_adapter)
         return frame_mask(lengths, feature_vector_length)
 
     def _mask(self, hidden: Tensor, mask_time_indices: Tensor | None, frames: Tensor | None) -> Tensor:
-        """Apply SpecAugment to `[B, T, D]`; in training the mask embedding always takes part, if need be with an empty mask."""
+        """Apply SpecAugment, `[B, T, D]`; in training the embedding takes part even if no frame is masked."""
         config, embedding = self.config, getattr(self, "masked_spec_embed", None)
         drawn = config.apply_spec_augment and config.mask_time_prob > 0
         if self.training and mask_time_indices is None and embedding is not None and not drawn:
@@ -196,7 +196,7 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
 
 # %% ../nbs/30_model.ipynb #65bc2de5
 def adapter_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Tensor:
-    """Frames that leave one adapter layer for `lengths` frames that enter it (one zero of padding each side)."""
+    """Count the frames that leave an adapter layer if `lengths` enter it (one zero of padding each side)."""
     return conv_output_lengths(lengths + 2, (config.adapter_kernel_size,), (config.adapter_stride,))
 
 
@@ -217,6 +217,7 @@ class AdapterLayer(nn.Module):
         return nn.functional.glu(self.conv(hidden), dim=1)
 
 
+# %% ../nbs/30_model.ipynb #ef7435a5
 class Adapter(nn.Module):
     """Shorten the sequence after the encoder, for a decoder that wants fewer frames.
 

@@ -32,19 +32,19 @@ __all__ = [
 def contrastive_logits(
     states: Tensor, targets: Tensor, negatives: Tensor, codes: Tensor, temperature: float = 0.1
 ) -> Tensor:
-    """Score the true target and the `N` negatives of each frame: cosine similarity over the temperature, in fp32.
+    """Score the true target and the `N` negatives of each frame: cosine over the temperature, in fp32.
 
-    One matrix product per utterance gives the similarities of all pairs of its frames; those of the candidates are then
-    gathered, so that no `[B, T, N, P]` tensor of negatives is made. A negative with the codes of the true target is a
-    duplicate of it, and no wrong answer: its logit is minus infinity.
+    One matrix product per utterance gives the similarities of all pairs of its frames; those of the
+    candidates are then gathered, so that no `[B, T, N, P]` tensor of negatives is made. A negative with the
+    codes of the true target is a duplicate of it, and no wrong answer: its logit is minus infinity.
 
     Source: wav2vec 2.0 (Baevski et al., 2020), equation 3.
 
     Args:
         states: `[B, T, P]` projected context states.
         targets: `[B, T, P]` projected quantized frames.
-        negatives: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`, of the frame's own utterance.
-            Only the place in the utterance is read: `check_pretraining` refuses frames of other utterances.
+        negatives: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`, of the frame's
+            own utterance. Only the place in the utterance is read: `check_pretraining` refuses other frames.
         codes: `[B, T, G]` integers, the codes of the targets.
         temperature: above 0.
 
@@ -102,8 +102,8 @@ def diversity_loss(perplexity: Tensor, mask: Tensor, num_codes: int) -> Tensor:
         num_codes: `G * V`.
 
     Returns:
-        A scalar. wav2vec 2.0 (section 3.2) maximises the entropy; `(GV - perplexity) / GV` is the form that fairseq
-        and transformers train with.
+        A scalar. wav2vec 2.0 (section 3.2) maximises the entropy; `(GV - perplexity) / GV` is the form that
+        fairseq and transformers train with.
     """
     return (num_codes - perplexity) / num_codes * (mask != 0).sum()
 
@@ -114,8 +114,8 @@ class Wav2Vec2ConformerForPreTrainingOutput(ModelOutput):
     """What the pre-training head returns.
 
     Attributes:
-        loss: scalar, contrastive + `diversity_loss_weight` * diversity, summed over masked frames; None without
-            negatives.
+        loss: scalar, contrastive + `diversity_loss_weight` * diversity, summed over masked frames; None
+            without negatives.
         projected_states: `[B, T, P]`, what the model says about each frame.
         projected_quantized_states: `[B, T, P]`, the projected code vectors of every frame.
         codevector_perplexity: scalar, how many codes are in use at the masked frames.
@@ -182,7 +182,8 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
             `Wav2Vec2ConformerForPreTrainingOutput`, or its tuple.
 
         Raises:
-            ValueError: if negatives come without `mask_time_indices`, do not fit the frames, or meet an adapter.
+            ValueError: if negatives come without `mask_time_indices`, do not fit the frames, or meet an
+                adapter.
         """
         base = self.wav2vec2_conformer(
             input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states, True
