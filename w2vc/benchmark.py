@@ -477,13 +477,14 @@ class Switchable:
     Args:
         model: Ours, or transformers'.
         side: "plain", "ours" or "peer".
-        compiled: Whether compiling is tried, too.
+        compiled: Whether compiling the peer is tried, too.
     """
 
     def __init__(self, model: Any, side: str, compiled: bool) -> None:
         self.model, self.side, self.run = model, side, model
-        kernels = ["eager", "sdpa"] if side == "peer" else ["sdpa"]
-        self.modes = [*kernels, *(["sdpa, compiled"] if compiled else [])]
+        self.modes = ["sdpa"]
+        if side == "peer":
+            self.modes = ["eager", "sdpa", *(["sdpa, compiled"] if compiled else [])]
 
     def switch(self, mode: str) -> None:
         """Choose the kernel of attention, and whether the model is compiled."""

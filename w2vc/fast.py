@@ -263,7 +263,7 @@ class PackedConformerEncoder(ConformerEncoder):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> Any:
-        """Do what `ConformerEncoder` does; maps and hidden states need the padded batch, and so does a recorded graph."""
+        """Do what `ConformerEncoder` does, `[B, T, D]` -> `[B, T, D]`; who wants maps, hidden states or a graph gets the padded batch."""
         padded = output_attentions or output_hidden_states or not self.config.padding_invariant
         if padded or frame_mask is None or records_graph() or not Packing.helps(frame_mask):
             return super().forward(hidden, frame_mask, output_attentions, output_hidden_states)
