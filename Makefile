@@ -5,12 +5,12 @@ PYTHON   ?= python3
 JOBS     ?= 2
 BIN      := .venv/bin
 STAMP    := .venv/.installed
-PACKAGE  := $(wildcard w2vc/*.py)
+PACKAGE  := $(shell find w2vc -name '*.py')
 DATA     := $(shell find w2vc/assets -type f 2>/dev/null)
-CHAPTERS := $(sort $(wildcard nbs/[0-9]*.ipynb))
-ANSWERS  := $(sort $(wildcard nbs/solutions/[0-9]*.ipynb))
+CHAPTERS := $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' | sort)
 RUN      := _build/executed$(if $(W2VC_SPEECH),-$(W2VC_SPEECH))
-EXECUTED := $(patsubst nbs/%.ipynb,$(RUN)/%.ipynb,$(CHAPTERS) $(ANSWERS))
+EXECUTED := $(patsubst nbs/%.ipynb,$(RUN)/%.ipynb,$(CHAPTERS))
+EXPORT   := $(BIN)/nbdev-export && $(BIN)/ruff check -q --fix --select I w2vc && $(BIN)/ruff format -q w2vc
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH
@@ -64,11 +64,11 @@ check: $(STAMP)
 	@echo "All of it took $$(($$(date +%s) - $(STARTED))) s. Next: make book to read it."
 
 export: $(STAMP) ## write w2vc/ from the chapters
-	@$(BIN)/nbdev-export && $(BIN)/ruff format -q w2vc && $(BIN)/nbdev-clean
+	@$(EXPORT) && $(BIN)/nbdev-clean
 
-chapter: $(STAMP) ## after an edit: export, run and store one chapter (make chapter C=12_masking)
-	@test -n "$(C)" || { echo "say which: make chapter C=12_masking"; exit 2; }
-	@$(BIN)/nbdev-export && $(BIN)/ruff format -q w2vc
+chapter: $(STAMP) ## after an edit: export, run and store one chapter (make chapter C=model/masking)
+	@test -n "$(C)" || { echo "say which: make chapter C=model/masking"; exit 2; }
+	@$(EXPORT)
 	@$(BIN)/python docs/execute.py nbs/$(C).ipynb --inplace
 	@$(BIN)/nbdev-clean --fname nbs/$(C).ipynb
 

@@ -126,13 +126,13 @@ COMMON = set(
 class Word(NamedTuple):
     """A row of the glossary."""
 
-    anchor: str  # of its row on the page of chapter 01
+    anchor: str  # of its row on the page of the notation chapter
     meaning: str
     chapter: str  # number of the chapter that explains it
 
 
 def glossary() -> dict[str, Word]:
-    """The words of chapter 01 that can be found in a text without mistaking another word for them."""
+    """The words of the notation chapter that can be found in a text without mistaking another word for them."""
     cells = nbformat.read(NBS / "01_notation.ipynb", as_version=4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     rows = re.findall(r"^\| \*\*([^*$(]+)\*\* \| (.+) \| \[(\d\d) \w+\]\(\S+\) \|$", text, re.M)
@@ -174,7 +174,7 @@ def link_words(text: str, words: dict[str, Word]) -> str:
 
 
 def link_glossary(page: Path, words: dict[str, Word]) -> None:
-    """Link the words that a staged chapter uses and another one explains; chapter 01 gets the anchors."""
+    """Link the words that a staged chapter uses and another one explains; the notation chapter gets the anchors."""
     nb = nbformat.read(page, as_version=4)
     mine = {word: row for word, row in words.items() if row.chapter != page.name[:2]}
     texts = [cell for cell in nb.cells if cell.cell_type == "markdown"]
@@ -254,7 +254,7 @@ def part(caption: str, names: list[str]) -> str:
 
 def landing_map(names: list[str], static: Path) -> str:
     """The map of the model as a picture whose boxes are links to their chapters."""
-    from w2vc import viz
+    from w2vc.explore import viz
 
     fig, alt = viz.draw_map()
     (static / "map.png").write_bytes(viz.render(fig, alt).png)
@@ -280,11 +280,11 @@ def landing_map(names: list[str], static: Path) -> str:
 def landing_explorer() -> str:
     """The attention explorer of the demo model on one built-in sentence; nothing where either is missing."""
     try:
-        from w2vc.demo import load_demo
-        from w2vc.explore import attention_explorer, attention_maps, diagonality
+        from w2vc.explore.attention import attention_explorer, attention_maps, diagonality
+        from w2vc.training.demo import load_demo
     except ImportError:
         return ""
-    from w2vc.speech import load_speech
+    from w2vc.data.corpus import load_speech
 
     short = min(load_speech("builtin"), key=lambda u: abs(len(u.audio) / u.sampling_rate - 2.0))
     model = load_demo()
@@ -322,7 +322,7 @@ def stage_api(site: Path, names: list[str]) -> None:
         for slug, name in chapter.items()
     ]
     (folder / "index.md").write_text(
-        "# Every class and function\n\nShapes are written in the letters of [chapter 01](../01_notation.ipynb). "
+        "# Every class and function\n\nShapes are written in the letters of [the notation chapter](nbs/appendix/notation.ipynb). "
         "*[source]* leads to the cell of the chapter where the code is written and explained.\n\n"
         + "\n".join(rows)
         + "\n\n```{toctree}\n:hidden:\n\n"

@@ -18,7 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- chapters: make readme -->", "<!-- end of chapters -->"
 SPEED, SPEED_END = "<!-- speed: make readme -->", "<!-- end of speed -->"
 FIGURES = ROOT / "docs" / "benchmarks" / "cpu.json"
-SHOWN = ("loss-8x10", "step-4", "mixed-8", "utterance", "minutes-10")  # the rest stands in chapter 71
+SHOWN = (
+    "loss-8x10",
+    "step-4",
+    "mixed-8",
+    "utterance",
+    "minutes-10",
+)  # the rest stands in the benchmark chapter
 PICTURE = ROOT / "docs" / "_static" / "start.png"
 
 
@@ -47,7 +53,7 @@ def table() -> str:
 
 
 def picture() -> bytes:
-    """The timeline of chapter 00: the last picture that it stores."""
+    """The timeline of the start chapter: the last picture that it stores."""
     nb = nbformat.read(ROOT / "nbs" / "00_start.ipynb", as_version=4)
     found = [
         match

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from w2vc.config import Wav2Vec2ConformerConfig
-from w2vc.pretrained import PreTrainedModel
+from w2vc.files.pretrained import PreTrainedModel
 
 PARITY = 1e-5  # the largest relative difference allowed in fp32 (design: outputs, losses and gradients alike)
 worst: dict[str, float] = {}  # largest difference seen per name; conftest prints it after the run

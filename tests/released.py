@@ -19,9 +19,9 @@ from urllib.parse import unquote
 import torch
 
 from helpers import randomise_, tiny_config
-from w2vc.ctc import Wav2Vec2ConformerForCTC
-from w2vc.pretrained import PreTrainedModel
-from w2vc.speech import load_speech
+from w2vc.data.corpus import load_speech
+from w2vc.files.pretrained import PreTrainedModel
+from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 OLD_NAMES = {
@@ -220,3 +220,31 @@ class Hub:
             finally:
                 server.shutdown()
                 thread.join()
+
+
+def released_dataset(root: Path) -> Path:
+    """A data set in the layout in which it is published: a README with the configuration, parquet with the files inside."""
+    import datasets
+
+    from w2vc.data import corpus as S
+
+    rows = [
+        {
+            "id": f"1272-{3 - i}",
+            "audio": {"bytes": S._encode(u.audio), "path": f"{i}.flac"},
+            "text": u.text.upper(),
+        }
+        for i, u in enumerate(S.load_speech()[:3])
+    ]
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "audio": datasets.Audio(16000), "text": datasets.Value("string")}
+    )
+    (root / "clean").mkdir(parents=True)
+    datasets.Dataset.from_list(rows).cast(features).to_parquet(
+        str(root / "clean/validation-00000-of-00001.parquet")
+    )
+    config = (
+        "configs:\n- config_name: clean\n  data_files:\n  - split: validation\n    path: clean/validation-*\n"
+    )
+    (root / "README.md").write_text(f"---\n{config}---\n")
+    return root

@@ -24,7 +24,7 @@ from w2vc.checks import (
     readable,
 )
 from w2vc.config import Wav2Vec2ConformerConfig
-from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
+from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 
 V = 32
 

@@ -1,4 +1,4 @@
-"""Chapter 29: the input contract, which every head checks first."""
+"""The checks chapter: the input contract, which every head checks first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 import helpers
 from w2vc.checks import check_inputs
 from w2vc.config import Wav2Vec2ConformerConfig
-from w2vc.features import frame_mask, receptive_field
+from w2vc.model.features import frame_mask, receptive_field
 
 GOOD = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
 

@@ -23,10 +23,10 @@ from w2vc import (
 )
 from w2vc.cli import app, describe_checkpoint, find_recordings, main, model_class
 from w2vc.config import Wav2Vec2ConformerConfig
-from w2vc.evaluation import evaluate
-from w2vc.recipes import Recipe
-from w2vc.text import build_vocabulary
-from w2vc.transcription import transcribe
+from w2vc.evaluation.reports import evaluate
+from w2vc.text.tokenizer import build_vocabulary
+from w2vc.text.transcription import transcribe
+from w2vc.training.recipes import Recipe
 
 sf = pytest.importorskip("soundfile")
 

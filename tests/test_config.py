@@ -1,4 +1,4 @@
-"""Chapter 02: knobs, rules, files."""
+"""The config chapter: knobs, rules, files."""
 
 from __future__ import annotations
 

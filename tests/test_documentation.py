@@ -28,7 +28,7 @@ import torch
 import w2vc
 from helpers import assert_close, tiny_config
 from released import stand_in, write_corpus, write_released
-from w2vc.pretraining import Wav2Vec2ConformerForPreTraining
+from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 
 # ---------------------------------------------------------------- stand-ins
 

@@ -75,7 +75,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name != "__init__.py":
             path.unlink()
     # Run here, not only in the editable install: the copy must not import the original.
-    for command in (["nbdev-export"], ["ruff", "format", "-q", "w2vc"], ["nbdev-clean"]):
+    for command in (["nbdev-export"], ["ruff", "check", "-q", "--fix", "--select", "I", "w2vc"], ["ruff", "format", "-q", "w2vc"], ["nbdev-clean"]):
         out = run(BIN / command[0], *command[1:], cwd=target)
         assert out.returncode == 0, out.stderr
     return target

@@ -11,7 +11,6 @@ import torch
 
 from w2vc import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
 from w2vc.config import parameter_counts
-from w2vc.recipes import Recipe
 from w2vc.scale import (
     Cluster,
     activation_bytes,
@@ -22,6 +21,7 @@ from w2vc.scale import (
     saved_bytes,
     scaling_plan,
 )
+from w2vc.training.recipes import Recipe
 
 CALM: dict[str, Any] = {
     "hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "conformer_conv_dropout": 0.0,

@@ -16,11 +16,19 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-import w2vc.quantizer
-from w2vc.batches import data_loader
-from w2vc.recipes import Recipe, read_overrides
-from w2vc.speech import Speech, load_speech
-from w2vc.training import OBJECTIVE_CLASSES, MetricsLog, Stream, Trainer, gather_speech, put_together, train
+import w2vc.model.quantizer
+from w2vc.data.batches import data_loader
+from w2vc.data.corpus import Speech, load_speech
+from w2vc.training.recipes import Recipe, read_overrides
+from w2vc.training.trainer import (
+    OBJECTIVE_CLASSES,
+    MetricsLog,
+    Stream,
+    Trainer,
+    gather_speech,
+    put_together,
+    train,
+)
 
 CALM = {  # nothing random inside the model, so that cuts of a batch can be compared
     "hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "conformer_conv_dropout": 0.0,
@@ -148,7 +156,7 @@ def agree_with_the_whole(
     objective: str, of_two: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Assert that both of two processes have the gradient of one that takes the batch at once."""
-    monkeypatch.setattr(w2vc.quantizer, "gumbel_relaxed", fixed_noise)
+    monkeypatch.setattr(w2vc.model.quantizer, "gumbel_relaxed", fixed_noise)
     one = cut_gradients(objective, ("data.batch_rows=4", "run.accumulate=1"), folder)
     for found in of_two:
         assert largest_gap(found[objective], one) <= 1e-6
@@ -156,10 +164,10 @@ def agree_with_the_whole(
 
 def child_of_two(folder: Path, rank: int) -> None:
     """One of two processes: the gradient of a batch cut in four, and runs with LayerDrop and a base model frozen at first."""
-    noisy = w2vc.quantizer.gumbel_relaxed
-    w2vc.quantizer.gumbel_relaxed = fixed_noise
+    noisy = w2vc.model.quantizer.gumbel_relaxed
+    w2vc.model.quantizer.gumbel_relaxed = fixed_noise
     found = gradients_of_quarters(folder)
-    w2vc.quantizer.gumbel_relaxed = noisy
+    w2vc.model.quantizer.gumbel_relaxed = noisy
     for objective in ("pretraining", "ctc"):
         freeze = "model.frozen_steps=2" if objective == "ctc" else "model.features_gradient=0"
         plan = make_recipe(
@@ -213,12 +221,12 @@ def few_steps(objective: str, folder: Path, *cut: str) -> tuple[dict[str, Tensor
 
 def child_in_pieces(folder: Path, rank: int) -> None:
     """One of two processes that hold a piece of the model each."""
-    noisy = w2vc.quantizer.gumbel_relaxed
-    w2vc.quantizer.gumbel_relaxed = fixed_noise
+    noisy = w2vc.model.quantizer.gumbel_relaxed
+    w2vc.model.quantizer.gumbel_relaxed = fixed_noise
     found = gradients_of_quarters(folder)
     for objective in ("pretraining", "ctc", "xvector"):
         found[f"{objective}-steps"] = few_steps(objective, folder / f"{objective}-steps", "data.batch_rows=2")
-    w2vc.quantizer.gumbel_relaxed = noisy
+    w2vc.model.quantizer.gumbel_relaxed = noisy
     for objective, more in (
         ("pretraining", ("model.features_gradient=0", "model.checkpointing=true")),
         ("ctc", ("model.frozen_steps=2", "run.ema=0.5", "run.evaluate_every=4")),

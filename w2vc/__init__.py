@@ -1,29 +1,29 @@
 """Wav2Vec2-Conformer from scratch: a book of notebooks that is also a library."""
 
-from . import recordings as recordings  # registers the human speech sets that load_speech knows by name
-from . import synthesis as synthesis  # registers "synthetic", hours of speech made on demand
-from .audio import BatchFeature, Wav2Vec2FeatureExtractor, load_audio
-from .classification import (
+from .config import Wav2Vec2ConformerConfig
+from .data import recordings as recordings  # registers the human speech sets that load_speech knows by name
+from .data import synthesis as synthesis  # registers "synthetic", hours of speech made on demand
+from .data.audio import BatchFeature, Wav2Vec2FeatureExtractor, load_audio
+from .data.corpus import Utterance, load_dataset, load_speech
+from .explore.tracing import block_map, masked_audio, parity_strip, spot_the_negative, trace
+from .files.fairseq import convert_fairseq, load_fairseq, read_fairseq
+from .model.classification import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
 )
-from .config import Wav2Vec2ConformerConfig
-from .ctc import CausalLMOutput, Wav2Vec2ConformerForCTC
-from .decoding import CTCDecoder, NGramModel, beam_search
-from .demo import load_demo
-from .fairseq import convert_fairseq, load_fairseq, read_fairseq
-from .fast import slow_down, speed_up
-from .masking import compute_mask_indices
-from .model import Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
-from .negatives import sample_negative_indices
-from .pretraining import Wav2Vec2ConformerForPreTraining, Wav2Vec2ConformerForPreTrainingOutput
-from .speaker import Wav2Vec2ConformerForXVector, XVectorOutput
-from .speech import Utterance, load_dataset, load_speech
-from .text import AutoFeatureExtractor, AutoProcessor, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
-from .tracing import block_map, masked_audio, parity_strip, spot_the_negative, trace
-from .transcription import Transcript, transcribe
+from .model.ctc import CausalLMOutput, Wav2Vec2ConformerForCTC
+from .model.fast import slow_down, speed_up
+from .model.masking import compute_mask_indices
+from .model.negatives import sample_negative_indices
+from .model.pretraining import Wav2Vec2ConformerForPreTraining, Wav2Vec2ConformerForPreTrainingOutput
+from .model.speaker import Wav2Vec2ConformerForXVector, XVectorOutput
+from .model.wav2vec2 import Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
+from .text.decoding import CTCDecoder, NGramModel, beam_search
+from .text.tokenizer import AutoFeatureExtractor, AutoProcessor, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
+from .text.transcription import Transcript, transcribe
+from .training.demo import load_demo
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,102 @@
+"""The README keeps its word: its library example runs as printed, its table is complete, its picture exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from released import stand_in, write_released
+from w2vc import load_speech
+
+sf = pytest.importorskip("soundfile")
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_library_example_runs_as_printed(tmp_path: Path) -> None:
+    code = EXAMPLES[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 0, out.stderr
+    hidden, attention = re.findall(r"\[[^\]]+\]", out.stdout)
+    batch, frames, _ = map(int, hidden.strip("[]").split(","))
+    assert batch == 3
+    assert attention.endswith(f"{frames}, {frames}]")
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    out = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    """A folder where the files that the README names exist, with a tiny stand-in for the released checkpoint."""
+    (name,) = re.findall(r'name = "(.+)"', EXAMPLES[1])
+    write_released(stand_in(), tmp_path / name)
+    (tmp_path / "DIR").symlink_to(tmp_path / name)
+    (tmp_path / "recordings").mkdir()
+    for k, place in enumerate(("talk.flac", "recordings/a.wav")):
+        sf.write(tmp_path / place, load_speech("builtin")[k].audio, 16_000)
+    return tmp_path
+
+
+def test_transcription_example_runs_as_printed(desk: Path) -> None:
+    out = run(sys.executable, "-c", "import w2vc\n" + EXAMPLES[1], cwd=desk)
+    text, start = re.match(r"(.*) (\d+\.\d+) 1\n00:00:0", out, re.S).groups()  # type: ignore[union-attr]
+    assert text
+    assert 0 <= float(start) < 5
+
+
+def test_command_line_examples_run_as_printed(desk: Path) -> None:
+    lines = [line.partition("#")[0].split() for line in re.findall(r"^w2vc .*", README, re.M)]
+    commands = {line[1]: line[2:] for line in lines}
+    assert set(commands) == {
+        "transcribe",
+        "info",
+        "convert",
+        "evaluate",
+        "pretrain",
+        "finetune",
+        "demo",
+        "explore",
+        "export",
+        "bench",
+    } & set(commands)
+    assert len(commands) >= 5
+    program = [sys.executable, "-m", "w2vc.cli"]
+    for name in commands:
+        run(*program, name, "--help", cwd=desk)
+    assert run(*program, "transcribe", "talk.flac", cwd=desk)  # by the demo checkpoint
+    said = run(*program, "transcribe", *commands["transcribe"], cwd=desk)
+    assert [line.split("\t")[0] for line in said.splitlines()] == ["talk.flac", "recordings/a.wav"]
+    assert "Wav2Vec2ConformerForCTC" in run(*program, "info", *commands["info"], cwd=desk)
+    for name in ("pretrain", "finetune"):
+        run(*program, name, *commands[name], "--dry-run", cwd=desk)
+
+
+def test_table_lists_every_chapter_with_a_measured_time() -> None:
+    rows = dict(re.findall(r"^\| \[(\d\d \w+)\].*\| (\d+) s \|", README, re.M))
+    assert set(rows) == {p.stem.replace("_", " ", 1) for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
+    assert all(0 < int(seconds) <= 60 for seconds in rows.values()), rows
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+    for alt in re.findall(r"!\[([^\]]*)\]", README):
+        assert len(alt) > 25
+
+
+def test_commands_are_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", README, re.M)
+    assert {"book", "test", "lab", "chapter"} <= {a or b for a, b in named} <= targets

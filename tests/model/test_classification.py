@@ -1,0 +1,747 @@
+"""The classification heads: pooling and losses against plain versions, the heads against the peer, every edge case."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import helpers
+from w2vc.config import Wav2Vec2ConformerConfig
+from w2vc.model.classification import (
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+    Wav2Vec2ConformerForAudioFrameClassification,
+    Wav2Vec2ConformerForSequenceClassification,
+    classification_loss,
+    counted_labels,
+    make_layer_weights,
+    masked_mean,
+    read_frames,
+    resolve_problem_type,
+    weighted_layer_sum,
+)
+from w2vc.model.ctc import Wav2Vec2ConformerForCTC
+from w2vc.model.speaker import Wav2Vec2ConformerForXVector
+from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
+
+SAMPLES, T = 6_000, 18
+N = 5  # classes
+ONE, MANY, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
+HEADS = [Wav2Vec2ConformerForSequenceClassification, Wav2Vec2ConformerForAudioFrameClassification]
+SEQUENCE, FRAMES = HEADS
+each_head = pytest.mark.parametrize("head", HEADS, ids=["sequence", "frames"])
+
+
+# ---- the parts
+
+
+def test_weighted_layer_sum() -> None:
+    states = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    scores = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    shares = scores.exp() / scores.exp().sum()
+    want = shares[0] * states[0] + shares[1] * states[1] + shares[2] * states[2]
+    torch.testing.assert_close(weighted_layer_sum(states, scores), want)
+    torch.testing.assert_close(weighted_layer_sum(states, torch.full((3,), 7.0)), sum(states) / 3)
+    torch.testing.assert_close(
+        weighted_layer_sum(tuple(states), torch.tensor([0.0, 99.0, 0.0])), states[1] + 0.0
+    )
+    assert torch.autograd.gradcheck(lambda s, *h: weighted_layer_sum(h, s), (scores, *states))
+    for number in (2, 4):
+        with pytest.raises(ValueError, match=rf"hidden_states: got 3 for {number} layer_weights"):
+            weighted_layer_sum(states, torch.zeros(number))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_layer_sum_adds_up_in_fp32(dtype: torch.dtype) -> None:
+    states = [torch.full((1, 1, 1), 1.0 + k / 64).to(dtype) for k in range(64)]
+    scores = torch.zeros(64).to(dtype)
+    mixed = weighted_layer_sum(states, scores)
+    assert mixed.dtype == dtype
+    exact = sum(s.double() for s in states) / 64
+    assert (mixed.double() - exact).abs() <= torch.finfo(dtype).eps  # one rounding at the end, not 64
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_masked_mean_equals_a_loop(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(4, 9, 3, generator=g, dtype=torch.float64)
+    lengths = torch.randint(1, 10, (4,), generator=g)
+    mask = torch.arange(9) < lengths[:, None]
+    want = torch.stack([hidden[b, : int(n)].mean(0) for b, n in enumerate(lengths)])
+    torch.testing.assert_close(masked_mean(hidden, mask), want)
+    torch.testing.assert_close(masked_mean(hidden), hidden.mean(1))
+    torch.testing.assert_close(masked_mean(hidden, torch.ones(4, 9, dtype=torch.bool)), hidden.mean(1))
+
+
+def test_masked_mean_at_the_edges() -> None:
+    hidden = torch.ones(2, 3, 2)
+    hidden[0, 2] = torch.nan  # padding may hold anything
+    hidden.requires_grad_()
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    mean = masked_mean(hidden, mask)
+    assert mean.tolist() == [[1, 1], [0, 0]]
+    mean.sum().backward()
+    assert hidden.grad.tolist() == [[[0.5] * 2, [0.5] * 2, [0, 0]], [[0, 0]] * 3]
+    long = torch.full((1, 3000, 1), 40.0).half()  # the sum, 120,000, is no fp16 number
+    for m in (None, torch.ones(1, 3000, dtype=torch.bool)):
+        assert masked_mean(long, m).item() == 40
+        assert masked_mean(long, m).dtype == torch.float16
+
+
+def test_resolve_problem_type_follows_problem_type() -> None:
+    assert resolve_problem_type(helpers.tiny_config(num_labels=1)) == NUMBERS
+    assert resolve_problem_type(helpers.tiny_config(num_labels=2)) == ONE
+    for n, kind in itertools.product((1, 2, 3), (NUMBERS, MANY)):
+        assert resolve_problem_type(helpers.tiny_config(num_labels=n, problem_type=kind)) == kind
+    assert resolve_problem_type(helpers.tiny_config(num_labels=3, problem_type=ONE)) == ONE
+
+
+@pytest.mark.parametrize("places", [(4,), (4, 7)], ids=["sequence", "frames"])
+def test_losses_equal_torch(places: tuple[int, ...]) -> None:
+    """Without masks and holes, each loss is the one that torch has."""
+    logits = torch.randn(*places, 3, dtype=torch.float64)
+    numbers = torch.randint(3, places)
+    flat = functional.cross_entropy(logits.reshape(-1, 3), numbers.reshape(-1))
+    torch.testing.assert_close(classification_loss(logits, numbers, ONE), flat)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        torch.testing.assert_close(classification_loss(logits, numbers.to(dtype), ONE), flat)
+    torch.testing.assert_close(classification_loss(logits, numbers[..., None], ONE), flat)
+    several = (torch.rand(*places, 3) < 0.5).double()
+    want = functional.binary_cross_entropy_with_logits(logits, several)
+    for form in (several, several.long(), several.bool(), several.float(), several.half()):
+        torch.testing.assert_close(classification_loss(logits, form, MANY), want)
+    soft = torch.rand(*places, 3, dtype=torch.float64)
+    want = functional.binary_cross_entropy_with_logits(logits, soft)
+    torch.testing.assert_close(classification_loss(logits, soft, MANY), want)
+    wanted = torch.randn(*places, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        classification_loss(logits, wanted, NUMBERS), functional.mse_loss(logits, wanted)
+    )
+    one, target = logits[..., :1], torch.randint(-5, 5, places)
+    want = (one[..., 0] - target).square().mean()  # never [B, 1] against [B], which torch would broadcast
+    for form in (target, target.double(), target[..., None], target[..., None].float()):
+        torch.testing.assert_close(classification_loss(one, form, NUMBERS), want)
+    yes = target > 0
+    want = functional.binary_cross_entropy_with_logits(one[..., 0], yes.double())
+    torch.testing.assert_close(classification_loss(one, yes, MANY), want)
+    torch.testing.assert_close(classification_loss(one, yes[..., None].long(), MANY), want)
+
+
+def test_one_hot_frames_mean_class_numbers() -> None:
+    logits = torch.randn(2, 5, 3)
+    numbers = torch.randint(3, (2, 5))
+    one_hot = functional.one_hot(numbers, 3)
+    want = classification_loss(logits, numbers, ONE)
+    for form in (one_hot, one_hot.bool(), one_hot.float(), one_hot.int()):
+        assert torch.equal(classification_loss(logits, form, ONE), want)
+    numbers[0, 2], one_hot[0, 2] = -100, -100  # a row of -100 is ignored too
+    want = classification_loss(logits, numbers, ONE)
+    assert torch.equal(classification_loss(logits, one_hot, ONE), want)
+    assert torch.equal(classification_loss(logits, one_hot.float(), ONE), want)
+
+
+@pytest.mark.parametrize("kind", [ONE, MANY, NUMBERS])
+def test_what_is_ignored_has_no_weight_and_no_gradient(kind: str) -> None:
+    """The mean is over what counts: -100 is ignored, and frames of padding may hold any label."""
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 6, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(6) < torch.tensor([[6], [4], [1]])
+    labels = (
+        torch.randint(4, (3, 6), generator=g) if kind == ONE else torch.randint(2, (3, 6, 4), generator=g)
+    )
+    labels[0, 1] = -100
+    counts = mask.clone()
+    counts[0, 1] = False
+    want = classification_loss(logits[counts][:, None], labels[counts][:, None], kind)
+    for junk in (0, 77, -3):
+        labels[2, 3:] = junk  # padding
+        loss = classification_loss(logits, labels, kind, mask)
+        torch.testing.assert_close(loss, want)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert torch.equal((grad != 0).any(-1), counts)
+    with pytest.raises(ValueError, match="labels") if kind != NUMBERS else warnings.catch_warnings():
+        assert classification_loss(logits, labels, kind) != want
+    nothing = classification_loss(logits, torch.full_like(labels, -100), kind, mask)
+    assert nothing.item() == 0
+    assert (torch.autograd.grad(nothing, logits)[0] == 0).all()
+
+
+def test_floats_of_a_regression_are_all_numbers_and_nan_may_stand_in_padding() -> None:
+    logits = torch.zeros(1, 2, 1, requires_grad=True)
+    assert classification_loss(logits, torch.tensor([[-100.0, 0.0]]), NUMBERS).item() == 5000
+    assert classification_loss(logits, torch.tensor([[-100, 2]]), NUMBERS).item() == 4
+    mask = torch.tensor([[True, False]])
+    loss = classification_loss(logits, torch.tensor([[3.0, torch.nan]]), NUMBERS, mask)
+    loss.backward()
+    assert loss.item() == 9
+    assert logits.grad.flatten().tolist() == [-6, 0]
+    many = classification_loss(logits, torch.tensor([[-100.0, 1.0]]), MANY)
+    torch.testing.assert_close(many, torch.tensor(2.0).log())
+
+
+def test_counted_labels() -> None:
+    mask = torch.tensor([[True, True, False]])
+    numbers, several = torch.tensor([[3, -100, 1]]), torch.tensor([[[1, -100], [-100, -100], [1, 0]]])
+    assert counted_labels(numbers, ONE).tolist() == [[True, False, True]]
+    assert counted_labels(numbers, ONE, mask).tolist() == [[True, False, False]]
+    assert counted_labels(several, MANY, mask).tolist() == [[[True, False], [False, False], [False, False]]]
+    assert counted_labels(several, ONE, mask).tolist() == [[True, False, False]]  # a one-hot row is one label
+    assert counted_labels(numbers, NUMBERS).tolist() == [[True, False, True]]
+    assert counted_labels(numbers.float(), NUMBERS, mask).tolist() == [[True, True, False]]
+    assert counted_labels(torch.tensor([1, -100]), ONE).tolist() == [True, False]
+
+
+# ---- wrong labels
+
+
+LONG, FLOAT = torch.long, torch.float
+
+
+@pytest.mark.parametrize(
+    ("knobs", "labels", "message"),
+    [
+        ({}, [0, 1, 2], "got list, expected a tensor: class numbers"),
+        ({}, torch.zeros(3), r"dtype torch\.float32, expected class numbers \(integers\) of shape \(3,\) for prob"),
+        ({}, torch.zeros(3, dtype=torch.bool), r"dtype torch\.bool, expected class numbers"),
+        ({}, torch.zeros(2, dtype=LONG), r"shape \(2,\), expected class numbers \(integers\) of shape \(3,\) for"),
+        ({}, torch.zeros(3, N, dtype=LONG), rf"shape \(3, {N}\), expected class numbers .* for problem_type 'single_"),
+        ({}, torch.tensor([0, N, 1]), rf"labels\[1\] = {N} is refused: allowed are 0\.\.{N - 1} \(num_labels={N}\)"),
+        ({}, torch.tensor([0, 1, -1]), r"labels\[2\] = -1 is refused.*-100"),
+        ({"problem_type": MANY}, torch.zeros(3, dtype=LONG), rf"shape \(3,\), expected 0 or 1 .* \(3, {N}\) for"),
+        ({"problem_type": MANY}, torch.full((3, N), 2), r"labels\[0, 0\] = 2 is refused: allowed are 0 to 1"),
+        ({"problem_type": MANY}, torch.full((3, N), -0.5), r"labels\[0, 0\] = -0\.5"),
+        ({"problem_type": MANY}, torch.full((3, N), torch.nan), r"labels\[0, 0\] = nan"),
+        ({"problem_type": NUMBERS}, torch.zeros(3), rf"shape \(3,\), expected numbers of shape \(3, {N}\)"),
+        ({"problem_type": NUMBERS}, torch.full((3, N), torch.inf), r"labels\[0, 0\] = inf .*finite numbers"),
+        ({"num_labels": 1}, torch.zeros(3, dtype=torch.bool), r"dtype torch\.bool, expected numbers of shape \(3,\)"),
+        ({"num_labels": 1}, torch.zeros(3, dtype=torch.cfloat), r"complex64"),
+        ({"num_labels": 1}, torch.zeros(4), r"shape \(4,\), expected numbers of shape \(3,\) for problem_type 'reg"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_labels_of_utterances_are_value_errors(
+    knobs: dict[str, Any], labels: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(SEQUENCE, still(**knobs))(torch.randn(3, SAMPLES), labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "labels", "message"),
+    [
+        ({}, torch.zeros(3, dtype=LONG), rf"shape \(3,\), expected .* \(3, {T}\) or one-hot labels of shape \(3, {T}, {N}"),
+        ({}, torch.zeros(3, T + 1, dtype=LONG), rf"shape \(3, {T + 1}\).*counted after the adapter.*output_lengths"),
+        ({"add_adapter": True, "num_adapter_layers": 1}, torch.zeros(3, T, dtype=LONG), rf"shape \(3, {T}\), .*\(3, {T // 2}\)"),
+        ({}, torch.zeros(3, T), r"dtype torch\.float32, expected class numbers"),
+        ({}, torch.full((3, T), N), rf"labels\[0, 0\] = {N}"),
+        ({}, torch.zeros(3, T, N), r"labels\[0, 0\] = \[0\.0, .* one 1 among zeros.*'multi_label_classification'"),
+        ({}, torch.ones(3, T, N, dtype=torch.bool), r"labels\[0, 0\] = \[1, 1.* one 1 among zeros"),
+        ({}, torch.eye(N)[None, 0].expand(3, T, N) * 0.7, "one 1 among zeros"),
+        ({"problem_type": MANY}, torch.zeros(3, T, dtype=LONG), rf"expected 0 or 1 for each class, of shape \(3, {T}, {N}\)"),
+        ({"problem_type": MANY}, torch.full((3, T, N), 3), r"labels\[0, 0, 0\] = 3"),
+        ({"num_labels": 1}, torch.zeros(3, T, 2), rf"expected numbers of shape \(3, {T}\)"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_labels_of_frames_are_value_errors(knobs: dict[str, Any], labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(FRAMES, still(**knobs))(torch.randn(3, SAMPLES), labels=labels)
+
+
+# ---- the whole heads
+
+
+def still(**knobs: Any) -> Wav2Vec2ConformerConfig:
+    """A tiny config without any randomness."""
+    quiet = dict.fromkeys(
+        (
+            "hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout",
+            "conformer_conv_dropout", "final_dropout", "layerdrop", "mask_time_prob", "mask_feature_prob",
+        ),
+        0.0,
+    )  # fmt: skip
+    return helpers.tiny_config(**{**quiet, "num_labels": N, **knobs})
+
+
+def build(head: Any, config: Wav2Vec2ConformerConfig, training: bool = False) -> Any:
+    torch.manual_seed(0)
+    model = head(config)
+    helpers.randomise_(model)
+    return model.train(training)
+
+
+def batch(head: Any, padded: bool = False) -> dict[str, Tensor]:
+    """Three utterances; class numbers for the utterances, one-hot rows for the frames, as documented."""
+    g = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([SAMPLES, 4_400 if padded else SAMPLES, 2_100 if padded else SAMPLES])
+    attention_mask = (torch.arange(SAMPLES) < lengths[:, None]).long()
+    values = torch.randn(3, SAMPLES, generator=g) * attention_mask
+    labels = torch.randint(N, (3,) if head is SEQUENCE else (3, T), generator=g)
+    labels = labels if head is SEQUENCE else functional.one_hot(labels, N)
+    inputs = {"input_values": values, "labels": labels}
+    return {**inputs, "attention_mask": attention_mask} if padded else inputs
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("positions", "norm"), [("relative", "layer"), ("rotary", "group"), (None, "group")])
+@each_head
+def test_parity_of_the_whole_head(  # noqa: PLR0917
+    head: Any, positions: str | None, norm: str, weighted: bool, padded: bool, training: bool
+) -> None:
+    config = still(
+        position_embeddings_type=positions,
+        feat_extract_norm=norm,
+        conv_bias=norm == "layer",
+        use_weighted_layer_sum=weighted,
+        padding_invariant=False,
+        hidden_states_pre_norm=True,
+    )
+    ours = build(head, config, training)
+    theirs = helpers.twin(ours)
+    inputs = batch(head, padded)
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    a, b = ours(**inputs, **flags), theirs(**inputs, **flags)
+    assert a.keys() == list(b.keys()) == ["loss", "logits", "hidden_states", "attentions"]
+    kind = "sequence" if head is SEQUENCE else "frames"
+    helpers.assert_close(f"{kind} logits", a.logits, b.logits)
+    helpers.assert_close(f"{kind} loss", a.loss, b.loss)
+    for x, y in zip(a.hidden_states, b.hidden_states, strict=True):
+        helpers.assert_close(f"{kind} hidden states", x, y)
+    assert len(a.attentions) == len(b.attentions) == config.num_hidden_layers
+    a.loss.backward()
+    b.loss.backward()
+    gap = helpers.grad_difference(ours, theirs)
+    helpers.worst[f"{kind} gradients"] = max(helpers.worst.get(f"{kind} gradients", 0.0), gap)
+    assert gap <= helpers.PARITY
+    if weighted:
+        assert ours.layer_weights.grad.abs().max() > 0
+
+
+@each_head
+def test_weighted_sum_without_the_switch_ends_in_the_normalised_output(head: Any) -> None:
+    """As documented and in transformers 4: the last of the mixed states is the encoder's output."""
+    model = build(head, still(use_weighted_layer_sum=True))
+    with torch.no_grad():
+        model.layer_weights.copy_(torch.tensor([0.0, 0.0, 200.0]))  # all on the last
+    values = torch.randn(2, SAMPLES)
+    base = model.wav2vec2_conformer(values, output_hidden_states=True)
+    assert torch.equal(read_frames(model, base, None)[0], base.last_hidden_state)
+    model.config.hidden_states_pre_norm = True
+    other = model.wav2vec2_conformer(values, output_hidden_states=True)
+    assert helpers.difference(read_frames(model, other, None)[0], base.last_hidden_state) > 0.01
+
+
+def test_frame_head_reads_class_numbers_and_ignores_minus_100() -> None:
+    """The peer has no class numbers for frames; they mean what their one-hot rows mean there."""
+    ours = build(FRAMES, still(padding_invariant=False))
+    theirs = helpers.twin(ours)
+    inputs = batch(FRAMES, padded=True)
+    numbers = inputs["labels"].argmax(-1)
+    want = theirs(**inputs).loss
+    helpers.assert_close("frames loss of class numbers", ours(**{**inputs, "labels": numbers}).loss, want)
+    numbers[:, 4:] = -100
+    got = ours(**{**inputs, "labels": numbers})
+    four = functional.cross_entropy(got.logits[:, :4].flatten(0, 1), numbers[:, :4].flatten())
+    torch.testing.assert_close(got.loss, four)
+
+
+def test_frames_of_padding_do_not_count_in_the_loss() -> None:
+    model, inputs = build(FRAMES, still()), batch(FRAMES, padded=True)
+    lengths = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1)).tolist()
+    out = model(**inputs)
+    real = [(out.logits[b, :n], inputs["labels"][b, :n].argmax(-1)) for b, n in enumerate(lengths)]
+    want = functional.cross_entropy(torch.cat([x for x, _ in real]), torch.cat([y for _, y in real]))
+    torch.testing.assert_close(out.loss, want)
+    for b, n in enumerate(lengths):
+        inputs["labels"][b, n:] = 55  # whatever stands there
+    assert torch.equal(model(**inputs).loss, out.loss)
+    inputs["labels"] = batch(FRAMES)["labels"]
+    model.config.padding_invariant = False  # read at each call: now they count, as in the peer
+    other = model(**inputs)
+    want = functional.cross_entropy(other.logits.flatten(0, 1), inputs["labels"].argmax(-1).flatten())
+    torch.testing.assert_close(other.loss, want)
+
+
+@pytest.mark.parametrize("kind", [NUMBERS, MANY, None])
+@pytest.mark.parametrize("n", [1, 3])
+@each_head
+def test_problem_types(head: Any, n: int, kind: str | None) -> None:
+    """The promises that the peer does not keep: each loss from the logits, by torch."""
+    model = build(head, still(num_labels=n, problem_type=kind), training=True)
+    inputs = batch(head)
+    lead = (3,) if head is SEQUENCE else (3, T)
+    if kind == MANY:
+        labels = (torch.rand(*lead, n) < 0.5).float()
+    elif kind is None and n > 1:
+        labels = torch.randint(n, lead)
+    else:
+        labels = torch.randn(*lead, n)
+    out = model(inputs["input_values"], labels=labels.squeeze(-1) if n == 1 else labels)
+    if kind == MANY:
+        want = functional.binary_cross_entropy_with_logits(out.logits, labels)
+    elif kind is None and n > 1:
+        want = functional.cross_entropy(out.logits.flatten(0, -2), labels.flatten())
+    else:
+        want = functional.mse_loss(out.logits, labels)
+    torch.testing.assert_close(out.loss, want)
+    out.loss.backward()
+    assert model.classifier.weight.grad.abs().max() > 0
+    model.config.problem_type = NUMBERS if kind == MANY else MANY  # read at each call
+    binary = (torch.rand(*lead, n) < 0.5).float()
+    assert not torch.allclose(model(inputs["input_values"], labels=binary).loss, out.loss)
+
+
+def test_regression_of_one_number_takes_integers_as_documented() -> None:
+    """The peer's loss of one label is 0 for integers, and a RuntimeError for floats."""
+    model = build(SEQUENCE, still(num_labels=1))
+    values, labels = torch.randn(3, SAMPLES), torch.tensor([4, -2, 0])
+    out = model(values, labels=labels)
+    torch.testing.assert_close(out.loss, (out.logits[:, 0] - labels).square().mean())
+    assert helpers.twin(model)(values, labels=torch.zeros(3, dtype=torch.long)).loss.item() == 0
+
+
+# ---- adapter, layer drop
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("width", [None, 16])
+@each_head
+def test_an_adapter_works(head: Any, width: int | None, weighted: bool) -> None:
+    """The peer refuses: here the adapter shortens what is classified, alone as in a batch."""
+    config = still(
+        add_adapter=True, num_adapter_layers=1, output_hidden_size=width, use_weighted_layer_sum=weighted
+    )
+    model = build(head, config, training=False)
+    inputs = batch(head, padded=True)
+    inputs["labels"] = inputs["labels"] if head is SEQUENCE else inputs["labels"][:, : T // 2]
+    out = model(**inputs)
+    assert out.logits.shape == ((3, N) if head is SEQUENCE else (3, T // 2, N))
+    base = model.wav2vec2_conformer(
+        inputs["input_values"], inputs["attention_mask"], output_hidden_states=True
+    )
+    frames, mask = read_frames(model, base, inputs["attention_mask"])
+    if weighted:
+        shares = model.layer_weights.softmax(0)
+        mixed = sum(s * h for s, h in zip(shares, base.hidden_states, strict=True))
+        n = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1), add_adapter=False)
+        torch.testing.assert_close(frames, model.wav2vec2_conformer.adapter(mixed, n))
+    else:
+        assert torch.equal(frames, base.last_hidden_state)
+    lengths = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1))
+    assert mask.sum(1).tolist() == lengths.tolist()
+    for row, samples in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        alone = model(inputs["input_values"][row : row + 1, :samples]).logits
+        there = out.logits[row : row + 1] if head is SEQUENCE else out.logits[row : row + 1, : lengths[row]]
+        helpers.assert_close("classifier with an adapter, alone", there, alone)
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.wav2vec2_conformer.adapter.parameters())
+
+
+@each_head
+def test_layer_drop_never_breaks_the_weighted_sum(head: Any) -> None:
+    inputs = batch(head, padded=True)
+    for layerdrop in (0.5, 1.0):
+        model = build(head, still(use_weighted_layer_sum=True, layerdrop=layerdrop), training=True)
+        torch.manual_seed(0)
+        for _ in range(20):
+            loss = model(**inputs).loss
+            assert loss.isfinite()
+        loss.backward()
+        assert model.layer_weights.grad.isfinite().all()
+
+
+@each_head
+def test_hidden_states_are_returned_only_if_asked_for(head: Any) -> None:
+    model, values = build(head, still(use_weighted_layer_sum=True)), torch.randn(1, SAMPLES)
+    assert model(values).keys() == ["logits"]
+    assert len(model(values, output_hidden_states=True).hidden_states) == 3
+    model.config.output_hidden_states = True
+    assert len(model(values).hidden_states) == 3
+    assert model(values, output_hidden_states=False).hidden_states is None
+    model.config.output_attentions = True
+    assert len(model(values).attentions) == 2
+
+
+@each_head
+def test_the_mixture_can_be_turned_off_and_not_turned_on(head: Any) -> None:
+    values = torch.randn(1, SAMPLES)
+    model = build(head, still(use_weighted_layer_sum=True))
+    mixed = model(values).logits
+    model.config.use_weighted_layer_sum = False  # read at each call
+    plain = build(head, still())
+    plain.load_state_dict({n: p for n, p in model.state_dict().items() if n != "layer_weights"})
+    assert torch.equal(model(values).logits, plain(values).logits)
+    assert not torch.equal(model(values).logits, mixed)
+    model = build(head, still())
+    model.config.use_weighted_layer_sum = True
+    with pytest.raises(ValueError, match=r"use_weighted_layer_sum=True .*built"):
+        model(values)
+
+
+@pytest.mark.parametrize("head", [*HEADS, Wav2Vec2ConformerForXVector], ids=["sequence", "frames", "speaker"])
+@pytest.mark.parametrize("training", [False, True])
+def test_mask_time_indices_are_those_of_the_base_model(head: Any, training: bool) -> None:
+    """The last optional argument: the same answer as from a base model that was given the mask itself."""
+    sizes = {"tdnn_dim": (8,), "tdnn_kernel": (3,), "tdnn_dilation": (1,), "xvector_output_dim": 9}
+    model = build(head, still(mask_time_prob=0.05, use_weighted_layer_sum=True, **sizes), training)
+    inputs = {key: value for key, value in batch(SEQUENCE, padded=True).items() if key != "labels"}
+    mask = torch.zeros(3, T, dtype=torch.bool)
+    mask[:, 1:4] = True
+    got = model(**inputs, mask_time_indices=mask, output_hidden_states=True)
+    base = model.wav2vec2_conformer(**inputs, mask_time_indices=mask, output_hidden_states=True)
+    assert all(torch.equal(x, y) for x, y in zip(got.hidden_states, base.hidden_states, strict=True))
+    seen: list[Any] = []
+    handle = model.wav2vec2_conformer.register_forward_hook(lambda *_: base)  # ours, whatever came in
+    handle_in = model.wav2vec2_conformer.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    assert torch.equal(model(**inputs, mask_time_indices=mask).logits, got.logits)
+    handle.remove()
+    handle_in.remove()
+    assert seen[0] is mask
+    assert list(inspect.signature(model.forward).parameters)[-1] == "mask_time_indices"
+    assert not torch.equal(model(**inputs, mask_time_indices=torch.zeros_like(mask)).logits, got.logits)
+
+
+# ---- padding
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("norm", ["group", "layer"])
+@each_head
+def test_an_utterance_does_not_depend_on_its_batch(head: Any, norm: str, weighted: bool) -> None:
+    """The padding theorem for logits, and for the gradient: a padded batch weighs its utterances, nothing else."""
+    config = still(feat_extract_norm=norm, use_weighted_layer_sum=weighted)
+    model, other = build(head, config), build(head, config)
+    inputs = batch(head, padded=True)
+    together = model(**inputs)
+    together.loss.backward()
+    frames = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1))
+    share = torch.full((3,), 1 / 3) if head is SEQUENCE else frames / frames.sum()
+    total = 0.0
+    for row, samples in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        n = int(frames[row])
+        labels = inputs["labels"][row : row + 1] if head is SEQUENCE else inputs["labels"][row : row + 1, :n]
+        alone = other(inputs["input_values"][row : row + 1, :samples], labels=labels)
+        there = together.logits[row : row + 1] if head is SEQUENCE else together.logits[row : row + 1, :n]
+        helpers.assert_close("classifier alone, logits", there, alone.logits)
+        (alone.loss * share[row]).backward()
+        total += alone.loss.item() * share[row].item()
+    assert together.loss.item() == pytest.approx(total, rel=1e-5)
+    assert helpers.grad_difference(model, other) <= helpers.PARITY
+    model.config.padding_invariant = False
+    assert (
+        helpers.difference(model(**inputs).logits[1], together.logits[1]) > 1e-4
+    )  # the switch does something
+
+
+# ---- the form
+
+
+@each_head
+def test_strict_state_dict_both_ways_and_tuple_outputs(head: Any) -> None:
+    for weighted in (False, True):
+        ours = build(head, still(use_weighted_layer_sum=weighted))
+        theirs = helpers.twin(ours)  # loads strictly in both directions
+        own = {n for n in ours.state_dict() if not n.startswith("wav2vec2_conformer.")}
+        names = ("projector", "classifier") if head is SEQUENCE else ("classifier",)
+        want = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+        assert own == want | ({"layer_weights"} if weighted else set())
+        inputs = batch(head)
+        for with_labels in (True, False):
+            some = inputs if with_labels else {"input_values": inputs["input_values"]}
+            flags = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
+            a, b = ours(**some, **flags), theirs(**some, **flags)
+            assert isinstance(a, tuple)
+            assert len(a) == len(b) == 3 + with_labels  # no dropped loss
+            named = ours(**some, output_hidden_states=True, output_attentions=True)
+            assert isinstance(named, SequenceClassifierOutput if head is SEQUENCE else TokenClassifierOutput)
+            assert (named.loss is None) != with_labels
+            assert torch.equal(a[int(with_labels)], named.logits)
+            ours.config.return_dict = False
+            assert len(ours(**some)) == 1 + with_labels
+            ours.config.return_dict = True
+
+
+def test_positional_order_is_the_documented_one() -> None:
+    for head in HEADS:
+        model, inputs = build(head, still()), batch(head, padded=True)
+        audio = (inputs["input_values"], inputs["attention_mask"])
+        if head is SEQUENCE:
+            out = model(*audio, True, True, False, inputs["labels"])
+        else:
+            out = model(*audio, inputs["labels"], True, True, False)
+        assert isinstance(out, tuple)
+        assert len(out) == 4
+        assert out[0].dim() == 0
+
+
+@each_head
+def test_freezing(head: Any) -> None:
+    inputs = batch(head)
+    model = build(head, still(use_weighted_layer_sum=True), training=True)
+    model.freeze_feature_encoder()
+    model(**inputs).loss.backward()
+    base = model.wav2vec2_conformer
+    assert all(p.grad is None for p in base.feature_extractor.parameters())
+    assert base.feature_projection.projection.weight.grad is not None
+    model = build(head, still(use_weighted_layer_sum=True), training=True)
+    model.freeze_base_model()
+    model(**inputs).loss.backward()
+    names = {n.partition(".")[0] for n, p in model.named_parameters() if p.grad is not None}
+    assert names == {"layer_weights", "classifier"} | ({"projector"} if head is SEQUENCE else set())
+
+
+@each_head
+def test_every_trainable_parameter_gets_a_gradient_in_training(head: Any) -> None:
+    for weighted in (False, True):
+        model = build(head, still(mask_time_prob=0.05, use_weighted_layer_sum=weighted), training=True)
+        model(**batch(head, padded=True)).loss.backward()
+        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@each_head
+def test_gradient_checkpointing_changes_nothing(head: Any) -> None:
+    results = []
+    for on in (False, True):
+        knobs = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "use_weighted_layer_sum": True}
+        model = build(head, still(**knobs), training=True)
+        if on:
+            model.gradient_checkpointing_enable()
+            assert model.wav2vec2_conformer.encoder.gradient_checkpointing
+        torch.manual_seed(4)
+        loss = model(**batch(head, padded=True)).loss
+        loss.backward()
+        results.append((loss, {n: p.grad for n, p in model.named_parameters()}))
+    (a, ga), (b, gb) = results
+    assert torch.equal(a, b)
+    assert all((g is None) == (gb[n] is None) and (g is None or torch.equal(g, gb[n])) for n, g in ga.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [ONE, MANY, NUMBERS])
+@each_head
+def test_half_precision_loss_is_fp32(head: Any, kind: str, dtype: torch.dtype) -> None:
+    model = build(head, still(use_weighted_layer_sum=True, problem_type=kind), training=True)
+    inputs = batch(head, padded=True)
+    if kind != ONE and head is SEQUENCE:
+        inputs["labels"] = functional.one_hot(inputs["labels"], N)
+    exact = model(**inputs)
+    half = model.to(dtype)(**{**inputs, "input_values": inputs["input_values"].to(dtype)})
+    assert half.logits.dtype == dtype
+    assert half.loss.dtype == torch.float32
+    torch.testing.assert_close(half.loss, exact.loss, rtol=0.05, atol=0)
+    mask = model._get_feature_vector_attention_mask(T, inputs["attention_mask"]) if head is FRAMES else None
+    again = classification_loss(half.logits.float(), inputs["labels"], kind, mask)
+    assert torch.equal(half.loss, again)  # nothing but the logits is rounded
+    half.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@each_head
+def test_loss_is_fp32_inside_autocast(head: Any) -> None:
+    model, inputs = build(head, still(use_weighted_layer_sum=True)), batch(head, padded=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(**inputs)
+    assert out.logits.dtype == torch.bfloat16
+    assert out.loss.dtype == torch.float32
+    mask = model._get_feature_vector_attention_mask(T, inputs["attention_mask"]) if head is FRAMES else None
+    assert torch.equal(out.loss, classification_loss(out.logits.float(), inputs["labels"], ONE, mask))
+
+
+def test_compiles_to_one_graph_with_the_loss_in_it() -> None:
+    model, inputs = build(FRAMES, still(use_weighted_layer_sum=True)), batch(FRAMES, padded=True)
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="eager", fullgraph=True)(**inputs)
+    torch.testing.assert_close(got.loss, model(**inputs).loss)
+    torch._dynamo.reset()
+
+
+@each_head
+def test_first_values(head: Any) -> None:
+    model = head(still(hidden_size=64, classifier_proj_size=300, num_labels=300, use_weighted_layer_sum=True))
+    assert model.classifier.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert (model.classifier.bias == 0).all()
+    assert torch.equal(model.layer_weights, torch.full((3,), 1 / 3))
+    assert torch.equal(model.layer_weights, make_layer_weights(model.config))
+    assert make_layer_weights(still()) is None
+
+
+# ---- in and out of files
+
+
+@each_head
+def test_save_and_load_both_ways(head: Any, tmp_path: Path) -> None:
+    import transformers
+
+    names = {i: f"word {i}" for i in range(N)}
+    knobs = {"padding_invariant": False, "hidden_states_pre_norm": True, "use_weighted_layer_sum": True}
+    ours = build(head, still(**knobs, num_labels=N, id2label=names))
+    inputs = batch(head, padded=True)
+    want = ours(**inputs)
+    ours.save_pretrained(tmp_path / "ours")
+    peer = getattr(transformers, head.__name__)
+    theirs = peer.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    helpers.assert_close("classifier, loaded by the peer", theirs(**inputs).loss, want.loss)
+    assert theirs.config.id2label == names
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = head.from_pretrained(tmp_path / "theirs", padding_invariant=False, hidden_states_pre_norm=True)
+    assert again.load_report.fits
+    assert not again.load_report.fresh
+    assert torch.equal(again(**inputs).logits, want.logits)
+    assert again.config.id2label == names
+    assert again.config.label2id == {name: i for i, name in names.items()}
+
+
+@each_head
+def test_a_ctc_folder_becomes_a_classifier(head: Any, tmp_path: Path) -> None:
+    ctc = build(Wav2Vec2ConformerForCTC, still())
+    ctc.save_pretrained(tmp_path / "ctc")
+    knobs = {"num_labels": 7, "use_weighted_layer_sum": True}
+    with pytest.warns(UserWarning, match=r"layer_weights.*newly initialised"):
+        tuned = head.from_pretrained(tmp_path / "ctc", **knobs)
+    assert tuned.classifier.out_features == 7
+    assert tuned.classifier.weight.std() > 0
+    torch.testing.assert_close(tuned.layer_weights, torch.full((3,), 1 / 3))
+    values = torch.randn(1, SAMPLES)
+    want = ctc.wav2vec2_conformer(values).last_hidden_state
+    assert torch.equal(tuned.wav2vec2_conformer(values).last_hidden_state, want)
+    tuned.save_pretrained(tmp_path / "tuned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # heads that the base model does not have are no news
+        base = Wav2Vec2ConformerModel.from_pretrained(tmp_path / "tuned")
+    assert torch.equal(base(values).last_hidden_state, want)
+    with pytest.raises(ValueError, match=r"mis-shaped.*classifier"):
+        head.from_pretrained(tmp_path / "tuned", num_labels=3)
+
+
+@pytest.mark.gpu
+@each_head
+def test_gpu_equals_cpu(head: Any) -> None:
+    config = still(use_weighted_layer_sum=True)
+    cpu, gpu = build(head, config, True), build(head, config, True).cuda()
+    inputs = batch(head, padded=True)
+    a, b = gpu(**{k: v.cuda() for k, v in inputs.items()}), cpu(**inputs)
+    helpers.assert_close("classifier loss on the GPU", a.loss.cpu(), b.loss, tol=1e-4)
+    a.loss.backward()
+    b.loss.backward()
+    assert helpers.grad_difference(gpu.cpu(), cpu) <= 1e-3
+
+
+@pytest.mark.gpu
+@each_head
+def test_gpu_label_errors_come_before_the_device_fails(head: Any) -> None:
+    model, inputs = build(head, still()).cuda(), {k: v.cuda() for k, v in batch(head, padded=True).items()}
+    with pytest.raises(ValueError, match=r"labels\["):
+        model(**{**inputs, "labels": inputs["labels"] + 500})
+    assert model(
+        **{**inputs, "labels": inputs["labels"].cpu()}
+    ).loss.isfinite()  # labels of the host are moved

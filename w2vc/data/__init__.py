@@ -1,0 +1,1 @@
+"""Sound and speech: reading audio, corpora with words, phones and speakers, batches."""

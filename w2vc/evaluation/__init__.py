@@ -1,0 +1,1 @@
+"""Measures with intervals, one report per head, probes of layers and codes."""

@@ -1,0 +1,1 @@
+"""From frames to text: the tokenizer, beam search, alignment, transcription of long recordings."""

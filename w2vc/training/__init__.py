@@ -1,0 +1,1 @@
+"""Runs: recipes, the loop, monitoring, and the demo checkpoint that they made."""
