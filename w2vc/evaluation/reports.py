@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..data.audio import BatchFeature, Samples, Wav2Vec2FeatureExtractor, load_audio
-from ..data.batches import Clip, Collator, PretrainingCollator, data_loader, turn_order
+from ..data.batches import Collator, Example, PretrainingCollator, data_loader, turn_order
 
 # isort: split
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification
@@ -228,11 +228,9 @@ def code_phone_report(
 class _Utterances(Collator):
     """Batches that carry their utterances along."""
 
-    def add(
-        self, batch: BatchFeature, clips: Sequence[Clip], starts: Sequence[int], ids: Tensor, n_frames: Tensor
-    ) -> None:
+    def add(self, batch: BatchFeature, examples: Sequence[Example], starts: Sequence[int]) -> None:
         """Add `utterances`."""
-        batch["utterances"] = [clip.utterance for clip in clips]
+        batch["utterances"] = [example.utterance for example in examples]
 
 
 def _extractor_for(extractor: Wav2Vec2FeatureExtractor | None) -> Wav2Vec2FeatureExtractor:
