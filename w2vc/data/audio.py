@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..config import find_file, lacks, nearest, pin_revision, read_json, write_atomically
+from ..config import nearest
+from ..files.atomic import read_json, write_file
+from ..files.hub import find_file, lacks, pin_revision
 
 # %% auto #0
 __all__ = [
@@ -532,7 +534,7 @@ def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
             if NESTED not in content:
                 return
             content = {**content, NESTED: settings}
-        write_atomically(folder / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        write_file(folder / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 # %% ../../nbs/data/audio.ipynb #7767c19e

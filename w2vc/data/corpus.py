@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import write_atomically
+from ..files.atomic import write_file
 from .audio import Samples, load_audio
 
 # %% auto #0
@@ -342,7 +342,7 @@ def save_speech(
             _encode(np.concatenate(parts.pop(stem)), format, compression),
         )
         if not _sounds_like(path, data):  # Ogg files hold a random number, so equal sound gives unequal bytes
-            write_atomically(path, data)
+            write_file(path, data)
         count[stem] += 1
 
     for split, utterances in splits.items():
@@ -363,7 +363,7 @@ def save_speech(
     text = (
         head + ',\n "utterances": [\n' + ",\n".join(rows) + "\n ]\n}\n"
     )  # one line per utterance: small diffs
-    write_atomically(folder / "speech.json", text.encode())
+    write_file(folder / "speech.json", text.encode())
 
 
 def load_packed(folder: Path, name: str, split: str) -> Speech:

@@ -32,7 +32,9 @@ from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification
 
 # isort: split
 from ..checks import MANY_LABELS, ONE_LABEL
-from ..config import Wav2Vec2ConformerConfig, find_file, read_json
+from ..config import Wav2Vec2ConformerConfig
+from ..files.atomic import read_json
+from ..files.hub import find_file
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification, resolve_problem_type
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.fast import fast_forms

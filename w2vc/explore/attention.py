@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import refuse, write_atomically
+from ..config import refuse
 from ..data.audio import load_audio, normalise
 from ..data.corpus import Segment, Utterance, frame_labels
+from ..files.atomic import write_file
 from ..files.pretrained import PreTrainedModel, eval_mode
 from ..model.attention import SelfAttention
 from ..model.fast import plain_forms
@@ -535,7 +536,7 @@ def save_page(path: str | Path, parts: Sequence[Explorer | str], *, title: str) 
         "font:16px/1.5 system-ui,sans-serif;background:#fff;color:#1b222c}@media (prefers-color-scheme:dark){body{background:#0e1115;"
         f"color:#e9ecf0}}}}</style></head>\n<body>\n<main>\n{inside}\n</main>\n</body></html>\n"
     )
-    write_atomically(path, page.encode())
+    write_file(path, page.encode())
     return Path(path)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ..config import Wav2Vec2ConformerConfig, read_json, refuse, write_together
+from ..config import Wav2Vec2ConformerConfig, refuse
 from ..data.audio import Wav2Vec2FeatureExtractor
 from ..data.corpus import load_speech
 from ..evaluation.reports import Measure, evaluate, model_class
+from ..files.atomic import read_json, write_together
 from ..files.pretrained import PreTrainedModel, demo_folder, save_head
 from ..text.tokenizer import Wav2Vec2Processor
 from .recipes import Recipe

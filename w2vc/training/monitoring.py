@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import read_json
+from ..files.atomic import read_json
 from ..model.pretraining import contrastive_logits
 from .recipes import recipe_folder
 
