@@ -19,8 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..data.audio import Samples, Wav2Vec2FeatureExtractor
 from ..data.corpus import SAMPLING_RATE, SILENCE, Segment, Speech, frame_labels
-from ..evaluation.measures import cross_table, log_mel_frames
-from ..evaluation.reports import CodeMeasures, code_phone_report, phone_rows, utterance_batches
+from ..evaluation.probes import CodeMeasures, code_phone_report, cross_table, log_mel_frames
+
+# isort: split
+from ..evaluation.probes import phone_rows, utterance_batches
 from ..files.pretrained import eval_mode
 from ..model.fast import plain_forms
 from ..model.features import receptive_field, valid_lengths
@@ -390,7 +392,7 @@ def code_information(
         seed: For the shuffles.
 
     Returns:
-        Question -> what `evaluation.code_phone_report` finds: "group 0", …, "joint" -> measures, with the shuffled
+        Question -> what `probes.code_phone_report` finds: "group 0", …, "joint" -> measures, with the shuffled
         `chance` beside what is `known`.
     """
     known = frames.phones != ""
