@@ -31,6 +31,7 @@ __all__ = [
     "resample",
     "load_audio",
     "normalise",
+    "pad_rows",
     "plan_lengths",
     "BatchFeature",
     "Wav2Vec2FeatureExtractor",
@@ -284,6 +285,32 @@ def normalise(audio: Samples) -> Samples:
         `[S]` float32. Silence stays silence: the 1e-7 added to the variance keeps it from being divided by 0.
     """
     return np.asarray((audio - audio.mean()) / np.sqrt(audio.var() + 1e-7), np.float32)
+
+
+# %% ../../nbs/data/audio.ipynb #81b4d82d
+def pad_rows(
+    rows: Sequence[Any], value: Any = 0, length: int | None = None, side: str = "right"
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Fill up rows of unequal length to one rectangle.
+
+    Args:
+        rows: B rows of numbers, each `[S]` of its own length.
+        value: what to fill up with.
+        length: at least this many columns; a longer row is never cut.
+        side: where the filling goes, "right" or "left".
+
+    Returns:
+        `[B, T]` of the rows' dtype, always a copy; and `[B, T]` bool, True where a row is.
+    """
+    arrays = [np.asarray(row) for row in rows]
+    total = max([length or 0, *map(len, arrays)])
+    dtype = np.result_type(*[array.dtype for array in arrays if array.size] or [np.float32])
+    padded = np.full((len(arrays), total), value, dtype)
+    mask = np.zeros((len(arrays), total), bool)
+    for i, array in enumerate(arrays):
+        where = slice(total - len(array), total) if side == "left" else slice(len(array))
+        padded[i, where], mask[i, where] = array, True
+    return padded, mask
 
 
 # %% ../../nbs/data/audio.ipynb #6235c7ef

@@ -45,6 +45,7 @@ __all__ = [
     "speech_assets",
     "speech_cache",
     "load_speech",
+    "frame_activity",
     "frame_labels",
     "mix",
     "two_speaker_mixes",
@@ -481,24 +482,37 @@ def _load_named(name: str, split: str, options: dict[str, Any]) -> Speech:
 
 
 # %% ../../nbs/data/corpus.ipynb #925e762d
-def frame_labels(
-    segments: Sequence[Segment], n_frames: int, hop: float = 0.02, middle: float = 0.0125
-) -> list[str]:
-    """Say for each frame which segment covers its middle.
+def frame_activity(
+    segments: Iterable[Segment],
+    labels: Sequence[str],
+    n_frames: int,
+    hop: float = 0.02,
+    middle: float = 0.0125,
+) -> NDArray[np.bool_]:
+    """Say for each frame and label whether a segment of that label covers the frame's middle, `[T, len(labels)]`.
 
     Args:
-        segments: Segments in order of their start, not overlapping.
+        segments: In any order; they may overlap. Those with a label that is not in `labels` are passed over.
+        labels: The labels, one per column.
         n_frames: T.
         hop: Seconds from one frame to the next.
         middle: Middle of frame 0 in seconds; 200 samples for the default feature encoder.
-
-    Returns:
-        T labels; "" where no segment lies.
     """
     times = np.arange(n_frames) * hop + middle
-    index = np.searchsorted([segment.start for segment in segments], times, side="right") - 1
-    covered = (i >= 0 and t < segments[i].end for i, t in zip(index, times, strict=True))
-    return [segments[i].label if inside else "" for i, inside in zip(index, covered, strict=True)]
+    active = np.zeros((n_frames, len(labels)), bool)
+    for label, start, end in segments:
+        if label in labels:
+            active[(times >= start) & (times < end), labels.index(label)] = True
+    return active
+
+
+def frame_labels(
+    segments: Sequence[Segment], n_frames: int, hop: float = 0.02, middle: float = 0.0125
+) -> list[str]:
+    """Say for each frame which segment covers its middle; "" where none does. Arguments as in `frame_activity`."""
+    labels = list(dict.fromkeys(segment.label for segment in segments))
+    active = frame_activity(segments, labels, n_frames, hop, middle)
+    return [labels[row.argmax()] if row.any() else "" for row in active]
 
 
 # %% ../../nbs/data/corpus.ipynb #f19ea2ab
