@@ -16,7 +16,7 @@ import torch
 from helpers import tiny_config
 from w2vc.data.audio import Wav2Vec2FeatureExtractor
 from w2vc.data.corpus import Segment, Speech, Utterance, load_speech
-from w2vc.evaluation.reports import measure_codes, phone_frames
+from w2vc.evaluation.probes import measure_codes, phone_frames
 from w2vc.explore.codevectors import (
     CodeFrames,
     CodeSegment,

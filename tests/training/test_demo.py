@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from helpers import assert_close
 from w2vc import Wav2Vec2Processor, cli, load_demo, load_speech, transcribe
 from w2vc.config import find_file
-from w2vc.evaluation.reports import count_edits
+from w2vc.evaluation.measures import count_edits
 from w2vc.files.pretrained import BASE, demo_folder
 from w2vc.training import demo, recipes
 from w2vc.training.demo import (
