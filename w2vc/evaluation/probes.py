@@ -22,7 +22,7 @@ from ..data.audio import BatchFeature, Wav2Vec2FeatureExtractor
 from ..data.batches import Collator, data_loader
 from ..data.corpus import SAMPLING_RATE, Speech, Utterance, frame_labels
 from ..files.pretrained import PreTrainedModel, eval_mode
-from ..model.features import receptive_field, valid_lengths
+from ..model.features import FrameClock, valid_lengths
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 
 # isort: split
@@ -240,8 +240,8 @@ def utterance_batches(
 
 def phone_rows(utterance: Utterance, n_frames: int, config: Wav2Vec2ConformerConfig) -> list[str]:
     """The phone in the middle of each frame of a model; "" where none is known."""
-    width, hop = receptive_field(config.conv_kernel, config.conv_stride)
-    return frame_labels(utterance.phones, n_frames, hop / SAMPLING_RATE, width / 2 / SAMPLING_RATE)
+    clock = FrameClock.of(config)
+    return frame_labels(utterance.phones, n_frames, clock.step, clock.middle())
 
 
 # %% ../../nbs/evaluation/probes.ipynb #a53d79df
@@ -296,12 +296,11 @@ def phone_frames(
     batch_seconds: float = 60.0,
 ) -> PhoneFrames:
     """Collect the codes and the phones of all frames: the quantizer reads the latent frames, no block is run."""
-    width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
-    base = model.wav2vec2_conformer
+    base, clock = model.wav2vec2_conformer, FrameClock.of(model.config)
 
     def read(batch: BatchFeature) -> tuple[Tensor, Tensor]:
         features = base.feature_extractor(batch["input_values"], valid_lengths(batch["attention_mask"]))
-        mel = log_mel_frames(batch["input_values"].cpu().numpy(), width=width, hop=hop)
+        mel = log_mel_frames(batch["input_values"].cpu().numpy(), width=clock.width, hop=clock.hop)
         return model.quantizer.codes(base.feature_projection(features)[1]), torch.from_numpy(mel)
 
     (codes, mel), phones, ids = _known_frames(model, speech, extractor, read, batch_seconds=batch_seconds)
@@ -415,7 +414,7 @@ def phone_probe(
         )
         raise ValueError(f"the probe must learn on some speakers and be asked about others: {problem}")
     base: Any = model.base_model
-    n_blocks, rate = model.config.num_hidden_layers, SAMPLING_RATE / math.prod(model.config.conv_stride)
+    n_blocks, step = model.config.num_hidden_layers, FrameClock.of(model.config).step
 
     def read(batch: BatchFeature) -> list[Tensor]:
         output = base(
@@ -424,7 +423,7 @@ def phone_probe(
         return [output.extract_features, *output.hidden_states]
 
     def collect(speech: Speech) -> Any:
-        every = math.ceil(speech.seconds * rate / max_frames)
+        every = math.ceil(speech.seconds / step / max_frames)
         return _known_frames(model, speech, extractor, read, every=every, batch_seconds=batch_seconds)
 
     layers, phones, ids = collect(speech)

@@ -33,7 +33,7 @@ from ..model.classification import Wav2Vec2ConformerForSequenceClassification as
 from ..model.classification import resolve_problem_type
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.fast import fast_forms
-from ..model.features import receptive_field
+from ..model.features import FrameClock
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..model.quantizer import codebook_perplexity
 from ..model.speaker import Wav2Vec2ConformerForXVector, min_samples
@@ -309,8 +309,8 @@ def evaluate_frames(context: EvalContext, target: str | None = None) -> Metrics:
     known = context.select(lambda u: bool(getattr(u, target)), f"their {target} are not known")
     if not known:
         raise ValueError(f"target={target!r}: nothing is known of it in {context.speech!r}")
-    width, hop = receptive_field(config.conv_kernel, config.conv_stride)
-    grid: Any = {"hop": hop / SAMPLING_RATE, "middle": width / 2 / SAMPLING_RATE}
+    clock = FrameClock.of(config, adapter=True)
+    grid: Any = {"hop": clock.step, "middle": clock.middle()}
     ids: list[str] = []
     right: list[tuple[int, int]] = []
     errors: list[DiarizationErrors] = []
