@@ -62,6 +62,17 @@ def browser() -> Iterator[Any]:
         chrome.close()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Collect what a worker of pytest-xdist compared."""
+    helpers.remember(getattr(node, "workeroutput", {}).get("worst", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["worst"] = helpers.worst
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if helpers.worst:
         name, gap = max(helpers.worst.items(), key=lambda pair: pair[1])
