@@ -46,7 +46,7 @@ def mixed(head: Head) -> dict[str, Any]:
 @pytest.mark.parametrize("norm", ["group", "layer"])
 @pytest.mark.parametrize("positions", ["relative", "rotary", None])
 @each_head
-def test_parity_of_the_whole_head(  # noqa: PLR0917
+def test_parity_of_the_whole_head(
     head: Head, positions: str | None, norm: str, padded: bool, training: bool
 ) -> None:
     """Outputs, gradients and running statistics; with the group norm, heads that can read a mixture of layers."""
