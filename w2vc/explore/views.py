@@ -40,7 +40,7 @@ from ..model.fast import plain_forms
 from ..model.features import FrameClock
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..model.speaker import Wav2Vec2ConformerForXVector
-from ..text.alignment import TimedText, align_words, best_path, best_walk, read_words
+from ..text.alignment import TimedText, align_words, best_path, read_words, viterbi
 from ..text.decoding import CTCDecoder
 from ..text.tokenizer import AutoProcessor, Wav2Vec2Processor
 from ..text.transcription import frame_logits
@@ -408,7 +408,7 @@ def trellis_view(
     states = extend_labels(torch.tensor([[number[s] for s in spelled]]), reading.blank)[0]
     bars = torch.where(states == pad(states, (2, 0), value=reading.blank)[:-2], -torch.inf, 0.0).double()
     log_probs = reading.log_probs.double()
-    path, scores = best_walk(log_probs, states, bars), viterbi_scores(log_probs, states, bars)
+    path, scores = viterbi(log_probs, states, bars), viterbi_scores(log_probs, states, bars)
     first, last = (
         max(clock.frame(chosen[0].start) - 3, 0),
         min(clock.frame(chosen[-1].end) + 3, len(path) - 1),
