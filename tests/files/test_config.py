@@ -23,7 +23,7 @@ from w2vc.config import (
     get_activation,
 )
 
-FIXTURE = Path(__file__).parent / "fixtures" / "config_legacy.json"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "config_legacy.json"
 
 # The constructor's documentation, word for word: name = default.
 DOCUMENTED = """vocab_size = None hidden_size = 768 num_hidden_layers = 12 num_attention_heads = 12
