@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,12 @@ from w2vc.files.pretrained import PreTrainedModel
 
 PARITY = 1e-5  # the largest relative difference allowed in fp32 (design: outputs, losses and gradients alike)
 worst: dict[str, float] = {}  # largest difference seen per name; conftest prints it after the run
+
+
+def remember(gaps: Mapping[str, float]) -> None:
+    """Keep the largest difference of each name."""
+    for name, gap in gaps.items():
+        worst[name] = max(worst.get(name, 0.0), gap)
 
 
 def tiny_config(**knobs: Any) -> Wav2Vec2ConformerConfig:
@@ -72,7 +78,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def assert_close(name: str, ours: Tensor, theirs: Tensor, tol: float = PARITY) -> float:
     """Assert that two tensors agree to `tol` relative, and remember the largest difference for the summary."""
     gap = difference(ours, theirs)
-    worst[name] = max(worst.get(name, 0.0), gap)
+    remember({name: gap})
     assert gap <= tol, f"{name}: relative difference {gap:.2e} > {tol:.0e}"  # also fails on NaN
     return gap
 

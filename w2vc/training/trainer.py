@@ -44,13 +44,13 @@ from ..model.fast import describe_forms, slow_down, speed_up
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..model.speaker import Wav2Vec2ConformerForXVector
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
-from .recipes import Recipe, SourcePlan, describe_cost, estimate_cost, gumbel_temperature
+from .recipes import Recipe, SourceConfig, gumbel_temperature
 
 # isort: split
 from ..data.batches import label_names, model_inputs, turn_order
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification
 from .monitoring import compare_with_bands, gradient_norms, stored_bands, whole_tensor
-from .recipes import learning_rate, matmul_speed
+from .recipes import learning_rate
 
 # %% auto #0
 __all__ = [
@@ -106,7 +106,7 @@ def _renamed(utterance: Utterance, name: str) -> Utterance:
 
 
 def gather_speech(
-    sources: list[SourcePlan], min_seconds: float = 0.0, max_seconds: float | None = None
+    sources: list[SourceConfig], min_seconds: float = 0.0, max_seconds: float | None = None
 ) -> Speech:
     """Join the sources of a recipe to one set.
 
@@ -1476,11 +1476,6 @@ def make_trainer(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bo
     valid = None if valid is None else keep_usable(valid, objective, "valid")
     trainer = Trainer(recipe, Path(folder), objective, train, valid, progress=progress)
     if trainer.progress:
-        speed = matmul_speed(device=trainer.device) / 3
-        cost = estimate_cost(
-            recipe, model.config, model.num_parameters(), train.seconds, processes=trainer.world, speed=speed
-        )
-        print(describe_cost(recipe, cost, trainer.world))
         print(describe_forms(model))
         if trainer.in_pieces:
             print(f"FSDP: each of {trainer.world} processes holds a piece of the weights")
