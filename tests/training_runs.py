@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import w2vc.model.quantizer
 from w2vc.data.batches import data_loader
 from w2vc.data.corpus import Speech, load_speech
-from w2vc.training.recipes import Recipe, read_overrides
+from w2vc.training.recipes import Recipe
 from w2vc.training.trainer import (
     OBJECTIVE_CLASSES,
     MetricsLog,
@@ -53,7 +53,7 @@ def make_recipe(objective: str = "pretraining", *overrides: str, **knobs: Any) -
     }  # fmt: skip
     if objective == "pretraining":
         plain["data"]["crop_seconds"] = 1.0
-    return Recipe.from_dict(read_overrides(plain, overrides))
+    return Recipe.from_dict(plain, overrides)
 
 
 def fixed_noise(logits: Tensor, temperature: float) -> Tensor:

@@ -23,16 +23,17 @@ except ImportError as error:
 
 import torch
 
-from .config import Wav2Vec2ConformerConfig, find_file, read_json, write_atomically, write_together
+from .config import Wav2Vec2ConformerConfig
 from .evaluation.reports import Report, evaluate, model_class, open_speech
+from .files.atomic import read_json, write_file, write_together
 from .files.fairseq import convert_fairseq, read_fairseq
+from .files.hub import find_file
 from .files.pretrained import PreTrainedModel, demo_folder, match_names, read_checkpoint
 from .model.ctc import Wav2Vec2ConformerForCTC
 from .text.decoding import CTCDecoder
 from .text.tokenizer import Wav2Vec2Processor
 from .text.transcription import Transcript
 from .text.transcription import transcribe as transcribe_speech
-from .training.demo import CURVES, TRIALS, measure_demo, pack_curves, pack_run, write_figures
 from .training.recipes import OBJECTIVES, Recipe, recipe_folder
 from .training.trainer import train
 
@@ -55,7 +56,6 @@ __all__ = [
     "Overrides",
     "Minutes",
     "DryRun",
-    "demo_app",
     "examples",
     "main",
     "describe_checkpoint",
@@ -76,9 +76,6 @@ __all__ = [
     "pretrain",
     "finetune",
     "recipes",
-    "pack",
-    "curves",
-    "measure",
 ]
 
 # %% ../nbs/appendix/cli.ipynb #cfef4ebe
@@ -506,7 +503,7 @@ def transcribe_command(  # noqa: PLR0917
             several = format is Format.text and len(recordings) > 1
             print((f"{name}\t" if several else "") + written(result, format, name), end="", flush=True)
         else:
-            write_atomically(targets[name], written(result, format, name).encode())
+            write_file(targets[name], written(result, format, name).encode())
     if failed:
         raise typer.Exit(1)
 
@@ -789,48 +786,6 @@ def recipes() -> None:
     for path in sorted(recipe_folder().glob("*.yaml")):
         found = Recipe.load(path)
         print(f"{path.stem:20} {found.objective:12} {found.about}")
-
-
-# %% ../nbs/appendix/cli.ipynb #ebd5d244
-demo_app = typer.Typer(
-    no_args_is_help=True, help="Build and measure the demo checkpoint that comes with the package."
-)
-app.add_typer(demo_app, name="demo")
-
-
-@demo_app.command(epilog=examples("w2vc demo pack runs/demo_pretrain", "w2vc demo pack runs/demo_ctc ctc"))
-def pack(
-    run: RunFolder, head: Annotated[str | None, typer.Argument(help="ctc, keyword, speaker or frame; none: pre-training.")] = None
-) -> None:  # fmt: skip
-    """Put a finished run into the package: its weights in fp16, and its curves."""
-    pack_run(run, head)
-
-
-@demo_app.command(epilog=examples("w2vc demo curves runs/collapse collapse"))
-def curves(run: RunFolder, name: Annotated[str, typer.Argument(help="; ".join(CURVES))]) -> None:
-    """Put only the curves of a run into the package."""
-    pack_curves(run, name)
-
-
-@demo_app.command(epilog=examples("w2vc demo measure", "w2vc demo measure ctc --sets builtin"))
-def measure(
-    heads: Annotated[list[str] | None, typer.Argument(help="; ".join(TRIALS) + ". By default all.")] = None,
-    sets: Annotated[str | None, typer.Option(help="Only these, such as builtin,builtin-mixes: no espeak-ng, no network.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Write figures.json and the model card.")] = False,
-) -> None:  # fmt: skip
-    """Measure it on speech that was in no training set: the figures of the model card."""
-    if write and (heads or sets):
-        raise ValueError("--write needs all heads and all sets: the model card has them all")
-    found = measure_demo(
-        heads or tuple(TRIALS), sets=None if sets is None else sets.split(","), progress=True
-    )
-    for head, reports in found.items():
-        for title, report in reports.items():
-            print(f"\n{head} on {title}")
-            for name, figure in report["measures"].items():
-                print(f"  {name:28} {figure['value']:8.4f}  {figure['note']}")
-    if write:
-        write_figures(found)
 
 
 # %% ../nbs/appendix/cli.ipynb #184c5b9e

@@ -169,7 +169,8 @@ def test_the_limit_ends_an_allocation_and_not_the_process() -> None:
     assert not run.is_out_of_memory(ValueError("shape"))
 
 
-def test_the_readme_shows_the_committed_figures() -> None:
+def test_the_readme_shows_the_committed_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
     report = json.loads((ROOT / "docs" / "benchmarks" / "cpu.json").read_text())
     shown = runpy.run_path(str(ROOT / "docs" / "readme.py"))["SHOWN"]
     for line in run.write_table(report, shown).splitlines():

@@ -19,27 +19,23 @@ from helpers import tiny_config
 from w2vc.data.audio import Wav2Vec2FeatureExtractor, normalise
 from w2vc.data.batches import (
     BucketSampler,
-    Clip,
     Collator,
     CTCCollator,
-    Draw,
+    Example,
     LabelCollator,
     PretrainingCollator,
+    SampleRequest,
     SpeechDataset,
+    add_noise,
     bucket_batches,
+    crop_start,
     data_loader,
+    draw_masks,
+    draw_negatives,
     find_problems,
-    frame_targets,
-    keyed_crops,
-    keyed_masks,
-    keyed_negatives,
-    keyed_noise,
-    keyed_uniform,
     label_names,
-    mix_bits,
     model_inputs,
-    padding_share,
-    sample_id,
+    sample_rng,
     turn_order,
 )
 from w2vc.data.corpus import KEYWORDS, SAMPLING_RATE, Segment, Speech, Utterance, frame_labels, load_speech
@@ -51,12 +47,11 @@ from w2vc.text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 quick = settings(max_examples=40, deadline=None)
 EXTRACTOR = Wav2Vec2FeatureExtractor()
-STEP = 0x9E3779B97F4A7C15
+BASE = [0.4897758798192007, 0.48066014524207823]
 
 
-def numbers(n: int) -> Tensor:
-    """Ids as names give them: without any order."""
-    return torch.tensor([sample_id(f"utterance {i}") for i in range(n)])
+def rngs(n: int, seed: int = 0, epoch: int = 0, purpose: str = "mask") -> list[np.random.Generator]:
+    return [sample_rng(seed, epoch, f"utterance {i}", purpose) for i in range(n)]
 
 
 def within(got: float, expected: float, error: float, times: float = 4.5) -> None:
@@ -65,114 +60,54 @@ def within(got: float, expected: float, error: float, times: float = 4.5) -> Non
     )
 
 
-# ------------------------------------------------------------------------------------------------ keyed randomness
+# ---------------------------------------------------------------------------------------------------- randomness
 
 
-def test_the_hash_is_splitmix64() -> None:
-    """The published outputs for the state 1234567."""
-    state = torch.tensor([(1234567 + i * STEP + 2**63) % 2**64 - 2**63 for i in range(1, 6)])
-    expected = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
+def test_numbers_follow_from_seed_epoch_name_and_purpose_alone() -> None:
+    """The four facts are kept apart, on every machine alike, and a longer draw begins as a shorter one."""
+    base = sample_rng(3, 1, "anna", "mask").random(100)
+    assert base[:2] == pytest.approx(BASE, abs=1e-12)
+    assert np.array_equal(sample_rng(3, 1, "anna", "mask").random(17), base[:17])
+    facts = [(3, 1, "anna", "mask"), (1, 3, "anna", "mask"), (2, 2, "anna", "mask"), (-3, 1, "anna", "mask")]
+    facts += [
+        (3, 1, "ann", "amask"),
+        (3, 1, "mask", "anna"),
+        (31, 1, "anna", "mask"),
+        (2**70, 1, "anna", "mask"),
     ]
-    assert [x % 2**64 for x in mix_bits(state).tolist()] == expected
+    assert len({sample_rng(*fact).random() for fact in facts}) == len(facts)
 
 
-def test_the_hash_is_one_to_one_and_every_bit_reaches_every_bit() -> None:
-    x = torch.arange(-50_000, 50_000)
-    assert len(mix_bits(x).unique()) == len(x)
-    x = mix_bits(torch.arange(4000))
-    for bit in range(64):
-        flipped = mix_bits(x) ^ mix_bits(x ^ (1 << bit if bit < 63 else -(2**63)))
-        share = torch.stack([(flipped >> k & 1).double().mean() for k in range(64)])
-        assert ((share - 0.5).abs() < 5 * 0.5 / math.sqrt(4000)).all(), bit
-
-
-def test_names_get_the_same_number_everywhere() -> None:
-    assert (
-        sample_id("train-f01-keyword-0")
-        == sample_id("train-f01-keyword-0")
-        != sample_id("train-f01-keyword-1")
-    )
-    assert sample_id("train-f01-keyword-0") == -3597354695534808099
-    names = {sample_id(f"{a}{b}") for a in range(100) for b in "abcdefghij"}
-    assert len(names) == 1000
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_uniform_in_range_and_by_prefix(dtype: torch.dtype) -> None:
-    ids = numbers(2000)
-    u = keyed_uniform(3, 1, ids, 100, dtype=dtype)
-    assert u.dtype == dtype
-    assert u.shape == (2000, 100)
-    assert 0 <= u.min() < 1e-4
-    assert 1 - 1e-4 < u.max() < 1
-    assert torch.equal(keyed_uniform(3, 1, ids, 17, dtype=dtype), u[:, :17])
-    cells = (u.double() * 64).long().flatten().bincount(minlength=64)
-    chi = float(((cells - 3125.0) ** 2 / 3125).sum())
-    within(chi, 63, math.sqrt(2 * 63))
-    for axis in (0, 1):  # means of columns and of rows spread as those of independent numbers do
-        means = u.double().mean(axis)
-        within(float(means.var()), 1 / 12 / u.shape[axis], math.sqrt(2 / len(means)) / 12 / u.shape[axis])
-
-
-KEYS: list[dict[str, Any]] = [{"seed": 1}, {"epoch": 1}, {"stream": "b"}, {"ids": "next"}, {"n": "next"}]
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["hashed ids", "ids 0, 1, 2, …"])
-@pytest.mark.parametrize("change", KEYS, ids=lambda change: next(iter(change)))
-def test_neighbouring_keys_are_independent(change: dict[str, Any], plain: bool) -> None:
+@pytest.mark.parametrize("change", ["seed", "epoch", "name", "purpose"])
+def test_neighbouring_keys_are_independent(change: str) -> None:
     """Pairs of numbers, one from each key, fill a 16 x 16 grid evenly."""
-    ids = torch.arange(2001) if plain else numbers(2001)
-    knobs: dict[str, Any] = {"seed": 0, "epoch": 0, "ids": ids[:-1], "n": 51, "stream": "a"}
-    other = {**knobs, **change}
-    if change.get("ids"):
-        other["ids"] = ids[1:]
-    a, b = (
-        keyed_uniform(k.pop("seed"), k.pop("epoch"), k.pop("ids"), 51, stream=k["stream"])
-        for k in (knobs, other)
-    )
-    a, b = (a[:, :-1], b[:, 1:]) if change.get("n") else (a, b)
-    pairs = ((a * 16).long() * 16 + (b * 16).long()).flatten().bincount(minlength=256)
-    expected = a.numel() / 256
-    chi = float(((pairs - expected) ** 2 / expected).sum())
-    within(chi, 255, math.sqrt(2 * 255))
 
+    def table(seed: int = 0, epoch: int = 0, shift: int = 0, purpose: str = "a") -> Any:
+        return np.stack(
+            [sample_rng(seed, epoch, f"clip {i + shift}", purpose).random(50) for i in range(1000)]
+        )
 
-def test_seeds_of_any_size() -> None:
-    ids = numbers(3)
-    seen = {
-        float(keyed_uniform(seed, 0, ids, 1)[0]) for seed in (0, -1, 2**63, 2**64 - 2, 12345678901234567890)
+    other: dict[str, Any] = {
+        "seed": {"seed": 1},
+        "epoch": {"epoch": 1},
+        "name": {"shift": 1},
+        "purpose": {"purpose": "b"},
     }
-    assert len(seen) == 5
-    # no two of (seed, epoch) share their numbers, as seed + epoch would
-    grid = {float(keyed_uniform(seed, epoch, ids, 1)[0]) for seed in range(12) for epoch in range(12)}
-    assert len(grid) == 144
-
-
-def test_uniform_refusals() -> None:
-    with pytest.raises(ValueError, match=r"ids is torch\.int32 of shape \(2,\)"):
-        keyed_uniform(0, 0, torch.tensor([1, 2], dtype=torch.int32), 3)
-    with pytest.raises(ValueError, match=r"dtype=torch\.float16"):
-        keyed_uniform(0, 0, numbers(2), 3, dtype=torch.float16)
+    a, b = table(), table(**other[change])
+    pairs = np.bincount(((a * 16).astype(int) * 16 + (b * 16).astype(int)).ravel(), minlength=256)
+    expected = a.size / 256
+    within(float(((pairs - expected) ** 2 / expected).sum()), 255, math.sqrt(2 * 255))
 
 
 # ----------------------------------------------------------------------------------------- crops, masks, negatives
 
 
 def test_crops_are_uniform_over_all_places() -> None:
-    n = 40_000
-    starts = keyed_crops(0, 0, numbers(n), torch.full((n,), 20), 11)
-    cells = starts.bincount()
+    n = 20_000
+    cells = np.bincount([crop_start(rng, 20, 11) for rng in rngs(n, purpose="crop")])
     assert len(cells) == 10
     within(float(((cells - n / 10.0) ** 2 / (n / 10)).sum()), 9, math.sqrt(18))
-    assert keyed_crops(0, 0, numbers(3), torch.tensor([5, 11, 3]), 11).tolist() == [0, 0, 0]
-    per_row = keyed_crops(0, 0, numbers(500), torch.full((500,), 9), torch.tensor([9, 8] * 250))
-    assert per_row[::2].max() == 0
-    assert set(per_row[1::2].tolist()) == {0, 1}
+    assert {crop_start(rng, length, 11) for rng in rngs(9) for length in (5, 11, 3)} == {0}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -190,8 +125,7 @@ CALLS = 1500
 def test_masks_have_the_distribution_of_the_plain_sampler(case: str) -> None:
     """Each row, in a padded batch, is drawn as the plain sampler draws it alone: profile, share and spread."""
     knobs = CASES[case]
-    lengths = torch.tensor(LENGTHS)
-    keyed = keyed_masks(5, 2, numbers(4 * CALLS), lengths.repeat(CALLS), 47, **knobs).view(CALLS, 4, 47)
+    keyed = draw_masks(rngs(4 * CALLS + 1), [*LENGTHS * CALLS, 47], **knobs)[:-1].view(CALLS, 4, 47)
     g = torch.Generator().manual_seed(0)
     for row, length in enumerate(LENGTHS):
         plain = torch.cat(
@@ -215,9 +149,7 @@ def test_masks_have_the_distribution_of_the_plain_sampler(case: str) -> None:
 
 def test_each_row_rounds_on_its_own() -> None:
     """Single frames cannot overlap, so they count the spans: 1.5 on average, not equal in all rows."""
-    counts = keyed_masks(0, 0, numbers(2000), torch.full((2000,), 10), 10, mask_prob=0.15, mask_length=1).sum(
-        1
-    )
+    counts = draw_masks(rngs(2000), [10] * 2000, mask_prob=0.15, mask_length=1).sum(1)
     assert set(counts.tolist()) == {1, 2}
     within(float(counts.double().mean()), 1.5, 0.5 / math.sqrt(2000))
 
@@ -238,20 +170,19 @@ def rows(draw: st.DrawFn) -> dict[str, Any]:
 @quick
 @given(rows())
 def test_masks_and_negatives_ignore_batch_mates_and_padding(r: dict[str, Any]) -> None:
-    key = (r["seed"], r["epoch"])
     knobs = {k: r[k] for k in ("mask_prob", "mask_length", "min_masks")}
-    lengths, ids = torch.tensor(r["lengths"]), numbers(len(r["lengths"]))
-    n_frames = int(lengths.max()) + r["extra"]
-    together = keyed_masks(*key, ids, lengths, n_frames, **knobs)
-    negatives = keyed_negatives(*key, ids, together, 6)
-    assert together.shape == (len(ids), n_frames)
-    for i, length in enumerate(r["lengths"]):
-        alone = keyed_masks(*key, ids[i : i + 1], lengths[i : i + 1], length, **knobs)
+    key, n, lengths = (r["seed"], r["epoch"]), len(r["lengths"]), r["lengths"]
+    n_frames = max(lengths) + r["extra"]
+    together = draw_masks(rngs(n + 1, *key), [*lengths, n_frames], **knobs)[:n]
+    negatives = draw_negatives(rngs(n, *key, "negatives"), together, 6)
+    assert together.shape == (n, n_frames)
+    for i, length in enumerate(lengths):
+        alone = draw_masks(rngs(n, *key)[i : i + 1], [length], **knobs)
         assert torch.equal(together[i, :length], alone[0])
         assert not together[i, length:].any()
         if length >= r["mask_length"] and (r["mask_prob"] == 1 or r["min_masks"]):
             assert alone.any()
-        mine = keyed_negatives(*key, ids[i : i + 1], alone, 6)[0]
+        mine = draw_negatives(rngs(n, *key, "negatives")[i : i + 1], alone, 6)[0]
         assert torch.equal(negatives[i, :length] - i * n_frames, mine)
         own = torch.arange(length)[:, None]
         if alone.sum() > 1:
@@ -264,7 +195,7 @@ def test_negatives_are_uniform_over_the_other_hidden_frames(hidden: int) -> None
     mask = torch.zeros(1, 20, dtype=torch.bool)
     mask[0, torch.randperm(20, generator=torch.Generator().manual_seed(0))[:hidden]] = True
     n_rows, n_draws = 500, 60
-    got = keyed_negatives(1, 0, numbers(n_rows), mask.expand(n_rows, -1), n_draws)
+    got = draw_negatives(rngs(n_rows, 1), mask.expand(n_rows, -1), n_draws)
     got = (got - 20 * torch.arange(n_rows)[:, None, None])[:, mask[0]]  # [rows, hidden, draws]
     share = torch.stack([got[:, i].flatten().bincount(minlength=20) for i in range(hidden)]).double()
     share = share[:, mask[0]]
@@ -284,41 +215,15 @@ def test_negatives_are_uniform_over_the_other_hidden_frames(hidden: int) -> None
             within(float((a == b).double().mean()), chance, math.sqrt(chance / min(a.numel(), total)))
 
 
-def test_another_epoch_seed_or_name_is_another_draw() -> None:
-    ids, lengths = numbers(4), torch.full((4,), 90)
-
-    def draw(seed: int, epoch: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        mask = keyed_masks(seed, epoch, ids, lengths, 90, mask_prob=0.5, mask_length=5)
-        return mask, keyed_negatives(seed, epoch, ids, torch.ones_like(mask), 3)
-
-    base = draw(0, 0, ids)
-    for other in (draw(1, 0, ids), draw(0, 1, ids), draw(0, 0, ids.flip(0))):
-        assert not (base[0] == other[0]).all(1).any()
-        assert (base[1] == other[1]).double().mean() < 0.1
-    assert all(torch.equal(a, b) for a, b in zip(base, draw(0, 0, ids), strict=True))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: keyed_masks(0, 0, numbers(1), torch.tensor([9]), 9, mask_prob=1.2, mask_length=2),
-            "mask_prob=1.2",
-        ),
-        (
-            lambda: keyed_masks(0, 0, numbers(1), torch.tensor([9]), 9, mask_prob=0.2, mask_length=0),
-            "mask_length=0",
-        ),
-        (
-            lambda: keyed_masks(0, 0, numbers(1), torch.tensor([9]), 8, mask_prob=0.2, mask_length=2),
-            "up to 9, beyond",
-        ),
-        (lambda: keyed_negatives(0, 0, numbers(1), torch.ones(1, 4).bool(), 0), "num_negatives=0"),
-        (lambda: keyed_negatives(0, 0, numbers(2), torch.ones(1, 4).bool(), 3), r"bool \[2, T\] is needed"),
-        (lambda: keyed_negatives(0, 0, numbers(1), torch.ones(1, 4), 3), r"mask is torch\.float32"),
+        (lambda: draw_masks(rngs(1), [9], mask_prob=1.2, mask_length=2), "mask_prob=1.2"),
+        (lambda: draw_masks(rngs(1), [9], mask_prob=0.2, mask_length=0), "mask_length=0"),
+        (lambda: draw_negatives(rngs(1), torch.ones(1, 4).bool(), 0), "num_negatives=0"),
     ],
 )
-def test_keyed_refusals(call: Any, message: str) -> None:
+def test_draws_that_make_no_sense(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -326,35 +231,29 @@ def test_keyed_refusals(call: Any, message: str) -> None:
 def test_noise_has_the_power_asked_for_and_its_own_level_each_epoch() -> None:
     audio = np.sin(np.arange(40_000) / 5).astype(np.float32)
 
-    def snr(epoch: int, decibels: tuple[float, float]) -> float:
-        noisy = keyed_noise(0, epoch, 7, audio, decibels)
-        assert noisy.dtype == np.float32
-        return 10 * math.log10(np.mean(audio**2) / np.mean((noisy - audio) ** 2))
+    def noisy(epoch: int, decibels: tuple[float, float]) -> Any:
+        return add_noise(sample_rng(0, epoch, "anna", "noise"), audio, decibels)
 
+    def snr(epoch: int, decibels: tuple[float, float]) -> float:
+        return 10 * math.log10(np.mean(audio**2) / np.mean((noisy(epoch, decibels) - audio) ** 2))
+
+    assert noisy(0, (20, 20)).dtype == np.float32
     assert snr(0, (20, 20)) == pytest.approx(20, abs=0.15)
     levels = [snr(epoch, (10, 30)) for epoch in range(60)]
     assert 9.8 < min(levels) < 14
     assert 26 < max(levels) < 30.2
-    a = keyed_noise(0, 0, 7, audio, (20, 20))
-    assert np.array_equal(a, keyed_noise(0, 0, 7, audio, (20, 20)))
-    assert not np.array_equal(a, keyed_noise(0, 1, 7, audio, (20, 20)))
-    assert np.isfinite(keyed_noise(0, 0, 7, np.zeros(50_000, np.float32), (0, 0))).all()
-
-
-@pytest.mark.gpu
-def test_the_same_bits_on_a_gpu() -> None:
-    ids, lengths = numbers(6), torch.tensor([60, 50, 40, 30, 20, 5])
-    for dtype in (torch.float32, torch.float64):
-        here, there = (keyed_uniform(3, 4, i, 1000, dtype=dtype) for i in (ids, ids.cuda()))
-        assert there.is_cuda
-        assert torch.equal(here, there.cpu())
-    a = keyed_masks(3, 4, ids, lengths, 60, mask_prob=0.65, mask_length=10)
-    b = keyed_masks(3, 4, ids.cuda(), lengths.cuda(), 60, mask_prob=0.65, mask_length=10)
-    assert torch.equal(a, b.cpu())
-    assert torch.equal(keyed_negatives(3, 4, ids, a, 9), keyed_negatives(3, 4, ids.cuda(), b, 9).cpu())
+    assert np.array_equal(noisy(0, (20, 20)), noisy(0, (20, 20)))
+    assert not np.array_equal(noisy(0, (20, 20)), noisy(1, (20, 20)))
+    silence = np.zeros(50_000, np.float32)
+    assert np.isfinite(add_noise(sample_rng(0, 0, "anna", "noise"), silence, (0, 0))).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- buckets
+
+
+def padding_share(lengths: Any, batches: Any) -> float:
+    real = sum(lengths[i] for batch in batches for i in batch)
+    return 1 - real / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
 
 @st.composite
@@ -449,27 +348,22 @@ def test_batches_of_one_that_cannot_be_cut_take_turns_in_staying_out() -> None:
     [
         (
             {"lengths": [5, 101, 7]},
-            "utterance 1 has 101 samples, and max_samples=100: crop it, split it, or raise",
+            "utterance 1 has 101 samples, not 1..max_samples=100",
         ),
-        ({"lengths": [5, 0]}, "utterance 1 has 0 samples.*is empty"),
+        ({"lengths": [5, 0]}, "utterance 1 has 0 samples"),
         ({"max_samples": 0}, "max_samples=0"),
         ({"max_rows": 0}, "max_rows=0 must be at least 1"),
         (
             {"lengths": [5, 6, 7], "multiple_of": 4},
-            "3 utterances, one a batch, cannot be dealt out evenly to 4",
+            "3 single utterances cannot be shared by 4 processes",
         ),
-        ({"lengths": [5, 6, 7], "multiple_of": 4, "seed": 0}, "cannot be dealt out evenly to 4 processes"),
-        ({"max_rows": 1, "multiple_of": 2}, "cannot be dealt out evenly to 2 processes"),
+        ({"lengths": [5, 6, 7], "multiple_of": 4, "seed": 0}, "cannot be shared by 4 processes"),
+        ({"max_rows": 1, "multiple_of": 2}, "cannot be shared by 2 processes"),
     ],
 )
 def test_bucket_refusals(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bucket_batches(**{"lengths": [5, 6, 7], "max_samples": 100, **knobs})
-
-
-def test_padding_share() -> None:
-    assert padding_share([4, 2, 3], [[0, 1], [2]]) == pytest.approx(2 / 11)
-    assert padding_share([], []) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- sampler
@@ -552,7 +446,7 @@ def test_resume_anywhere_goes_on_with_the_same_batches() -> None:
 
 
 def test_sampler_refusals() -> None:
-    with pytest.raises(ValueError, match=r"rank=2 must be None or lie in 0\.\.1"):
+    with pytest.raises(ValueError, match="rank=2"):
         BucketSampler([5], 10, processes=2, rank=2)
     with pytest.raises(ValueError, match="epoch=-1"):
         BucketSampler([5], 10).set_epoch(-1)
@@ -562,13 +456,13 @@ def test_sampler_refusals() -> None:
 
 
 def tone(id: str, n_samples: int, **facts: Any) -> Utterance:
-    g = np.random.default_rng(sample_id(id) % 2**32)
+    g = sample_rng(0, 0, id, "tone")
     return Utterance(id, g.normal(0, 0.1, n_samples).astype(np.float32), **facts)
 
 
-def clips(*utterances: Utterance, epoch: int = 0) -> list[Clip]:
+def clips(*utterances: Utterance, epoch: int = 0) -> list[Example]:
     dataset = SpeechDataset(Speech(utterances))
-    return [dataset[Draw(epoch, i)] for i in range(len(utterances))]
+    return [dataset[SampleRequest(epoch, i)] for i in range(len(utterances))]
 
 
 def pretraining(**knobs: Any) -> PretrainingCollator:
@@ -607,8 +501,7 @@ def test_rows_are_crops_of_their_utterance_normalised() -> None:
     for crop in ("max", "shortest"):
         batch = pretraining(crop=crop)(clips(*FOUR, epoch=3))
         for row, length, u in zip(batch["input_values"], batch["lengths"], FOUR, strict=True):
-            ids = torch.tensor([sample_id(u.id)])
-            start = int(keyed_crops(0, 3, ids, torch.tensor([u.n_samples]), length))
+            start = crop_start(sample_rng(0, 3, u.id, "crop"), u.n_samples, length)
             assert np.allclose(row[:length].numpy(), normalise(u.audio[start : start + length]), atol=1e-5)
             assert not row[length:].any()
     assert batch["lengths"] == [12_000] * 4  # the last one: cut to the shortest, nothing is padded
@@ -687,7 +580,6 @@ def test_broken_samples_are_named_or_counted(kind: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Collator(EXTRACTOR, tiny_config()), "config is a Wav2Vec2FeatureExtractor"),  # type: ignore[arg-type]
         (
             lambda: Collator(tiny_config(), Wav2Vec2FeatureExtractor(padding_side="left")),
             "padding_side='left'",
@@ -741,9 +633,8 @@ def test_spec_augment_masks_are_keyed_and_optional() -> None:
     config = tiny_config(mask_time_prob=0.4, mask_time_length=4, mask_time_min_masks=1)
     speech = load_speech("builtin")[:3]
     batch = CTCCollator(config, processor(), spec_augment=True, seed=2)(clips(*speech, epoch=5))
-    ids = torch.tensor([sample_id(u.id) for u in speech])
-    frames = torch.tensor(batch["n_frames"])
-    mask = keyed_masks(2, 5, ids, frames, int(frames.max()), mask_prob=0.4, mask_length=4, min_masks=1)
+    keyed = [sample_rng(2, 5, u.id, "mask") for u in speech]
+    mask = draw_masks(keyed, batch["n_frames"], mask_prob=0.4, mask_length=4, min_masks=1)
     assert mask.any(1).all()
     assert torch.equal(batch["mask_time_indices"], mask)
     off = tiny_config(mask_time_prob=0.4, apply_spec_augment=False)
@@ -837,9 +728,8 @@ def test_frame_labels_equal_those_of_the_speech_chapter_and_follow_the_crop() ->
 
     collator = LabelCollator(config, EXTRACTOR, "phones", per="frame", crop_seconds=1.0, seed=4)
     cropped = collator(clips(*speech))
-    ids = torch.tensor([sample_id(u.id) for u in speech])
-    starts = keyed_crops(4, 0, ids, torch.tensor([u.n_samples for u in speech]), 16_000)
-    for row, start, u in zip(cropped["labels"], starts.tolist(), speech, strict=True):
+    starts = [crop_start(sample_rng(4, 0, u.id, "crop"), u.n_samples, 16_000) for u in speech]
+    for row, start, u in zip(cropped["labels"], starts, speech, strict=True):
         middles = start + 200 + 320 * np.arange(49)
         for label, middle in zip(row.tolist(), (middles / 16_000).tolist(), strict=True):
             covering = [s.label for s in u.phones if s.start <= middle < s.end]
@@ -870,19 +760,6 @@ def test_several_speakers_in_a_frame() -> None:
 
 def overlaps(segments: list[Segment]) -> bool:
     return any(b.start < a.end - 0.05 for a, b in pairwise(segments))
-
-
-def test_frame_targets_by_hand() -> None:
-    segments = [Segment("a", 0.0, 0.03), Segment("b", 0.05, 0.09)]
-    got = frame_targets(
-        segments, {"a": 0, "b": 1}, 5, 0.02, 0.01, many=False
-    )  # middles 0.01, 0.03, 0.05, 0.07, 0.09
-    assert got.tolist() == [0, -100, 1, 1, -100]
-    assert frame_targets(segments, {"a": 0, "b": 1}, 3, 0.02, 0.01, many=True).tolist() == [
-        [1, 0],
-        [0, 0],
-        [0, 1],
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- loader
@@ -919,7 +796,7 @@ def test_what_goes_to_a_worker_can_be_pickled() -> None:
     speech = load_speech("builtin", "dev")[:5] + load_speech("builtin-mixes", "dev")[:1]
     loader = data_loader(speech, pretraining(), max_seconds=16)
     dataset, collator = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
-    keys = [Draw(1, i) for i in range(6)]
+    keys = [SampleRequest(1, i) for i in range(6)]
     assert same(collator([dataset[k] for k in keys]), loader.collate_fn([loader.dataset[k] for k in keys]))
     batch = collator([dataset[k] for k in keys])
     assert same(batch, pickle.loads(pickle.dumps(batch)))

@@ -1,4 +1,4 @@
-"""Health: sums against plain counting, and alarms that ring for what they are for, and for nothing else."""
+"""Monitoring: sums against plain counting, and alarms that ring for what they are for, and for nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from w2vc.training.monitoring import (
     gradient_norms,
     healthy_bands,
     perplexity,
-    smooth_curve,
     stored_bands,
 )
 
@@ -44,7 +43,7 @@ def test_perplexity_of_known_counts() -> None:
     counts = torch.tensor(
         [[5.0, 5.0, 5.0, 5.0], [9.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [3.0, 3.0, 0.0, 0.0]]
     )
-    torch.testing.assert_close(perplexity(counts), torch.tensor([4.0, 1.0, 0.0, 2.0]))
+    torch.testing.assert_close(perplexity(counts), torch.tensor([4.0, 1.0, 1.0, 2.0]))
 
 
 def test_choice_sums_equal_a_loop() -> None:
@@ -217,12 +216,3 @@ def test_the_demo_run_is_inside_its_bands_and_the_collapse_is_not() -> None:
     assert outside["used"] == outside["twins"] == 1.0
     assert outside["accuracy"] > 0.5
     assert outside["temperature"] == 0.0  # the schedule is the same
-
-
-def test_smooth_curve() -> None:
-    records = [{"step": 1, "x": 1.0}, {"step": 2, "x": 3.0}, {"step": 9, "x": 5.0}, {"step": 10, "x": None}]
-    found = smooth_curve(records, "x", [2, 5, 9], 1)
-    assert found[0] == 2.0
-    assert math.isnan(found[1])
-    assert found[2] == 5.0
-    assert smooth_curve(records, "x", [2, 9], [0, 7]) == [3.0, 4.0]

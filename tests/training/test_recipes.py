@@ -1,45 +1,37 @@
-"""Recipes: schedules, files with overrides, refusals, and the cost of a run."""
+"""Recipes: schedules, files with overrides, and refusals."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import tiny_config
-from w2vc.config import Wav2Vec2ConformerConfig
-from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.training.recipes import (
-    PretrainingPlan,
+    PretrainingConfig,
     Recipe,
-    SchedulePlan,
-    describe_cost,
-    estimate_cost,
+    ScheduleConfig,
     gumbel_temperature,
     learning_rate,
-    matmul_speed,
-    read_overrides,
     recipe_folder,
-    training_flops,
 )
 
 
 def test_polynomial_climbs_to_one_and_falls_to_its_end() -> None:
-    plan = SchedulePlan(kind="polynomial", warmup=0.1, end=0.2)
+    plan = ScheduleConfig(kind="polynomial", warmup=0.1, end=0.2)
     rates = [learning_rate(step, 100, plan) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx(0.6)  # half way down, from 1 to 0.2
     assert learning_rate(100, 100, plan) == pytest.approx(0.2)
-    squared = SchedulePlan(kind="polynomial", warmup=0.0, power=2.0)
+    squared = ScheduleConfig(kind="polynomial", warmup=0.0, power=2.0)
     assert learning_rate(50, 100, squared) == pytest.approx(0.25)
 
 
 def test_tri_stage_is_fairseqs() -> None:
-    plan = SchedulePlan(kind="tri_stage", warmup=0.1, hold=0.4, decay=0.5, start=0.01, end=0.05)
+    plan = ScheduleConfig(kind="tri_stage", warmup=0.1, hold=0.4, decay=0.5, start=0.01, end=0.05)
     assert learning_rate(0, 1000, plan) == pytest.approx(0.01)
     assert learning_rate(50, 1000, plan) == pytest.approx(0.01 + 0.99 / 2)
     assert {learning_rate(step, 1000, plan) for step in (100, 300, 499)} == {1.0}
@@ -48,21 +40,21 @@ def test_tri_stage_is_fairseqs() -> None:
 
 
 def test_cosine_and_constant() -> None:
-    plan = SchedulePlan(kind="cosine", warmup=0.0, end=0.1)
+    plan = ScheduleConfig(kind="cosine", warmup=0.0, end=0.1)
     assert [learning_rate(s, 4, plan) for s in (0, 2, 4)] == pytest.approx([1.0, 0.55, 0.1])
-    assert learning_rate(9, 10, SchedulePlan(kind="constant", warmup=0.5)) == 1.0
+    assert learning_rate(9, 10, ScheduleConfig(kind="constant", warmup=0.5)) == 1.0
 
 
 def test_schedules_are_stretched_not_cut() -> None:
     for kind in ("polynomial", "cosine", "tri_stage"):
-        plan = SchedulePlan(kind=kind, warmup=0.2)
+        plan = ScheduleConfig(kind=kind, warmup=0.2)
         for share in (0.3, 0.5, 0.9):
             short, long = (learning_rate(round(share * n), n, plan) for n in (100, 1000))
             assert short == pytest.approx(long)
 
 
 def test_temperature_falls_to_its_floor() -> None:
-    plan = PretrainingPlan(temperature_start=2.0, temperature_end=0.5, temperature_decay=0.9)
+    plan = PretrainingConfig(temperature_start=2.0, temperature_end=0.5, temperature_decay=0.9)
     assert gumbel_temperature(0, 100, plan) == 2.0
     assert gumbel_temperature(3, 100, plan) == pytest.approx(2 * 0.9**3)
     assert gumbel_temperature(99, 100, plan) == 0.5
@@ -97,8 +89,8 @@ def test_released_values_of_fairseq() -> None:
         ("librivox_large", 16, 1.2e6 * 128, 32000),
     ):
         recipe = Recipe.load(name)
-        cost = estimate_cost(recipe, recipe.model_config(), 1, processes=processes)
-        assert cost.batch_seconds == pytest.approx(samples / 16000)
+        seconds = recipe.data.batch_seconds * recipe.run.accumulate * processes
+        assert seconds == pytest.approx(samples / 16000)
         assert recipe.schedule.warmup * recipe.run.steps == pytest.approx(warm)
         assert recipe.optimizer.betas == (0.9, 0.98)
     tuned = Recipe.load("finetune_960h")
@@ -121,31 +113,64 @@ def test_overrides() -> None:
     assert recipe.model_config().hidden_size == 32
     whole = Recipe.load("demo_pretrain", ["data.train=[{name: builtin}, {name: librivox, hours: 0.1}]"])
     assert [source.name for source in whole.data.train] == ["builtin", "librivox"]
-    data = {"a": {"b": 1}}
-    assert read_overrides(data, ["a.c.d=[1, 2]"]) == {"a": {"b": 1, "c": {"d": [1, 2]}}}
-    assert data == {"a": {"b": 1}}
+    plain = {"data": {"train": [{"name": "builtin"}]}}
+    assert Recipe.from_dict(plain, ["data.train.0.repeat=3"]).data.train[0].repeat == 3
+    assert plain == {"data": {"train": [{"name": "builtin"}]}}
+
+
+def test_values_are_of_their_types() -> None:
+    recipe = Recipe.from_dict(
+        {"optimizer": {"lr": 1, "betas": [0.9, 0.99]}, "data": {"valid": [], "noise_db": [10, 30]}}
+    )
+    assert (recipe.optimizer.lr, recipe.optimizer.betas, recipe.data.noise_db) == (
+        1.0,
+        (0.9, 0.99),
+        (10.0, 30.0),
+    )
+    assert isinstance(recipe.optimizer.lr, float)
+    assert recipe.data.valid == []
+    nested = {"conv_dim": [64, 64], "layerdrop": 0.0, "problem_type": None}
+    assert Recipe.from_dict({"model": {"config": nested}}).model.config == nested
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.stebs=3", "'run.stebs' is no key of a recipe; did you mean 'steps'"),
-        ("optimiser.lr=1", "'optimiser' is no key of a recipe; did you mean 'optimizer'"),
-        ("run.steps=three", "run.steps='three' is refused: it must be of type int"),
-        ("run.steps=0", "run.steps=0 is refused: it must be at least 1"),
-        ("run.steps", "override='run.steps' is refused"),
-        ("data.train.9.repeat=2", "nothing is at '9'"),
+        ("run.stebs=3", "run.stebs: Key 'stebs' not in 'RunConfig'. Did you mean: 'steps'"),
+        ("optimiser.lr=1", "optimiser: Key 'optimiser' not in 'Recipe'. Did you mean: 'optimizer'"),
+        ("run.steps=three", "run.steps: Value 'three' of type 'str' could not be converted to Integer"),
+        ("run.steps=1.5", "run.steps: Value '1.5'"),
+        ("run.steps=0", "run.steps=0 must be at least 1"),
+        ("run.steps", "override 'run.steps'"),
+        ("run.steps=[1", "run.steps: "),
+        ("run=5", "run: Invalid type assigned: int"),
+        ("optimizer.lr=null", "optimizer.lr: field 'optimizer.lr' is not Optional"),
+        ("data.train.9.repeat=2", "data.train[9]: "),
         ("objective=pretrain", "did you mean 'pretraining'"),
         ("schedule.kind=cosinus", "did you mean 'cosine'"),
-        ("run.precision=bf8", "run.precision='bf8' is refused"),
-        ("data.train.0.nome=x", "'data.train.0.nome' is no key of a recipe; did you mean 'name'"),
-        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9] is refused"),
+        ("run.precision=bf8", "run.precision='bf8' must be one of no, bf16, fp16"),
+        ("run.precision=no", "run.precision='False' must be one of"),
+        ("model.size=huge", "model.size='huge' must be one of base, large, tiny"),
+        ("data.train.0.nome=x", "data.train[0].nome: Key 'nome' not in 'SourceConfig'. Did you mean: 'name'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: "),
     ],
 )
 def test_refusals_name_the_key_and_the_nearest(override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=r"refused|no key|nothing") as caught:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
         Recipe.load("demo_pretrain", [override])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- 1", "steps", "run: {stebs: 3}", "a: [", "model: [1]"])
+def test_a_file_that_is_no_recipe_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=": "):
+        Recipe.load(tmp_path / "run.yaml")
+
+
+def test_the_library_needs_no_omegaconf_to_be_imported() -> None:
+    program = "import sys, w2vc, w2vc.training.recipes; assert 'omegaconf' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_an_unknown_recipe_or_knob_is_refused() -> None:
@@ -153,34 +178,3 @@ def test_an_unknown_recipe_or_knob_is_refused() -> None:
         Recipe.load("demo_pretrian")
     with pytest.raises(ValueError, match="did you mean 'hidden_size'"):
         Recipe.load("demo_pretrain", ["model.config.hiden_size=3"]).model_config()
-
-
-def test_operations_are_those_that_torch_counts() -> None:
-    config = tiny_config(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=3, attn_implementation="eager"
-    )
-    model = Wav2Vec2ConformerForPreTraining(config)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.randn(1, 64_000), mask_time_indices=torch.ones(1, 199, dtype=torch.bool))
-    forward = counter.get_total_flops()  # torch overcounts the backward of depthwise convolutions
-    assert training_flops(config, 4.0) == pytest.approx(3 * forward, rel=0.03)
-
-
-def test_cost_and_its_words() -> None:
-    sizes = ["data.batch_seconds=32", "data.batch_rows=16", "data.crop_seconds=2"]
-    recipe = Recipe.load("demo_pretrain", ["run.steps=1000", "run.accumulate=3", *sizes])
-    config = recipe.model_config()
-    cost = estimate_cost(recipe, config, 2_000_000, data_seconds=9600.0, processes=2, speed=1e10)
-    assert cost.batch_seconds == 16 * 2 * 3 * 2
-    assert cost.hours_heard == pytest.approx(1000 * 192 / 3600)
-    assert cost.epochs == pytest.approx(1000 * 192 / 9600)
-    assert cost.hours == pytest.approx(cost.operations / 2 / 1e10 / 3600)
-    text = describe_cost(recipe, cost, 2)
-    assert "192 s of audio per update" in text
-    assert "3 micro-batch(es) x 2 process(es)" in text
-    unknown = describe_cost(recipe, estimate_cost(recipe, config, 1))
-    assert "nan" not in unknown
-    large = Recipe.load("librivox_large")
-    words = describe_cost(large, estimate_cost(large, Wav2Vec2ConformerConfig.large(), 600_000_000))
-    assert "often do not learn" in words  # one process alone: 600 s per update
-    assert matmul_speed(64, 0.01) > 1e6

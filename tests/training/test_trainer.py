@@ -37,7 +37,7 @@ from w2vc.model.fast import PackedConformerEncoder
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.text.tokenizer import AutoProcessor
 from w2vc.training.monitoring import healthy_bands, stored_bands
-from w2vc.training.recipes import SourcePlan
+from w2vc.training.recipes import SourceConfig
 from w2vc.training.trainer import (
     OBJECTIVE_CLASSES,
     gather_speech,
@@ -382,8 +382,8 @@ def test_half_precision_trains_too(tmp_path: Path) -> None:
 
 def test_sources_are_joined_repeated_and_bounded() -> None:
     sources = [
-        SourcePlan("builtin", "dev", repeat=2, kinds=["keyword"]),
-        SourcePlan("builtin", "test", hours=10 / 3600),
+        SourceConfig("builtin", "dev", repeat=2, kinds=["keyword"]),
+        SourceConfig("builtin", "test", hours=10 / 3600),
     ]
     speech = gather_speech(sources, min_seconds=0.1)
     ids = [u.id for u in speech]

@@ -6,41 +6,37 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import Wav2Vec2ConformerConfig
 from ..model.features import conv_output_lengths, frame_mask, receptive_field
 from ..model.masking import span_counts, spans_from_noise
 from ..model.negatives import negatives_from_noise
-from ..text.tokenizer import Wav2Vec2Processor
+from ..text.tokenizer import Wav2Vec2CTCTokenizer
 from .audio import BatchFeature, Samples, Wav2Vec2FeatureExtractor
-from .corpus import SAMPLING_RATE, Segment, Speech, Utterance
+from .corpus import SAMPLING_RATE, Segment, Speech, Utterance, frame_activity
 
 # %% auto #0
 __all__ = [
-    "mix_bits",
-    "sample_id",
-    "keyed_uniform",
-    "padding_share",
+    "sample_rng",
     "bucket_batches",
-    "Draw",
+    "SampleRequest",
     "BucketSampler",
-    "keyed_crops",
-    "keyed_masks",
-    "keyed_negatives",
-    "Clip",
+    "crop_start",
+    "draw_masks",
+    "draw_negatives",
+    "Example",
     "SpeechDataset",
-    "keyed_noise",
+    "add_noise",
     "Collator",
     "model_inputs",
     "find_problems",
@@ -48,145 +44,34 @@ __all__ = [
     "CTCCollator",
     "label_names",
     "turn_order",
-    "frame_targets",
     "LabelCollator",
     "data_loader",
 ]
 
 
 # %% ../../nbs/data/batches.ipynb #0eaaf5a5
-def _signed(bits: int) -> int:
-    """Read 64 bits as a signed number, as torch's int64 does."""
-    return (bits + 2**63) % 2**64 - 2**63
+def sample_rng(seed: int, epoch: int, name: str, purpose: str) -> np.random.Generator:
+    """A generator whose numbers follow from (seed, epoch, utterance, purpose) and from nothing else.
 
-
-_STEP = _signed(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
-_ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
-
-
-def mix_bits(x: Tensor) -> Tensor:
-    """Shuffle the bits of each number, so that neighbours become strangers: the finaliser of SplitMix64.
-
-    Steele, Lea and Flood (2014), "Fast splittable pseudorandom number generators", with the constants of Stafford's
-    variant 13. It is one to one: no two numbers get the same result.
-
-    Args:
-        x: int64, any shape.
-
-    Returns:
-        int64, the same shape and device.
+    The four are hashed (BLAKE2) to the key of Philox, a counter-based generator (Salmon et al., 2011, "Parallel random
+    numbers: as easy as 1, 2, 3"). Who asks, when, and in which order plays no part.
     """
-    for shift, factor in _ROUNDS:
-        x = (
-            x ^ (x >> shift & (1 << 64 - shift) - 1)
-        ) * factor  # torch's >> keeps the sign; the mask removes it
-    return x ^ (x >> 31 & (1 << 33) - 1)
+    digest = hashlib.blake2b(repr((seed, epoch, name, purpose)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def sample_id(name: str) -> int:
-    """Turn a name into a number of 64 bits that is the same on every machine (`hash` differs from run to run)."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-# %% ../../nbs/data/batches.ipynb #8ee9f098
-def _keys(seed: int, epoch: int, ids: Tensor, stream: str) -> Tensor:
-    """One number per utterance, `[B]`, that names its stream of random numbers."""
-    keys = torch.zeros_like(ids)
-    for part in (_signed(seed), _signed(epoch), sample_id(stream), ids):
-        keys = mix_bits(keys + part + _STEP)
-    return keys
-
-
-def _uniform(keys: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers in [0, 1) from keys and positions (two shapes that broadcast): 24 bits in float32, 53 in float64."""
-    bits = 24 if dtype == torch.float32 else 53
-    words = mix_bits(keys + (positions + 1) * _STEP)
-    return (words >> 64 - bits & (1 << bits) - 1).to(dtype) * 2.0**-bits
-
-
-def keyed_uniform(
-    seed: int, epoch: int, ids: Tensor, n: int, *, stream: str = "", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Random numbers that depend on (seed, epoch, utterance, position) and on nothing else.
-
-    A counter-based generator (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): no state, so no
-    order in which the numbers must be asked for. The hash is SplitMix64's.
-
-    Args:
-        seed: the seed of the run.
-        epoch: how often the data has been gone through.
-        ids: `[B]` int64, which utterances (`sample_id` of their names).
-        n: numbers for each.
-        stream: what they are for; two streams share nothing.
-        dtype: float32, or float64 where two equal numbers would matter.
-
-    Returns:
-        A row of `n` for each utterance, uniform in [0, 1), on the device of `ids`; the same bits on every device.
-
-    Raises:
-        ValueError: Ids that are no int64, or another dtype.
-    """
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise ValueError(
-            f"ids is {ids.dtype} of shape {tuple(ids.shape)}; int64 [B] is needed (see sample_id)"
-        )
-    if dtype not in {torch.float32, torch.float64}:
-        raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float64")
-    return _uniform(_keys(seed, epoch, ids, stream)[:, None], torch.arange(n, device=ids.device), dtype)
-
-
-# %% ../../nbs/data/batches.ipynb #ec81cca3
-def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Share of the padded batches that is padding, 0 to 1.
-
-    Args:
-        lengths: samples of each utterance.
-        batches: the utterances of each batch, by number.
-    """
-    real = sum(lengths[i] for batch in batches for i in batch)
-    total = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    return 1 - real / total if total else 0.0
-
-
-def _checked_lengths(lengths: Sequence[int] | Tensor, max_samples: int, max_rows: int | None) -> list[int]:
-    """Refuse lengths that cannot be put into batches."""
-    sizes = [int(n) for n in lengths]
-    if max_samples < 1 or (max_rows is not None and max_rows < 1):
-        raise ValueError(f"max_samples={max_samples} and max_rows={max_rows} must be at least 1")
-    for i, size in enumerate(sizes):
-        if not 0 < size <= max_samples:
-            reason = "is empty: leave it out" if size < 1 else "crop it, split it, or raise max_samples"
-            raise ValueError(f"utterance {i} has {size} samples, and max_samples={max_samples}: {reason}")
-    return sizes
-
-
-def _sorted_by_length(sizes: list[int], seed: int | None, epoch: int, blur: float) -> list[int]:
-    """Order utterances from long to short; with a seed, by lengths blurred by up to a share of themselves."""
-    keys = torch.tensor(sizes, dtype=torch.float64)
-    if seed is not None:
-        numbers = torch.arange(len(sizes))
-        keys *= 1 + blur * keyed_uniform(seed, epoch, numbers, 1, stream="order", dtype=torch.float64)[:, 0]
-    return keys.argsort(descending=True, stable=True).tolist()
-
-
-# %% ../../nbs/data/batches.ipynb #0d8af6fb
-def _even_out(batches: list[list[int]], multiple_of: int, seed: int | None, epoch: int) -> list[list[int]]:
+# %% ../../nbs/data/batches.ipynb #4c1b2d16
+def _even_out(batches: list[list[int]], multiple_of: int, rng: np.random.Generator | None) -> None:
     """Bring the number of batches to a multiple: cut the largest in two; where all have one row, leave some out."""
     while len(batches) % multiple_of:
         largest = max(range(len(batches)), key=lambda k: len(batches[k]))
         batch = batches[largest]
         if len(batch) > 1:
             batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        elif seed is None or len(batches) < multiple_of:
-            raise ValueError(
-                f"{len(batches)} utterances, one a batch, cannot be dealt out evenly to {multiple_of} processes"
-            )
+        elif rng is None or len(batches) < multiple_of:
+            raise ValueError(f"{len(batches)} single utterances cannot be shared by {multiple_of} processes")
         else:
-            u = keyed_uniform(
-                seed, epoch, torch.arange(len(batches)), 1, stream="left out", dtype=torch.float64
-            )[:, 0]
-            batches.pop(int(u.argmax()))
-    return batches
+            del batches[rng.integers(len(batches))]
 
 
 def bucket_batches(
@@ -197,7 +82,7 @@ def bucket_batches(
     seed: int | None = None,
     epoch: int = 0,
     multiple_of: int = 1,
-    blur: float = 0.1,
+    jitter: float = 0.1,
 ) -> list[list[int]]:
     """Group utterances of similar length into batches of bounded size.
 
@@ -205,51 +90,63 @@ def bucket_batches(
         lengths: samples of each utterance.
         max_samples: bound of rows x longest row, so of memory.
         max_rows: bound of the rows.
-        seed: None gives sorted batches, the longest first. With a seed, the grouping and the order of the batches
-            vary from epoch to epoch.
+        seed: None sorts, the longest batch first; else the groups and their order vary from epoch to epoch.
         epoch: how often the data has been gone through.
-        multiple_of: make the number of batches a multiple of this (the number of processes) by cutting large ones in
-            two. Neighbours of similar length then stay together, one for each process.
-        blur: with a seed, lengths are made longer at random by up to this share before they are sorted: more of it
-            mixes better and pads more.
+        multiple_of: bring the number of batches to a multiple of this, the number of processes, by cutting large ones in two.
+        jitter: with a seed, lengths grow at random by up to this share before they are sorted: more mixes better, and pads more.
 
     Returns:
-        Batches of numbers of utterances; each utterance is in exactly one. (One exception: with a seed, where all batches
-        have one row and there is nothing to cut, up to `multiple_of - 1` are left out, others in each epoch.)
+        Batches of numbers of utterances, each in exactly one. (Where all batches have one row and there is nothing to
+        cut, up to `multiple_of - 1` are left out, others in each epoch.)
 
     Raises:
-        ValueError: an utterance that is empty or longer than `max_samples` (which one), bounds below 1, or too few
-            utterances for `multiple_of`.
+        ValueError: an utterance that is empty or too long (which one), bounds below 1, or too few for `multiple_of`.
     """
-    sizes = _checked_lengths(lengths, max_samples, max_rows)
+    if max_samples < 1 or (max_rows is not None and max_rows < 1):
+        raise ValueError(f"max_samples={max_samples} and max_rows={max_rows} must be at least 1")
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if (bad := np.flatnonzero((sizes < 1) | (sizes > max_samples))).size:
+        raise ValueError(f"utterance {bad[0]} has {sizes[bad[0]]} samples, not 1..max_samples={max_samples}")
+    rng = None if seed is None else sample_rng(seed, epoch, "", "batches")
+    keys = sizes if rng is None else sizes * (1 + jitter * rng.random(len(sizes)))
     batches: list[list[int]] = []
     longest = 0
-    for i in _sorted_by_length(sizes, seed, epoch, blur):
-        longest = max(longest, sizes[i])
+    for i in np.argsort(-keys, kind="stable").tolist():
+        longest = max(longest, int(sizes[i]))
         if not batches or longest * (len(batches[-1]) + 1) > max_samples or len(batches[-1]) == max_rows:
             batches.append([])
-            longest = sizes[i]
+            longest = int(sizes[i])
         batches[-1].append(i)
-    batches = _even_out(batches, multiple_of, seed, epoch)
-    if seed is None:
+    _even_out(batches, multiple_of, rng)
+    if rng is None:
         return batches
-    groups = torch.arange(len(batches) // multiple_of)
-    order = (
-        keyed_uniform(seed, epoch, groups, 1, stream="batches", dtype=torch.float64)[:, 0].argsort().tolist()
-    )
-    return [batch for g in order for batch in batches[g * multiple_of : (g + 1) * multiple_of]]
+    groups = rng.permutation(len(batches) // multiple_of).tolist()
+    return [batch for g in groups for batch in batches[g * multiple_of : (g + 1) * multiple_of]]
 
 
-# %% ../../nbs/data/batches.ipynb #c3675bed
-class Draw(NamedTuple):
-    """A request for an utterance: which one, and in which epoch (the randomness of its crop and mask needs both)."""
+# %% ../../nbs/data/batches.ipynb #ec81cca3
+class SampleRequest(NamedTuple):
+    """Which utterance, and in which epoch: the randomness of its crop and mask needs both."""
 
     epoch: int
     number: int
 
 
-class _Dealer(Sampler[list[Draw]]):
-    """Deal out the batches of an epoch, from a position on."""
+class BucketSampler(Sampler[list[SampleRequest]]):
+    """Deal out the batches of `bucket_batches`, epoch after epoch, to one process or many; stoppable anywhere.
+
+    What comes next follows from (epoch, position). Each request carries its epoch, so that workers which live longer
+    than an epoch know it.
+
+    Args:
+        lengths: samples of each utterance.
+        max_samples: bound of rows x longest row.
+        max_rows: bound of the rows.
+        seed: None for a fixed order, the longest first.
+        processes: how many share the batches; each gets equally many.
+        rank: which of them this is; None yields all batches, in groups of one per process, as Accelerate's
+            `BatchSamplerShard(…, even_batches=False)` deals them out.
+    """
 
     def __init__(
         self,
@@ -263,67 +160,33 @@ class _Dealer(Sampler[list[Draw]]):
     ) -> None:
         if processes < 1 or (rank is not None and not 0 <= rank < processes):
             raise ValueError(
-                f"rank={rank} must be None or lie in 0..{processes - 1}, below processes={processes}"
+                f"rank={rank} must be None or lie in 0..processes - 1, and processes={processes}"
             )
-        self.lengths = _checked_lengths(lengths, max_samples, max_rows)
-        self.max_samples, self.max_rows, self.seed = max_samples, max_rows, seed
+        self.facts = ([int(n) for n in lengths], max_samples, max_rows, seed, processes)
         self.processes, self.rank = processes, rank
-        self.epoch = self.position = 0
-        self._plan: tuple[int, list[list[int]]] | None = None
-
-    def plan(self) -> list[list[int]]:
-        """Return all batches of this epoch, of all processes."""
-        if self._plan is None or self._plan[0] != self.epoch:
-            bounds: dict[str, Any] = {"max_rows": self.max_rows, "multiple_of": self.processes}
-            batches = bucket_batches(
-                self.lengths, self.max_samples, seed=self.seed, epoch=self.epoch, **bounds
-            )
-            self._plan = (self.epoch, batches)
-        return self._plan[1]
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
         """Go to an epoch, and there to a position: batches that each process has had already."""
         if epoch < 0 or position < 0:
             raise ValueError(f"epoch={epoch} and position={position} must not be negative")
+        lengths, most, rows, seed, n = self.facts
         self.epoch, self.position = epoch, position
+        self.batches = bucket_batches(lengths, most, max_rows=rows, seed=seed, epoch=epoch, multiple_of=n)
+
+    def _to_come(self) -> list[list[int]]:
+        """This process's batches from the position on."""
+        start, step = (0, 1) if self.rank is None else (self.rank, self.processes)
+        return self.batches[self.position * self.processes + start :: step]
 
     def __len__(self) -> int:
         """How many batches are still to come in this epoch."""
-        steps = max(len(self.plan()) // self.processes - self.position, 0)
-        return steps if self.rank is not None else steps * self.processes
+        return len(self._to_come())
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        epoch, first = self.epoch, self.position * self.processes
-        mine = slice(first, None) if self.rank is None else slice(first + self.rank, None, self.processes)
-        for batch in self.plan()[mine]:
-            yield [Draw(epoch, i) for i in batch]
-
-
-# %% ../../nbs/data/batches.ipynb #8ffb437c
-class BucketSampler(_Dealer):
-    """Deal out the batches of `bucket_batches`, epoch after epoch, to one process or many; stoppable anywhere.
-
-    It has no hidden state: what comes next follows from (epoch, position). Each request carries its epoch, so that
-    workers which live longer than an epoch know it.
-
-    Args:
-        lengths: samples of each utterance.
-        max_samples: bound of rows x longest row.
-        max_rows: bound of the rows.
-        seed: None for a fixed order, the longest first.
-        processes: how many share the batches; each gets equally many.
-        rank: which of them this is. None yields all batches, in groups of one per process: that is what Accelerate's
-            own `BatchSamplerShard(…, even_batches=False)` deals out.
-
-    Raises:
-        ValueError: an utterance that does not fit, bounds below 1, or a rank that does not exist.
-    """
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        """A digest of everything that the batches follow from."""
-        facts = (self.lengths, self.max_samples, self.max_rows, self.seed, self.processes)
-        return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
+        epoch = self.epoch
+        for batch in self._to_come():
+            yield [SampleRequest(epoch, i) for i in batch]
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
         """What `load_state_dict` needs to go on exactly here.
@@ -333,165 +196,98 @@ class BucketSampler(_Dealer):
                 batches ahead of time.
         """
         here = self.position if position is None else position
-        return {"epoch": self.epoch, "position": here, "data": self._fingerprint}
+        data = hashlib.blake2b(repr(self.facts).encode(), digest_size=8).hexdigest()
+        return {"epoch": self.epoch, "position": here, "data": data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go where the state was saved.
 
         Raises:
-            ValueError: In the middle of an epoch, with other data, bounds, seed or number of processes than then.
+            ValueError: in the middle of an epoch, with other data, bounds, seed or number of processes than then.
         """
-        if state["position"] and state["data"] != self._fingerprint:
+        if state["position"] and state["data"] != self.state_dict()["data"]:
             raise ValueError(
-                f"the state was saved at batch {state['position']} of an epoch with other utterances, max_samples, "
-                "max_rows, seed or number of processes: its batches do not exist here. Set position to 0 to start "
-                f"epoch {state['epoch']} anew"
+                f"the state was saved at batch {state['position']} of an epoch with other utterances, bounds, seed or "
+                f"number of processes; set its position to 0 to start epoch {state['epoch']} anew"
             )
         self.set_epoch(int(state["epoch"]), int(state["position"]))
 
 
-# %% ../../nbs/data/batches.ipynb #2e580dcd
-def keyed_crops(seed: int, epoch: int, ids: Tensor, lengths: Tensor, keep: Tensor | int) -> Tensor:
-    """Choose where each utterance's crop begins: every place where it fits is equally likely.
-
-    Args:
-        seed: the seed of the run.
-        epoch: another epoch, another crop.
-        ids: `[B]` int64, which utterances.
-        lengths: samples of each utterance, `[B]`.
-        keep: samples to keep, one number or `[B]`; an utterance that is no longer keeps all, from 0.
-
-    Returns:
-        `[B]` int64.
-    """
-    u = keyed_uniform(seed, epoch, ids, 1, stream="crop", dtype=torch.float64)[:, 0]
-    return (u * ((lengths - keep).clamp(min=0) + 1)).long()
+# %% ../../nbs/data/batches.ipynb #0d8af6fb
+def crop_start(rng: np.random.Generator, length: int, keep: int) -> int:
+    """Where a crop of `keep` of `length` samples begins: every place where it fits is equally likely; 0 if all are kept."""
+    return int(rng.integers(max(length - keep, 0) + 1))
 
 
-# %% ../../nbs/data/batches.ipynb #e5b6c4bc
-def keyed_masks(
-    seed: int,
-    epoch: int,
-    ids: Tensor,
-    lengths: Tensor,
-    n_frames: int,
+# %% ../../nbs/data/batches.ipynb #940480fc
+def draw_masks(
+    rngs: Sequence[np.random.Generator],
+    n_frames: Sequence[int],
     *,
     mask_prob: float,
     mask_length: int,
     min_masks: int = 0,
 ) -> Tensor:
-    """Choose the frames to hide, for each utterance as if it were alone.
+    """Choose the frames to mask, for each utterance as if it were alone.
 
     A row has the distribution of `compute_mask_indices((1, length), …)`, rounding included, and does not depend on the
-    other rows, on their order, or on the padding. An utterance shorter than a span hides nothing.
+    other rows or on the padding. An utterance shorter than a span masks nothing.
 
     Args:
-        seed: the seed of the run.
-        epoch: another epoch, another mask.
-        ids: `[B]` int64, which utterances.
-        lengths: real frames of each row, `[B]`.
-        n_frames: $T$, frames of the padded batch.
-        mask_prob: share of the frames to hide if no spans overlapped.
-        mask_length: $M$, frames per span.
-        min_masks: at least this many spans, where they fit.
+        rngs: a generator for each row.
+        n_frames: real frames of each row.
+        mask_prob: as in `compute_mask_indices`, like `mask_length` and `min_masks`.
+        mask_length: $M$.
+        min_masks: where they fit.
 
     Returns:
-        `[B, T]` bool, True = hidden.
-
-    Raises:
-        ValueError: a share outside 0..1, a span below 1 frame, or a row longer than the batch (seen on the host only).
+        `[B, T]` bool, True = masked.
     """
     if not 0 <= mask_prob <= 1 or mask_length < 1 or min_masks < 0:
-        raise ValueError(
-            f"mask_prob={mask_prob} must lie in 0..1, mask_length={mask_length} be at least 1 and "
-            f"min_masks={min_masks} at least 0"
-        )
-    if lengths.device.type == "cpu" and bool((lengths > n_frames).any()):
-        raise ValueError(f"lengths go up to {int(lengths.max())}, beyond n_frames={n_frames}")
-    if n_frames < mask_length:
-        return torch.zeros(len(ids), n_frames, dtype=torch.bool, device=ids.device)
-    epsilon = keyed_uniform(seed, epoch, ids, 1, stream="rounding")[:, 0]
-    counts = span_counts(
-        lengths, n_frames, epsilon, mask_prob=mask_prob, mask_length=mask_length, min_masks=min_masks
-    )
+        raise ValueError(f"{mask_prob=} must lie in 0..1, {mask_length=} from 1 up, {min_masks=} from 0 up")
+    lengths, T = torch.tensor(n_frames), max(n_frames)
+    if mask_length > T:
+        return torch.zeros(len(rngs), T, dtype=torch.bool)
+    epsilon = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
+    noise = np.stack([rng.random(T - mask_length + 1) for rng in rngs])  # a longer draw begins alike
+    spans: Any = {"mask_prob": mask_prob, "mask_length": mask_length, "min_masks": min_masks}
+    counts = span_counts(lengths, T, epsilon, **spans)
     counts = torch.minimum(
         counts, lengths // mask_length
-    )  # the bound of the row alone, not of the padded batch
-    places = n_frames - mask_length + 1
-    # 53 bits: how topk breaks a tie is left open, so it might depend on the padding or the device
-    noise = keyed_uniform(seed, epoch, ids, places, stream="spans", dtype=torch.float64)
-    most = min(n_frames // mask_length, max(min_masks, int(mask_prob * n_frames / mask_length + 1)))
-    return spans_from_noise(noise, counts, lengths, mask_length, most)
+    )  # the row's own bound, not that of the padded batch
+    return spans_from_noise(torch.from_numpy(noise), counts, lengths, mask_length)
 
 
-# %% ../../nbs/data/batches.ipynb #ab2cf523
-def _frame_noise(keys: Tensor, frame: Tensor, n: int) -> Tensor:
-    """Numbers in [0, 1) for each frame, `[A, N]` float32: two from each word of 64 bits, some thousand words at a time.
+def draw_negatives(rngs: Sequence[np.random.Generator], mask: Tensor, num_negatives: int) -> Tensor:
+    """Draw negatives for every masked frame, from the other masked frames of its utterance.
 
     Args:
-        keys: `[A]`, the key of each frame's utterance.
-        frame: `[A]`, which frame of it.
-        n: $N$, numbers for each.
-    """
-    half = (n + 1) // 2
-    steps = torch.arange(half, device=keys.device) + 1
-    size = (
-        max(1, 2**15 // half) if keys.device.type == "cpu" else max(len(keys), 1)
-    )  # 256 KB stay in the cache
-    noise = torch.empty(len(keys), n, dtype=torch.float32, device=keys.device)
-    for begin in range(0, len(keys), size):
-        block = slice(begin, begin + size)
-        words = mix_bits(keys[block, None] + (frame[block, None] * half + steps) * _STEP)  # [block, half]
-        noise[block] = (words.view(torch.int32)[:, :n] >> 8 & (1 << 24) - 1) * 2.0**-24
-    return noise
-
-
-def keyed_negatives(seed: int, epoch: int, ids: Tensor, mask: Tensor, num_negatives: int) -> Tensor:
-    """Draw wrong answers for every hidden frame, from the other hidden frames of its utterance.
-
-    As `sample_negative_indices`, with a random number for each (seed, epoch, utterance, frame, negative).
-
-    Args:
-        seed: the seed of the run.
-        epoch: another epoch, other negatives.
-        ids: `[B]` int64, which utterances.
-        mask: `[B, T]` bool, True = hidden.
-        num_negatives: $N$.
+        rngs: a generator for each row.
+        mask: `[B, T]` bool, True = masked.
+        num_negatives: $N$, at least 1.
 
     Returns:
-        `[B, T, N]` int32, numbers of frames in the flattened batch `[B * T]`.
-
-    Raises:
-        ValueError: fewer than one negative, or a mask that is not bool with a row for each id.
+        `[B, T, N]` int32, numbers of frames in the flattened batch `[B * T]`; see `sample_negative_indices`.
     """
     if num_negatives < 1:
         raise ValueError(f"num_negatives={num_negatives} must be at least 1")
-    if mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != len(ids):
-        raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; bool [{len(ids)}, T] is needed")
-    row, frame = mask.nonzero(as_tuple=True)
-    keys = _keys(seed, epoch, ids, "negatives")[row]  # [A]
-    return negatives_from_noise(_frame_noise(keys, frame, num_negatives), mask)
+    counts = mask.sum(1).tolist()
+    noise = [rng.random((n, num_negatives), np.float32) for rng, n in zip(rngs, counts, strict=True)]
+    return negatives_from_noise(torch.from_numpy(np.concatenate(noise)), mask)  # [A, N] -> [B, T, N]
 
 
-# %% ../../nbs/data/batches.ipynb #e7b46f61
+# %% ../../nbs/data/batches.ipynb #8ffb437c
 @dataclass
-class Clip:
-    """An utterance that has been decoded, on its way into a batch.
-
-    Attributes:
-        utterance: where it comes from: name, text, speaker, times.
-        audio: `[S]` float32.
-        epoch: in which it was asked for.
-        problem: why it cannot be used; "" = nothing wrong so far.
-    """
+class Example:
+    """An utterance that has been decoded, on its way into a batch."""
 
     utterance: Utterance
-    audio: Samples
-    epoch: int = 0
-    problem: str = ""
+    audio: Samples  # [S] float32
+    epoch: int = 0  # in which it was asked for
+    problem: str = ""  # why it cannot be used; "" = nothing wrong so far
 
 
-class SpeechDataset(Dataset[Clip]):
+class SpeechDataset(Dataset[Example]):
     """Decode utterances when they are asked for, in whichever process asks.
 
     Args:
@@ -524,121 +320,79 @@ class SpeechDataset(Dataset[Clip]):
         broken = np.count_nonzero(~np.isfinite(audio))
         return audio, f"{broken} of its samples are NaN or Inf" if broken else ""
 
-    def __getitem__(self, key: int | Draw) -> Clip:
-        epoch, number = key if isinstance(key, Draw) else (0, key)
+    def __getitem__(self, key: int | SampleRequest) -> Example:
+        epoch, number = key if isinstance(key, SampleRequest) else (0, key)
         utterance = self.speech[number]
         audio, problem = self._decode(utterance) if self._kept is None else self._kept[number]
-        return Clip(utterance, audio, epoch, problem)
+        return Example(utterance, audio, epoch, problem)
 
 
-# %% ../../nbs/data/batches.ipynb #6e545d78
-def keyed_noise(seed: int, epoch: int, id: int, audio: Samples, snr_db: tuple[float, float]) -> Samples:
-    """Add white noise, at a level drawn for this utterance and epoch.
-
-    Args:
-        seed: the seed of the run.
-        epoch: another epoch, other noise.
-        id: of the utterance (`sample_id` of its name).
-        audio: `[S]`.
-        snr_db: the range of the signal-to-noise ratio in decibels; 20 = the noise has a hundredth of the power.
-
-    Returns:
-        `[S]` float32.
-    """
-    u = keyed_uniform(seed, epoch, torch.tensor([id]), len(audio) + 1, stream="noise")[0]
-    normal = torch.erfinv(2 * u[1:] - (1 - 2.0**-24)) * math.sqrt(2)  # half a step off, so that it is finite
-    ratio = snr_db[0] + (snr_db[1] - snr_db[0]) * float(u[0])
-    power = float(np.mean(np.square(audio, dtype=np.float64)))
-    return np.asarray(audio + math.sqrt(power / 10 ** (ratio / 10)) * normal.numpy(), np.float32)
+# %% ../../nbs/data/batches.ipynb #6f5d68e5
+def add_noise(rng: np.random.Generator, audio: Samples, snr_db: tuple[float, float]) -> Samples:
+    """Add white noise to `[S]`, at a signal-to-noise ratio drawn from a range in decibels (20: a hundredth of the power)."""
+    ratio, power = rng.uniform(*snr_db), np.mean(np.square(audio, dtype=np.float64))
+    scale = np.float32(np.sqrt(power / 10 ** (ratio / 10)))
+    return np.asarray(audio + scale * rng.standard_normal(len(audio), np.float32))
 
 
-# %% ../../nbs/data/batches.ipynb #9c3d2608
-class _Checks:
-    """What every collator is told, and which clips it takes."""
-
-    def __init__(
-        self,
-        config: Wav2Vec2ConformerConfig,
-        feature_extractor: Wav2Vec2FeatureExtractor,
-        *,
-        crop_seconds: float | None = None,
-        crop: str = "max",
-        noise_db: tuple[float, float] | None = None,
-        bad: str = "raise",
-        seed: int = 0,
-        spec_augment: bool = False,
-    ) -> None:
-        if not isinstance(config, Wav2Vec2ConformerConfig):
-            raise ValueError(f"config is a {type(config).__name__}; the model's configuration comes first")
-        if feature_extractor.padding_side != "right":
-            raise ValueError(
-                "feature_extractor.padding_side='left': the models need the padding on the right"
-            )
-        for name, value, allowed in (("crop", crop, ("max", "shortest")), ("bad", bad, ("raise", "drop"))):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} must be one of {allowed}")
-        self.config, self.feature_extractor = config, feature_extractor
-        self.crop, self.noise_db, self.bad, self.seed = crop, noise_db, bad, seed
-        self.spec_augment = spec_augment
-        self.width, self.hop = receptive_field(config.conv_kernel, config.conv_stride)
-        self.crop_samples = (
-            None if crop_seconds is None else round(crop_seconds * feature_extractor.sampling_rate)
-        )
-        if self.crop_samples is not None and self.crop_samples < self.width:
-            raise ValueError(f"crop_seconds={crop_seconds} is shorter than one frame, {self.width} samples")
-
-    def row_samples(self, n_samples: int) -> int:
-        """How long the row of an utterance of `n_samples` becomes, at most."""
-        return n_samples if self.crop_samples is None else min(n_samples, self.crop_samples)
-
-    def problem(self, clip: Clip) -> str:
-        """Say why a clip cannot be used; "" if it can."""
-        if clip.problem:
-            return clip.problem
-        n_samples = len(clip.audio)
-        return (
-            ""
-            if n_samples >= self.width
-            else f"its {n_samples} samples are fewer than the {self.width} of a frame"
-        )
-
-    def _usable(self, clips: Sequence[Clip]) -> tuple[list[Clip], list[str]]:
-        """Part the clips into usable ones and descriptions of the others."""
-        problems = [self.problem(clip) for clip in clips]
-        named = [f"{clip.utterance.id!r}: {why}" for clip, why in zip(clips, problems, strict=True) if why]
-        good = [clip for clip, why in zip(clips, problems, strict=True) if not why]
-        if named and (self.bad == "raise" or not good):
-            remedy = "repair them, leave them out (find_problems lists them)"
-            remedy += ", or pass bad='drop'" if self.bad == "raise" else ""
-            raise ValueError(
-                f"{len(named)} of {len(clips)} utterances cannot be used ({'; '.join(named[:3])}): {remedy}"
-            )
-        return good, named
-
-
-# %% ../../nbs/data/batches.ipynb #5eda43e6
-class Collator(_Checks):
-    """Make a batch of clips: leave out the broken, crop, add noise, normalise, pad, count.
+# %% ../../nbs/data/batches.ipynb #2e580dcd
+@dataclass
+class Collator:
+    """Make a batch of examples: leave out the broken, crop, add noise, normalise, pad, count.
 
     Everything random follows from (seed, epoch, utterance). A subclass adds what its objective needs.
-
-    Args:
-        config: the model's, for the sizes of its convolutions.
-        feature_extractor: normalises and pads.
-        crop_seconds: keep at most this much of each utterance; None = all.
-        crop: "max" cuts what is longer than `crop_seconds`; "shortest" cuts all to the shortest of the batch, so that
-            nothing is padded (as fairseq does).
-        noise_db: add white noise with a signal-to-noise ratio from this range (decibels); None = none.
-        bad: "raise" stops at an unusable utterance and names it; "drop" leaves it out and counts it in `dropped`.
-        seed: the seed of the run.
-        spec_augment: with labels, draw time masks as the config's `mask_time_*` say; False for evaluation.
 
     Raises:
         ValueError: an option that is not known, a crop shorter than one frame, an extractor that pads on the left; when
             called, utterances that cannot be used (which ones, and why).
     """
 
-    def __call__(self, clips: Sequence[Clip]) -> BatchFeature:
+    config: Wav2Vec2ConformerConfig  # the model's, for the sizes of its convolutions
+    processor: Any  # a feature extractor, which normalises and pads, or a processor that holds one
+    _: KW_ONLY
+    crop_seconds: float | None = None  # keep at most this much of each utterance; None = all
+    crop: str = "max"  # cut what is longer; "shortest" (fairseq): cut all to the shortest, nothing is padded
+    noise_db: tuple[float, float] | None = None  # add white noise, at a signal-to-noise ratio from this range
+    bad: str = "raise"  # stop at an unusable utterance; "drop" leaves it out and names it in `dropped`
+    seed: int = 0
+    spec_augment: bool = False  # with labels: draw time masks as the config's `mask_time_*` say
+
+    def __post_init__(self) -> None:
+        extractor: Wav2Vec2FeatureExtractor = getattr(self.processor, "feature_extractor", self.processor)
+        if extractor.padding_side != "right":
+            raise ValueError("padding_side='left': the models need the padding on the right")
+        if self.crop not in {"max", "shortest"}:
+            raise ValueError(f"crop={self.crop!r} must be one of 'max', 'shortest'")
+        if self.bad not in {"raise", "drop"}:
+            raise ValueError(f"bad={self.bad!r} must be one of 'raise', 'drop'")
+        self.feature_extractor = extractor
+        self.width, self.hop = receptive_field(self.config.conv_kernel, self.config.conv_stride)
+        seconds, rate = self.crop_seconds, extractor.sampling_rate
+        self.crop_samples = None if seconds is None else round(seconds * rate)
+        if self.crop_samples is not None and self.crop_samples < self.width:
+            raise ValueError(f"crop_seconds={seconds} is shorter than one frame, {self.width} samples")
+
+    def row_samples(self, n_samples: int) -> int:
+        """How long the row of an utterance of `n_samples` becomes, at most."""
+        return n_samples if self.crop_samples is None else min(n_samples, self.crop_samples)
+
+    def frames(self, n_samples: int) -> int:
+        """How many frames so many samples become."""
+        return conv_output_lengths(n_samples, self.config.conv_kernel, self.config.conv_stride)
+
+    def problem(self, utterance: Utterance, n_samples: int) -> str:
+        """Say, without decoding it, why an utterance of `n_samples` cannot be used; "" if it can."""
+        few = f"its {n_samples} samples are fewer than the {self.width} of a frame"
+        return few if n_samples < self.width else ""
+
+    def rngs(self, batch: BatchFeature, purpose: str) -> list[np.random.Generator]:
+        """A generator for each row of a batch."""
+        return [sample_rng(self.seed, batch["epoch"], name, purpose) for name in batch["ids"]]
+
+    def add(self, batch: BatchFeature, examples: Sequence[Example], starts: Sequence[int]) -> None:
+        """Add to a batch what an objective needs; `starts` are the first samples of the crops."""
+
+    def __call__(self, examples: Sequence[Example]) -> BatchFeature:
         """Make the batch.
 
         Returns:
@@ -646,63 +400,47 @@ class Collator(_Checks):
             what the objective adds. For the host: `ids` (names), `epoch`, `lengths` (samples) and `n_frames` of each row
             as plain numbers, and `dropped`.
         """
-        clips, dropped = self._usable(clips)
-        ids = torch.tensor([sample_id(clip.utterance.id) for clip in clips])
-        epoch = clips[0].epoch
-        sizes = torch.tensor([len(clip.audio) for clip in clips])
-        keep = sizes if self.crop_samples is None else sizes.clamp(max=self.crop_samples)
+        examples, dropped = self._usable(examples)
+        batch = BatchFeature(ids=[e.utterance.id for e in examples], epoch=examples[0].epoch, dropped=dropped)
+        lengths = [self.row_samples(len(e.audio)) for e in examples]
         if self.crop == "shortest":
-            keep = keep.min().expand_as(keep)
-        starts = keyed_crops(self.seed, epoch, ids, sizes, keep).tolist()
-        lengths: list[int] = keep.tolist()
-        rows = [clip.audio[a : a + n] for clip, a, n in zip(clips, starts, lengths, strict=True)]
+            lengths = [min(lengths)] * len(lengths)
+        triples = zip(self.rngs(batch, "crop"), examples, lengths, strict=True)
+        starts = [crop_start(rng, len(e.audio), n) for rng, e, n in triples]
+        rows = [e.audio[a : a + n] for e, a, n in zip(examples, starts, lengths, strict=True)]
         if self.noise_db is not None:
-            rows = [
-                keyed_noise(self.seed, epoch, int(id), row, self.noise_db)
-                for id, row in zip(ids, rows, strict=True)
-            ]
-        extractor = self.feature_extractor
-        padded = extractor(
-            rows,
-            padding=True,
-            return_tensors="pt",
-            return_attention_mask=False,
-            sampling_rate=extractor.sampling_rate,
-        )
+            pairs = zip(self.rngs(batch, "noise"), rows, strict=True)
+            rows = [add_noise(rng, row, self.noise_db) for rng, row in pairs]
+        padded = self.feature_extractor(
+            rows, padding=True, return_tensors="pt", return_attention_mask=False,
+            sampling_rate=self.feature_extractor.sampling_rate,
+        )  # fmt: skip
+        batch["input_values"] = padded["input_values"]
+        batch["attention_mask"] = frame_mask(torch.tensor(lengths), max(lengths))
+        batch["lengths"], batch["n_frames"] = lengths, [self.frames(n) for n in lengths]
         config = self.config
-        n_frames = conv_output_lengths(keep, config.conv_kernel, config.conv_stride)
-        batch = BatchFeature(
-            input_values=padded["input_values"],
-            attention_mask=frame_mask(keep, max(lengths)),
-            ids=[clip.utterance.id for clip in clips],
-            epoch=epoch,
-            lengths=lengths,
-            n_frames=n_frames.tolist(),
-            dropped=dropped,
-        )
         if self.spec_augment and config.apply_spec_augment and config.mask_time_prob > 0:
-            batch["mask_time_indices"] = keyed_masks(
-                self.seed, epoch, ids, n_frames, int(n_frames.max()), mask_prob=config.mask_time_prob,
+            batch["mask_time_indices"] = draw_masks(
+                self.rngs(batch, "mask"), batch["n_frames"], mask_prob=config.mask_time_prob,
                 mask_length=config.mask_time_length, min_masks=config.mask_time_min_masks,
             )  # fmt: skip
-        self.add(batch, clips, starts, ids, n_frames)
+        self.add(batch, examples, starts)
         return batch
 
-    def add(
-        self, batch: BatchFeature, clips: Sequence[Clip], starts: Sequence[int], ids: Tensor, n_frames: Tensor
-    ) -> None:
-        """Add what an objective needs to a batch.
+    def _usable(self, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
+        """Part the examples into usable ones and descriptions of the others."""
+        problems = [e.problem or self.problem(e.utterance, len(e.audio)) for e in examples]
+        good = [e for e, why in zip(examples, problems, strict=True) if not why]
+        bad = [f"{e.utterance.id!r}: {why}" for e, why in zip(examples, problems, strict=True) if why]
+        if bad and (self.bad == "raise" or not good):
+            raise ValueError(
+                f"{len(bad)} of {len(examples)} utterances cannot be used ({'; '.join(bad[:3])}): repair them or leave "
+                "them out (find_problems lists them, bad='drop' drops them)"
+            )
+        return good, bad
 
-        Args:
-            batch: what is there already.
-            clips: the clips of its rows.
-            starts: first sample of each row's crop.
-            ids: `[B]` int64, which utterances.
-            n_frames: frames of each row, `[B]`.
-        """
 
-
-# %% ../../nbs/data/batches.ipynb #1f27beec
+# %% ../../nbs/data/batches.ipynb #6dc3267c
 _FACTS = ("ids", "epoch", "lengths", "n_frames", "n_masked", "n_labels", "label_lengths", "texts", "dropped")
 
 
@@ -713,100 +451,68 @@ def model_inputs(batch: BatchFeature) -> dict[str, Tensor]:
 
 def find_problems(speech: Speech, collator: Collator) -> dict[str, str]:
     """Decode a whole set once and list what a collator would refuse: name of the utterance -> why."""
-    dataset = SpeechDataset(speech)
-    found = {utterance.id: collator.problem(dataset[i]) for i, utterance in enumerate(speech)}
+    examples = SpeechDataset(speech)
+    found = {u.id: examples[i].problem or collator.problem(u, u.n_samples) for i, u in enumerate(speech)}
     return {name: why for name, why in found.items() if why}
 
 
 # %% ../../nbs/data/batches.ipynb #0b6669db
+@dataclass
 class PretrainingCollator(Collator):
-    """Batches for pre-training: crops, the frames to hide, and negatives.
+    """Batches for pre-training: crops, the frames to mask, and negatives."""
 
-    Args:
-        config: the model's.
-        feature_extractor: normalises and pads.
-        crop_seconds: keep at most this much of each utterance.
-        mask_prob: share of the frames to hide if no spans overlapped (0.65 in wav2vec 2.0; the config's
-            `mask_time_prob` is that of fine-tuning).
-        mask_length: $M$, frames per span.
-        min_masks: at least this many spans, where they fit.
-        num_negatives: $N$; None takes the config's.
-        **options: what every `Collator` takes.
-    """
+    _: KW_ONLY
+    mask_prob: float = 0.65  # the config's `mask_time_prob` is that of fine-tuning
+    mask_length: int = 10  # $M$, frames per span
+    min_masks: int = 2  # at least this many spans, where they fit
+    num_negatives: int | None = None  # $N$; None takes the config's
 
-    def __init__(
-        self,
-        config: Wav2Vec2ConformerConfig,
-        feature_extractor: Wav2Vec2FeatureExtractor,
-        *,
-        crop_seconds: float | None = None,
-        mask_prob: float = 0.65,
-        mask_length: int = 10,
-        min_masks: int = 2,
-        num_negatives: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(config, feature_extractor, crop_seconds=crop_seconds, **options)
-        self.spans = {"mask_prob": mask_prob, "mask_length": mask_length, "min_masks": min_masks}
-        self.num_negatives = config.num_negatives if num_negatives is None else num_negatives
-
-    def add(
-        self, batch: BatchFeature, clips: Sequence[Clip], starts: Sequence[int], ids: Tensor, n_frames: Tensor
-    ) -> None:
-        """Add `mask_time_indices` `[B, T]`, `sampled_negative_indices` `[B, T, N]` and their number `n_masked`."""
-        epoch, longest = batch["epoch"], int(n_frames.max())
-        mask = keyed_masks(self.seed, epoch, ids, n_frames, longest, **self.spans)  # type: ignore[arg-type]
-        batch["mask_time_indices"] = mask
-        batch["sampled_negative_indices"] = keyed_negatives(self.seed, epoch, ids, mask, self.num_negatives)
-        batch["n_masked"] = int(mask.sum())
+    def add(self, batch: BatchFeature, examples: Sequence[Example], starts: Sequence[int]) -> None:
+        """Add `mask_time_indices` `[B, T]`, `sampled_negative_indices` `[B, T, N]`, and how many are masked, `n_masked`."""
+        mask = draw_masks(
+            self.rngs(batch, "mask"), batch["n_frames"], mask_prob=self.mask_prob, mask_length=self.mask_length,
+            min_masks=self.min_masks,
+        )  # fmt: skip
+        n = self.config.num_negatives if self.num_negatives is None else self.num_negatives
+        batch["mask_time_indices"], batch["n_masked"] = mask, int(mask.sum())
+        batch["sampled_negative_indices"] = draw_negatives(self.rngs(batch, "negatives"), mask, n)
 
 
 # %% ../../nbs/data/batches.ipynb #734f2a7d
+@dataclass
 class CTCCollator(Collator):
-    """Batches for learning to write: audio and the numbers of the letters.
+    """Batches for learning to write: audio and the numbers of the letters; no crop, as the text belongs to the whole."""
 
-    Args:
-        config: the model's.
-        processor: its feature extractor and its tokenizer.
-        **options: what every `Collator` takes, but no crop: the text belongs to the whole utterance.
-    """
-
-    def __init__(self, config: Wav2Vec2ConformerConfig, processor: Wav2Vec2Processor, **options: Any) -> None:
-        if options.get("crop_seconds") is not None or options.get("crop", "max") != "max":
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop_seconds is not None or self.crop != "max":
             raise ValueError("crop_seconds and crop are not for CTC: the text belongs to the whole utterance")
-        super().__init__(config, processor.feature_extractor, **options)
-        self.processor = processor
+        self.tokenizer: Wav2Vec2CTCTokenizer = self.processor.tokenizer
 
-    def problem(self, clip: Clip) -> str:
-        """Say why a clip cannot be used: broken, without text, with letters unknown, or with too few frames for them."""
-        if found := super().problem(clip):
+    def problem(self, utterance: Utterance, n_samples: int) -> str:
+        """As in `Collator`; or it has no text, unknown letters, or too few frames for its text."""
+        if found := super().problem(utterance, n_samples):
             return found
-        text, tokenizer = clip.utterance.text, self.processor.tokenizer
-        labels = tokenizer.encode(text)
+        labels = self.tokenizer.encode(utterance.text)
         if not labels:
             return "it has no text"
-        if tokenizer.unk_token_id in labels:
-            return f"its text {text!r} has letters that the vocabulary has not"
-        n_frames = conv_output_lengths(len(clip.audio), self.config.conv_kernel, self.config.conv_stride)
-        needed = len(labels) + sum(a == b for a, b in pairwise(labels))
+        if self.tokenizer.unk_token_id in labels:
+            return f"its text {utterance.text!r} has letters that the vocabulary has not"
+        n_frames, needed = self.frames(n_samples), len(labels) + sum(a == b for a, b in pairwise(labels))
         return "" if needed <= n_frames else f"its text needs {needed} frames, and it has {n_frames}"
 
-    def add(
-        self, batch: BatchFeature, clips: Sequence[Clip], starts: Sequence[int], ids: Tensor, n_frames: Tensor
-    ) -> None:
+    def add(self, batch: BatchFeature, examples: Sequence[Example], starts: Sequence[int]) -> None:
         """Add `labels` (a row for each text, int64, padded with -100), their number `n_labels`, `label_lengths` and `texts`."""
-        rows = [self.processor.tokenizer.encode(clip.utterance.text) for clip in clips]
-        batch["labels"] = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in rows], batch_first=True, padding_value=-100
-        )
+        batch["texts"] = [e.utterance.text for e in examples]
+        rows = [torch.tensor(self.tokenizer.encode(text)) for text in batch["texts"]]
+        batch["labels"] = pad_sequence(rows, True, -100)
         batch["label_lengths"] = [len(row) for row in rows]
-        batch["n_labels"] = sum(map(len, rows))
-        batch["texts"] = [clip.utterance.text for clip in clips]
+        batch["n_labels"] = sum(batch["label_lengths"])
 
 
 # %% ../../nbs/data/batches.ipynb #47bba856
 def label_names(speech: Speech, target: str | Callable[[Utterance], Any]) -> dict[int, str]:
-    """Number all labels that occur, in alphabetical order: an `id2label` for the config.
+    """Number all labels that occur in a training set, in alphabetical order: an `id2label` for the config.
 
     Args:
         speech: the training set.
@@ -815,11 +521,8 @@ def label_names(speech: Speech, target: str | Callable[[Utterance], Any]) -> dic
     found: set[str] = set()
     for utterance in speech:
         value = target(utterance) if callable(target) else getattr(utterance, target)
-        found |= (
-            {value}
-            if isinstance(value, str)
-            else {v.label if isinstance(v, Segment) else str(v) for v in value}
-        )
+        values = [value] if isinstance(value, str) else value
+        found |= {v.label if isinstance(v, Segment) else str(v) for v in values}
     return dict(enumerate(sorted(found)))
 
 
@@ -830,87 +533,47 @@ def turn_order(utterance: Utterance) -> list[Segment]:
     return [Segment(number[turn.label], turn.start, turn.end) for turn in turns]
 
 
-def frame_targets(
-    segments: Sequence[Segment],
-    label2id: dict[str, int],
-    n_frames: int,
-    hop: float,
-    middle: float,
-    *,
-    many: bool,
-) -> Tensor:
-    """Say for each frame which labelled segments cover its middle.
-
-    Args:
-        segments: may overlap if `many`.
-        label2id: number of each label.
-        n_frames: $T$.
-        hop: seconds from one frame to the next.
-        middle: middle of frame 0 in seconds.
-        many: a frame may have several labels.
-
-    Returns:
-        `[T]` int64 with -100 where nothing is, or, with `many`, `[T, num_labels]` float32 of 0 and 1.
-
-    Raises:
-        ValueError: An unknown label, or segments that overlap where a frame has one label.
-    """
-    times = torch.arange(n_frames, dtype=torch.float64) * hop + middle
-    active = torch.zeros(n_frames, len(label2id))
-    for segment in segments:
-        if segment.label not in label2id:
-            raise ValueError(f"{segment.label!r} is not among the {len(label2id)} labels of the config")
-        active[(times >= segment.start) & (times < segment.end), label2id[segment.label]] = 1
-    if many:
-        return active
-    if bool((active.sum(1) > 1).any()):
-        raise ValueError(
-            "segments overlap, and a frame has one label; use problem_type='multi_label_classification'"
-        )
-    return torch.where(active.any(1), active.argmax(1), -100)
-
-
 # %% ../../nbs/data/batches.ipynb #80c1f5c7
+@dataclass
 class LabelCollator(Collator):
     """Batches with labels: one for each utterance (what, who), or one for each frame.
 
-    Args:
-        config: the model's; `label2id` numbers the labels. With `problem_type="multi_label_classification"` there may
-            be several at once, with "regression" they are numbers.
-        feature_extractor: normalises and pads.
-        target: where the label stands: an attribute of the utterance ("speaker", "text", "phones", "turns", …) or a
-            function of it. For frames it gives timed segments.
-        per: "utterance" or "frame".
-        **options: what every `Collator` takes.
-
-    Raises:
-        ValueError: as `Collator`; or `per` is neither.
+    The config's `label2id` numbers the labels. With its `problem_type="multi_label_classification"` there may be several at
+    once, with "regression" they are numbers.
     """
 
-    def __init__(
-        self,
-        config: Wav2Vec2ConformerConfig,
-        feature_extractor: Wav2Vec2FeatureExtractor,
-        target: str | Callable[[Utterance], Any],
-        *,
-        per: str = "utterance",
-        **options: Any,
-    ) -> None:
-        super().__init__(config, feature_extractor, **options)
-        if per not in {"utterance", "frame"}:
-            raise ValueError(f"per={per!r} must be 'utterance' or 'frame'")
-        self.target, self.per = target, per
-        self.many = config.problem_type == "multi_label_classification"
+    target: str | Callable[[Utterance], Any]  # "speaker", "text", … or a function; for frames, segments
+    _: KW_ONLY
+    per: str = "utterance"  # or "frame"
 
-    def label(self, utterance: Utterance) -> Any:
-        """Look up the label of an utterance: a number, a list of 0 and 1, or segments."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per not in {"utterance", "frame"}:
+            raise ValueError(f"per={self.per!r} must be 'utterance' or 'frame'")
+        self.several = self.config.problem_type == "multi_label_classification"
+
+    def problem(self, utterance: Utterance, n_samples: int) -> str:
+        """As in `Collator`; or its label is unknown."""
+        if found := super().problem(utterance, n_samples):
+            return found
+        try:
+            self.label(utterance, 0, self.frames(n_samples))
+        except (ValueError, TypeError) as error:
+            return f"its label cannot be used: {error}"
+        return ""
+
+    def label(self, utterance: Utterance, start: int, n_frames: int) -> Any:
+        """Look up the label, or those of the `n_frames` frames from sample `start` on."""
         value = self.target(utterance) if callable(self.target) else getattr(utterance, self.target)
-        if self.per == "frame" or self.config.problem_type == "regression":
-            return value
-        if not self.many:
-            return self._number(value)
-        numbers = {self._number(v) for v in ([value] if isinstance(value, str) else value)}
-        return [float(i in numbers) for i in range(self.config.num_labels)]
+        if self.per == "frame":
+            return self._frame_labels(value, start, n_frames)
+        if self.config.problem_type == "regression":
+            return torch.tensor(value, dtype=torch.float32)
+        if not self.several:
+            return torch.tensor(self._number(value))
+        found = torch.zeros(self.config.num_labels)
+        found[[self._number(v) for v in ([value] if isinstance(value, str) else value)]] = 1
+        return found
 
     def _number(self, value: Any) -> int:
         """Look up a label's number; a number stands for itself."""
@@ -919,49 +582,32 @@ class LabelCollator(Collator):
             raise ValueError(f"{value!r} is not among the {self.config.num_labels} labels of the config")
         return number
 
-    def _frames(self, clip: Clip, start: int, n_frames: int) -> Tensor:
-        """Label the frames of a crop that begins at sample `start`."""
-        first, rate = start / SAMPLING_RATE, SAMPLING_RATE
-        moved = [Segment(s.label, s.start - first, s.end - first) for s in self.label(clip.utterance)]
-        return frame_targets(
-            moved, self.config.label2id, n_frames, self.hop / rate, self.width / 2 / rate, many=self.many
-        )
+    def _frame_labels(self, segments: Sequence[Segment], start: int, n_frames: int) -> Tensor:
+        """Label each frame by the segments that cover its middle: `[T]` int64, or with several at once `[T, num_labels]`."""
+        for segment in segments:
+            self._number(segment.label)
+        names = [self.config.id2label[i] for i in range(self.config.num_labels)]
+        hop, middle = self.hop / SAMPLING_RATE, (start + self.width / 2) / SAMPLING_RATE
+        active = torch.from_numpy(frame_activity(segments, names, n_frames, hop, middle))  # [T, num_labels]
+        if self.several:
+            return active.float()
+        if bool((active.sum(1) > 1).any()):
+            raise ValueError("segments overlap; problem_type='multi_label_classification' allows that")
+        return torch.where(active.any(1), active.int().argmax(1), -100)
 
-    def problem(self, clip: Clip) -> str:
-        """Say why a clip cannot be used: broken, or its label is unknown."""
-        if found := super().problem(clip):
-            return found
-        try:
-            if self.per == "frame":
-                n_frames = conv_output_lengths(
-                    len(clip.audio), self.config.conv_kernel, self.config.conv_stride
-                )
-                self._frames(clip, 0, n_frames)
-            else:
-                self.label(clip.utterance)
-        except (ValueError, TypeError) as error:
-            return f"its label cannot be used: {error}"
-        return ""
-
-    def add(
-        self, batch: BatchFeature, clips: Sequence[Clip], starts: Sequence[int], ids: Tensor, n_frames: Tensor
-    ) -> None:
+    def add(self, batch: BatchFeature, examples: Sequence[Example], starts: Sequence[int]) -> None:
         """Add `labels` and their number `n_labels`.
 
         `labels` is `[B]` int64, or float32 for regression, or `[B, num_labels]` float32 of 0 and 1; for frames `[B, T]` int64 or
         `[B, T, num_labels]` float32, with -100 for padding and for frames without a label.
         """
-        if self.per == "frame":
-            rows = [
-                self._frames(clip, a, n) for clip, a, n in zip(clips, starts, n_frames.tolist(), strict=True)
-            ]
-            batch["labels"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-            labelled = batch["labels"][..., 0] if self.many else batch["labels"]
-            batch["n_labels"] = int((labelled != -100).sum())
-            return
-        labels = torch.tensor([self.label(clip.utterance) for clip in clips])
-        batch["labels"] = labels.float() if self.config.problem_type == "regression" else labels
-        batch["n_labels"] = len(clips)
+        triples = zip(examples, starts, batch["n_frames"], strict=True)
+        rows = [self.label(e.utterance, start, n) for e, start, n in triples]
+        batch["labels"] = labels = (
+            torch.stack(rows) if self.per == "utterance" else pad_sequence(rows, True, -100)
+        )
+        known = labels[..., 0] if self.several else labels
+        batch["n_labels"] = int((known != -100).sum()) if self.per == "frame" else len(examples)
 
 
 # %% ../../nbs/data/batches.ipynb #a2bcbace
@@ -976,12 +622,11 @@ def data_loader(
     processes: int = 1,
     rank: int | None = None,
     preload: bool = False,
-) -> DataLoader[Clip]:
+) -> DataLoader[Example]:
     """Join a set, a collator and a bucket sampler to a loader of batches.
 
     The batches do not depend on the number of workers, nor does drawing them touch torch's global random state.
-    `loader.batch_sampler.set_epoch(epoch, position)` says which ones come next; `loader.dataset.left_out` names the
-    utterances whose length alone rules them out (with the collator's `bad="drop"`).
+    `loader.batch_sampler.set_epoch(epoch, position)` says which ones come next.
 
     Args:
         speech: the utterances.
@@ -995,29 +640,29 @@ def data_loader(
         preload: keep all audio decoded in memory.
 
     Raises:
-        ValueError: an utterance that is too short for a frame or too long for a batch (which one).
+        ValueError: an utterance that is too short for a frame or too long for a batch (which one). With the collator's
+            `bad="drop"` it is left out and named in `loader.dataset.left_out`.
     """
-    rate, most = collator.feature_extractor.sampling_rate, max_seconds
-    lengths, kept, left_out = [], [], []
-    for utterance in speech:
-        n_samples = utterance.n_samples
-        row = collator.row_samples(n_samples)
-        if collator.width <= row <= most * rate:
-            kept.append(utterance)
-            lengths.append(row)
-        else:
-            left_out.append(f"{utterance.id!r} ({n_samples / rate:.2f} s)")
+    rate = collator.feature_extractor.sampling_rate
+    fits = [collator.width <= collator.row_samples(u.n_samples) <= max_seconds * rate for u in speech]
+    left_out = [
+        f"{u.id!r} ({u.n_samples / rate:.2f} s)" for u, fit in zip(speech, fits, strict=True) if not fit
+    ]
     if left_out and collator.bad == "raise":
         raise ValueError(
-            f"{len(left_out)} of {len(speech)} utterances are shorter than a frame or longer than max_seconds={most}, such "
-            f"as {', '.join(left_out[:3])}: filter or crop them, raise max_seconds, or give the collator bad='drop'"
+            f"{len(left_out)} of {len(speech)} utterances are shorter than a frame or longer than {max_seconds=}, such as "
+            f"{', '.join(left_out[:3])}: filter or crop them, or give the collator bad='drop'"
         )
+    kept = [u for u, fit in zip(speech, fits, strict=True) if fit]
     dataset = SpeechDataset(Speech(kept, speech.name, speech.split, speech.about), preload=preload)
     dataset.left_out = left_out
-    bounds: dict[str, Any] = {"max_rows": max_rows, "seed": seed, "processes": processes, "rank": rank}
+    sampler = BucketSampler(
+        [collator.row_samples(u.n_samples) for u in kept], int(max_seconds * rate), max_rows=max_rows, seed=seed,
+        processes=processes, rank=rank,
+    )  # fmt: skip
     return DataLoader(
         dataset,
-        batch_sampler=BucketSampler(lengths, int(most * rate), **bounds),
+        batch_sampler=sampler,
         collate_fn=collator,
         num_workers=workers,
         persistent_workers=workers > 0,

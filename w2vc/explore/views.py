@@ -23,7 +23,8 @@ from torch.nn.functional import pad
 
 from ..config import refuse
 from ..data.batches import frame_targets, turn_order
-from ..evaluation.reports import model_class, utterance_batches
+from ..evaluation.probes import utterance_batches
+from ..evaluation.reports import model_class
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
 from ..model.classification import resolve_problem_type

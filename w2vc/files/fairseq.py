@@ -24,11 +24,12 @@ from typing import IO, Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..config import Wav2Vec2ConformerConfig, write_together
+from ..config import Wav2Vec2ConformerConfig
 from ..data.audio import Wav2Vec2FeatureExtractor
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
+from .atomic import write_together
 from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
 
 # %% auto #0

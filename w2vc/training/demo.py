@@ -6,350 +6,71 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import Wav2Vec2ConformerConfig, read_json, refuse, write_together
-from ..data.audio import Wav2Vec2FeatureExtractor
-from ..data.corpus import load_speech
-from ..evaluation.reports import Measure, evaluate, model_class
-from ..files.pretrained import PreTrainedModel, demo_folder, save_head
-from ..text.tokenizer import Wav2Vec2Processor
-from .recipes import Recipe
-from .trainer import read_metrics
-
-# %% auto #0
-__all__ = [
-    "CURVES",
-    "TRIALS",
-    "VOICES",
-    "MORE_VOICES",
-    "PEOPLE",
-    "GOALS",
-    "load_demo",
-    "demo_curves",
-    "measure_demo",
-    "demo_figures",
-    "pack_run",
-    "pack_curves",
-    "goals_met",
-    "model_card",
-    "write_figures",
-]
-
-
-# %% ../../nbs/training/demo.ipynb #2cc5da3a
-def load_demo(head: str | None = None, *, device: torch.device | str | None = None) -> PreTrainedModel:
-    """Load the demo checkpoint that comes with the package, in eval mode and fp32 (its files hold fp16).
-
-    The CTC head was trained together with its encoder. The other three sit on the encoder of pre-training, which stayed
-    as it was: their folders hold the tensors of the head alone, and are joined with it here. `save_pretrained` of any of
-    them writes an ordinary checkpoint.
-
-    Args:
-        head: "ctc", "keyword", "speaker" or "frame"; None: the model as pre-training left it.
-        device: Where to; None: the CPU.
-
-    Returns:
-        A `Wav2Vec2ConformerForPreTraining`, `…ForCTC`, `…ForSequenceClassification`, `…ForXVector` or
-        `…ForAudioFrameClassification`. Its feature extractor, or processor for "ctc", is in `demo_folder(head)`.
-
-    Raises:
-        ValueError: No such head.
-    """
-    folder = demo_folder(head)
-    return model_class(folder).from_pretrained(folder, dtype=torch.float32, device=device)
-
-
-# %% ../../nbs/training/demo.ipynb #c36f48ed
-CURVES = (
-    "pretraining",
-    "ctc",
-    "labels_15min",
-    "labels_15min_scratch",
-    "collapse",
-    "keyword",
-    "speaker",
-    "frame",
+from w2vc.model.classification import (
+    Wav2Vec2ConformerForAudioFrameClassification,
+    Wav2Vec2ConformerForSequenceClassification,
 )
 
+from ..files.pretrained import PreTrainedModel, demo_folder
+from ..model.ctc import Wav2Vec2ConformerForCTC
+from ..model.pretraining import Wav2Vec2ConformerForPreTraining
+from ..model.speaker import Wav2Vec2ConformerForXVector
 
-def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
-    """Read what was noted while the demo checkpoint was trained, as `read_metrics` would of the run's own folder.
+# %% auto #0
+__all__ = ["load_demo", "demo_curves", "demo_figures"]
 
-    Args:
-        run: "pretraining", "ctc", "keyword", "speaker" or "frame": the parts of the checkpoint. "labels_15min" and
-            "labels_15min_scratch": CTC with a quarter of an hour of labels, from the pre-trained weights and from random ones.
-            "collapse": pre-training without the diversity loss.
-        kind: "train", "valid", …; None: all.
-
-    Raises:
-        ValueError: No such run.
-    """
-    if run not in CURVES:
-        raise refuse("run", run, f"one of {', '.join(CURVES)}")
-    return read_metrics(demo_folder().parent / "curves" / f"{run}.jsonl", kind)
-
-
-# %% ../../nbs/training/demo.ipynb #df89519e
-TRIALS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {  # head -> title -> set, split, filter
-    "pretrained": {
-        "built-in, 8 unseen voices": ("builtin", "test", {}),
-        "synthetic, 8 unseen voices": ("synthetic", "test", {}),
-        "people: unseen English prompts": ("asterisk-en", "test", {}),
-    },
-    "ctc": {
-        "built-in, 8 unseen voices": ("builtin", "test", {}),
-        "synthetic, 8 unseen voices": ("synthetic", "test", {}),
-        "people: unseen English prompts": ("asterisk-en", "test", {}),
-    },
-    "keyword": {
-        "built-in, 8 unseen voices": ("builtin", "test", {"kind": "keyword"}),
-        "synthetic, 8 unseen voices": ("synthetic", "test", {"kind": "keyword"}),
-    },
-    "speaker": {
-        "built-in, 8 unseen voices": ("builtin", "test", {"kind": ["sentence", "digits"]}),
-        "synthetic, 8 unseen voices": ("synthetic", "test", {}),
-    },
-    "frame": {
-        "built-in, 8 unseen voices": ("builtin-mixes", "test", {}),
-        "synthetic, 8 unseen voices": ("synthetic-mixes", "test", {}),
-    },
-}  # fmt: skip
-
-
-def measure_demo(
-    heads: Iterable[str] = tuple(TRIALS),
-    *,
-    sets: Iterable[str] | None = None,
-    draws: int = 1000,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Measure the demo checkpoint on speech that it never heard: the figures of the model card.
-
-    Args:
-        heads: "pretrained", "ctc", "keyword", "speaker", "frame".
-        sets: Only these sets of `load_speech`; "builtin" needs neither espeak-ng nor a network.
-        draws: Of the bootstrap.
-        progress: Show bars.
-
-    Returns:
-        head -> title of the set -> `Report.to_dict()` without its details.
-    """
-    wanted = None if sets is None else set(sets)
-    found: dict[str, Any] = {}
-    for head in heads:
-        for title, (name, split, only) in TRIALS[head].items():
-            if wanted is not None and name not in wanted:
-                continue
-            speech = load_speech(name, split).filter(**only)
-            options: dict[str, Any] = {"draws": draws, "progress": progress}
-            if head == "pretrained":
-                options["recipe"] = Recipe.load("demo_pretrain")
-                if name != "asterisk-en":  # phones are known
-                    options["probe_speech"] = load_speech("builtin", "train")
-            folder = demo_folder(None if head == "pretrained" else head)
-            report = evaluate(folder, speech, dtype=torch.float32, **options).to_dict()
-            del report["details"]
-            found.setdefault(head, {})[title] = report
-    return found
-
-
-def demo_figures() -> dict[str, Any]:
-    """The figures that come with the checkpoint, as `measure_demo` gives them."""
-    return dict(read_json(demo_folder().parent / "figures.json"))
-
-
-# %% ../../nbs/training/demo.ipynb #57c3aa7c
-def pack_run(run: str | os.PathLike[str], head: str | None = None) -> None:
-    """Put a finished run into the package: the weights in fp16, the curves, and of a frozen encoder's head the head alone.
-
-    Args:
-        run: Folder of the run.
-        head: As in `load_demo`.
-    """
-    run, folder = Path(run), demo_folder(head)
-    source = run / (
-        "best" if (run / "best" / "config.json").exists() else "last"
-    )  # without a validation set nothing is best
-    model = model_class(source).from_pretrained(source, dtype=torch.float16)
-    if head in {None, "ctc"}:
-        model.save_pretrained(folder)
-    else:
-        save_head(model, folder, encoder="../pretrained")
-    processor = Wav2Vec2Processor if head == "ctc" else Wav2Vec2FeatureExtractor
-    processor.from_pretrained(source).save_pretrained(folder)
-    pack_curves(run, head or "pretraining")
-
-
-def pack_curves(run: str | os.PathLike[str], name: str, lines: int = 50) -> None:
-    """Put the records of a run into the package: of each kind the first 8 and, spread evenly up to the last, `lines` more."""
-    records = read_metrics(run)
-    kept: list[dict[str, Any]] = []
-    for kind in sorted({record["kind"] for record in records}):
-        these = [record for record in records if record["kind"] == kind]
-        every = -(-len(these) // lines)
-        kept += [record for i, record in enumerate(these) if i < 8 or (len(these) - 1 - i) % every == 0]
-    left_out = {"samples", "gradients", "clipped", "skipped", "dropped", "waiting", "audio"}
-    text = "".join(json.dumps({k: v for k, v in r.items() if k not in left_out}) + "\n" for r in kept)
-    write_together(demo_folder().parent / "curves", {f"{name}.jsonl": text.encode()})
-
-
-# %% ../../nbs/training/demo.ipynb #29ada381
-_CARD = """---
-license: cc-by-sa-3.0
-language: [en]
-tags: [wav2vec2-conformer, speech, automatic-speech-recognition, speaker-verification, keyword-spotting]
----
-# The demo checkpoint of w2vc
-
-A Wav2Vec2-Conformer of {millions:.1f} million parameters that learned from sound alone on one CPU core, and four heads on it. It is here to be looked
-into: small enough to load in a moment, trained enough to show what such models learn. It is no product: it knows synthetic
-voices and a handful of people, and writes English letters only.
-
-| folder | class | what it does |
-| --- | --- | --- |
-| `pretrained/` | `Wav2Vec2ConformerForPreTraining` | answers which of {choices} candidates was hidden |
-| `ctc/` | `Wav2Vec2ConformerForCTC` | writes |
-| `keyword/` | `Wav2Vec2ConformerForSequenceClassification` | knows ten command words |
-| `speaker/` | `Wav2Vec2ConformerForXVector` | tells voices apart |
-| `frame/` | `Wav2Vec2ConformerForAudioFrameClassification` | says who of two speaks when |
-
-`w2vc.load_demo(None | "ctc" | "keyword" | "speaker" | "frame")` loads them. `pretrained/` and `ctc/` are standard folders, which transformers loads, too. The
-other three hold the tensors of a head alone; its encoder is the one in `pretrained/`, unchanged, and `load_demo(…).save_pretrained(DIR)` writes a
-standard folder.
-
-## Speech it learned from
-
-| set | share | terms |
-| --- | --- | --- |
-| `synthetic` (espeak-ng, 100 voices) | 5 h | Apache-2.0, made by `w2vc.data.synthesis` |
-| `builtin` (espeak-ng, 16 voices) | 6 min, three times over | Apache-2.0 |
-| `asterisk-en`, `-es` | prompts read by Allison Smith, financed by Digium; English three times over, Spanish twice | CC BY-SA 3.0 |
-| `asterisk-fr` | prompts read by June Wallack, financed by Digium and others; twice | CC BY-SA 3.0 |
-| `asterisk-it` | prompts read by Carlo Flora; twice | CC BY 3.0 |
-| `asterisk-ru` | prompts provided by Maxim Topal, ivrvoice.ru; twice | CC BY 3.0 |
-
-Only the training splits; the texts were used for `ctc/` (English) alone. No audio of these sets is in the package but `builtin`. The weights are offered under
-CC BY-SA 3.0, the strictest of these terms; `DATA_LICENSES.md` has the attributions.
-
-## How
-
-Recipes `demo_pretrain`, `demo_ctc`, `demo_keyword`, `demo_speaker`, `demo_frame` (`w2vc recipes`), each with its seed; curves in `curves/`.
-
-```
-w2vc pretrain demo_pretrain runs/demo_pretrain && w2vc demo pack runs/demo_pretrain
-w2vc finetune demo_ctc runs/demo_ctc && w2vc demo pack runs/demo_ctc ctc
-w2vc finetune demo_keyword runs/demo_keyword && w2vc demo pack runs/demo_keyword keyword      # speaker and frame likewise
-w2vc demo measure --write                                                                     # the figures below
-```
-
-## Figures
-
-On speech that was in no training set: {about}. None was used to choose anything; recipes were chosen on the dev splits of
-`synthetic` and `asterisk-en`. Intervals are 95 % bootstraps over utterances. `w2vc demo measure` repeats the table (`--sets builtin,builtin-mixes`: what needs neither espeak-ng nor a network).
-
-{tables}
-{comparison}
-## Limits
-
-{goals}
-
-What is missed, and why. *Other synthetic speech*: a third of it are lists of words in no order, and nothing but the sound tells them
-apart; sentences and digits are easy. *Command words*: the head has 833 examples to learn from; it is one word short of the goal on either set. Four times as many gave no more (94.4 % of 252 words of the dev voices, and 94.8 % as it is), nor did slower training with averaged weights (94.8 %): it is linear, on frozen frames. *Voices*: 100 of one program, most of them men's, are few to learn from what makes a voice. *Who speaks when*: the frame head does worse than one name for all speech, which would have an
-error rate of 44 % on the dev mixes. It is linear, on frozen frames, and "speaker 1" means who spoke first: a frame without a memory cannot know. There a linear head that was fitted on 60 mixes says in
-99 % of the frames rightly whether anybody speaks, but of each speaker whether he does in 56 and 58 %, where a constant answer is right in half. Whether a high voice speaks, which a single frame could know, it says rightly in 72 %, where a
-constant answer is right in 70 %: these layers hold sounds, and voices hardly.
-
-Synthetic voices are easier than people, and these people were recorded in a studio; the one who taught the CTC head English is also the one it is asked about. The keyword and frame heads never saw noise from a street, the CTC head has no language model and writes what it hears. Codes are not phones, and
-attention is no explanation.
-"""
-
-
-VOICES, MORE_VOICES, PEOPLE = TRIALS["pretrained"]  # titles of the sets
-GOALS: dict[
-    tuple[str, str], dict[str, float]
-] = {  # head, figure -> set -> what we had set ourselves: at least, or, if negative, at most
-    ("pretrained", "contrastive accuracy"): {VOICES: 0.55, MORE_VOICES: 0.55},
-    ("pretrained", "codes in use"): {VOICES: 0.65, MORE_VOICES: 0.65},
-    ("pretrained", "twins"): {VOICES: -0.03, MORE_VOICES: -0.03},
-    ("pretrained", "I(code; phone) / H(phone)"): {VOICES: 0.42, MORE_VOICES: 0.42},
-    ("pretrained", "phone probe"): {VOICES: 0.55, MORE_VOICES: 0.55},
-    ("ctc", "CER"): {VOICES: -0.06, MORE_VOICES: -0.06, PEOPLE: -0.35},
-    ("ctc", "CER digits"): {VOICES: -0.02, MORE_VOICES: -0.02},
-    ("keyword", "accuracy"): {VOICES: 0.95, MORE_VOICES: 0.95},
-    ("speaker", "EER"): {VOICES: -0.08, MORE_VOICES: -0.08},
+# %% ../../nbs/training/demo.ipynb #2cc5da3a
+_CLASSES: dict[str | None, type[PreTrainedModel]] = {
+    None: Wav2Vec2ConformerForPreTraining,
+    "ctc": Wav2Vec2ConformerForCTC,
+    "keyword": Wav2Vec2ConformerForSequenceClassification,
+    "speaker": Wav2Vec2ConformerForXVector,
+    "frame": Wav2Vec2ConformerForAudioFrameClassification,
 }
 
 
-def goals_met(figures: dict[str, Any]) -> dict[tuple[str, str, str], bool]:
-    """Say of every goal whether the figures of `measure_demo` reach it: head, figure and set -> met; sets that were not measured are left out."""
-    found = {}
-    for (head, name), bounds in GOALS.items():
-        for title, bound in bounds.items():
-            if (report := figures.get(head, {}).get(title)) is not None:
-                value = report["measures"][name]["value"]
-                found[head, name, title] = value >= bound if bound > 0 else value <= -bound
-    return found
+def load_demo(head: str | None = None, *, device: torch.device | str | None = None) -> PreTrainedModel:
+    """Load the demo checkpoint that comes with the package, in eval mode and fp32 (its files hold fp16).
+
+    Args:
+        head: "ctc", trained together with its encoder; "keyword", "speaker" or "frame", on the encoder of pre-training
+            as it was; None: the model as pre-training left it.
+        device: where to; None: the CPU.
+
+    Returns:
+        A model of the class that fits. Its feature extractor, or processor for "ctc", is in `demo_folder(head)`.
+
+    Raises:
+        ValueError: no such head.
+    """
+    folder = demo_folder(head)
+    return _CLASSES[head].from_pretrained(folder, dtype=torch.float32, device=device)
 
 
-def _goal_table(figures: dict[str, Any]) -> str:
-    """The goals, what was reached, and whether that is enough, as a table of Markdown."""
-    rows = ["| what we had set ourselves | goal | set | reached | |", "| --- | --- | --- | --- | --- |"]
-    for (head, name, title), met in goals_met(figures).items():
-        bound, value = GOALS[head, name][title], figures[head][title]["measures"][name]["value"]
-        goal = f"at {'least' if bound > 0 else 'most'} {100 * abs(bound):.0f} %"
-        rows.append(
-            f"| `{head}/` {name} | {goal} | {title} | {100 * value:.1f} % | {'met' if met else '**missed**'} |"
+# %% ../../nbs/training/demo.ipynb #c36f48ed
+def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
+    """What was noted while the demo checkpoint was trained: lines of a run's `metrics.jsonl`, thinned out.
+
+    Args:
+        run: a part of the checkpoint: "pretraining", "ctc", "keyword", "speaker", "frame"; "labels_15min" and
+            "labels_15min_scratch": CTC with a quarter of an hour of labels, from pre-trained and from random weights;
+            "collapse": pre-training without the diversity loss.
+        kind: "train", "valid", …; None: all.
+    """
+    path = demo_folder().parent / "curves" / f"{run}.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"run={run!r} must be one of {', '.join(sorted(p.stem for p in path.parent.iterdir()))}"
         )
-    return "\n".join(rows)
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if kind in {None, record["kind"]}]
 
 
-def model_card(figures: dict[str, Any]) -> str:
-    """Write the model card: what it is, what it learned from, how, and the figures of `measure_demo`."""
-    rows: list[str] = []
-    for head, sets in figures.items():
-        if head not in TRIALS:
-            continue
-        rows += [
-            f"### `{head}/`",
-            "",
-            "| set | figure | value | 95 % interval | |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for title, report in sets.items():
-            for name, found in report["measures"].items():
-                numbers = [
-                    math.nan if found[key] is None else float(found[key]) for key in ("value", "low", "high")
-                ]
-                measure = Measure(numbers[0], numbers[1], numbers[2], found["note"], found["percent"])
-                value, interval = measure.texts()
-                rows.append(f"| {title} | {name} | {value} | {interval} | {measure.note} |")
-        rows.append("")
-    few = {
-        name: min(r["cer"] for r in demo_curves(name, "valid"))
-        for name in ("labels_15min", "labels_15min_scratch")
-    }
-    comparison = (
-        "### What pre-training is worth\n\nCTC with a quarter of an hour of labels (recipe `demo_few_labels`, 800 steps): character error rate on the dev voices of `synthetic` "
-        f"{100 * few['labels_15min']:.1f} % from the pre-trained weights, {100 * few['labels_15min_scratch']:.1f} % from random ones.\n"
-    )
-    config = Wav2Vec2ConformerConfig.from_pretrained(demo_folder())
-    about = "utterances of voices that no training set has, and English prompts that were kept apart"
-    millions = load_demo().num_parameters() / 1e6
-    return _CARD.format(
-        millions=millions, choices=config.num_negatives + 1, about=about, tables="\n".join(rows), comparison=comparison,
-        goals=_goal_table(figures),
-    )  # fmt: skip
-
-
-# %% ../../nbs/training/demo.ipynb #38f0d456
-def write_figures(figures: dict[str, Any]) -> None:
-    """Put what `measure_demo` found, and the model card with it, beside the weights."""
-    files = {"figures.json": json.dumps(figures).encode(), "README.md": model_card(figures).encode()}
-    write_together(demo_folder().parent, files)
+# %% ../../nbs/training/demo.ipynb #df89519e
+def demo_figures() -> dict[str, Any]:
+    """What the demo checkpoint reaches on speech that it never heard: head -> set -> report (see its model card)."""
+    return dict(json.loads((demo_folder().parent / "figures.json").read_text(encoding="utf-8")))

@@ -5,30 +5,32 @@
 # %% ../../nbs/training/monitoring.ipynb #623cc377
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..config import read_json
 from ..model.pretraining import contrastive_logits
+from ..model.quantizer import codebook_perplexity
 from .recipes import recipe_folder
 
 # %% auto #0
 __all__ = [
     "Sums",
+    "Records",
     "ALARMS",
     "BAND_FIGURES",
     "perplexity",
     "code_sums",
     "choice_sums",
     "describe_codes",
-    "smooth_curve",
     "diversity_share",
-    "block_of",
     "whole_tensor",
     "gradient_norms",
     "Alarm",
@@ -41,17 +43,14 @@ __all__ = [
 
 
 # %% ../../nbs/training/monitoring.ipynb #acf9ab53
-def perplexity(weights: Tensor) -> Tensor:
-    """How many codes are in use: the exponential of the entropy, `[..., V]` counts to `[...]`; 0 without counts."""
-    total = weights.sum(-1, keepdim=True)
-    shares = weights / total.clamp_min(1e-12)
-    return torch.exp(-torch.xlogy(shares, shares).sum(-1)) * (total[..., 0] > 0)
+def perplexity(counts: Tensor) -> Tensor:
+    """How many codes of each group are in use: `codebook_perplexity` of counts, `[G, V]` to `[G]`."""
+    shares = counts / counts.sum(-1, keepdim=True).clamp_min(1e-12)
+    return torch.stack([codebook_perplexity(group[None, None]) for group in shares])
 
 
 # %% ../../nbs/training/monitoring.ipynb #9aa81c1e
-Sums = dict[
-    str, Tensor
-]  # what a batch adds to a measure: sums only, so that batches and processes simply add up
+Sums = dict[str, Tensor]  # what a batch adds to a measure; batches and processes simply add up
 
 
 @torch.no_grad()
@@ -60,16 +59,14 @@ def code_sums(scores: Tensor, mask: Tensor) -> Sums:
 
     Args:
         scores: `[B, T, G, V]`, the quantizer's scores without noise.
-        mask: `[B, T]` bool, True = hidden.
+        mask: `[B, T]` bool, True = masked.
 
     Returns:
         `soft`, `[G, V]`: the probabilities added up; `hard`, `[G, V]`: how often each code is the best; `frames`: A.
     """
     picked = scores[mask].float()  # [A, G, V]
-    A, G, V = picked.shape
-    places = picked.argmax(-1) + torch.arange(G, device=picked.device) * V  # [A, G]
-    hard = torch.bincount(places.flatten(), minlength=G * V).view(G, V)
-    return {"soft": picked.softmax(-1).sum(0), "hard": hard.float(), "frames": torch.tensor(float(A))}
+    hard = nn.functional.one_hot(picked.argmax(-1), picked.shape[-1]).sum(0).float()
+    return {"soft": picked.softmax(-1).sum(0), "hard": hard, "frames": torch.tensor(float(len(picked)))}
 
 
 # %% ../../nbs/training/monitoring.ipynb #a96c17a0
@@ -80,12 +77,12 @@ def choice_sums(  # noqa: PLR0917
     """Count the masked frames whose true target scores best, and the negatives that are duplicates of it.
 
     Args:
-        states: `[B, T, P]`.
+        states: `[B, T, P]`, like all that follows as in `contrastive_logits`.
         targets: `[B, T, P]`.
-        negatives: `[B, T, N]`, as in `contrastive_logits`.
+        negatives: `[B, T, N]`.
         mask: `[B, T]` bool, True = masked.
         codes: `[B, T, G]`, the codes of the targets.
-        temperature: Of the contrastive loss.
+        temperature: of the contrastive loss.
 
     Returns:
         `questions`: A, the masked frames; `hits`: those whose true target beats all negatives; `answers`: A times N;
@@ -93,13 +90,12 @@ def choice_sums(  # noqa: PLR0917
     """
     logits = contrastive_logits(states, targets, negatives, codes, temperature)[mask]  # [A, 1 + N]
     hits, duplicates = (logits[:, :1] > logits[:, 1:]).all(1), logits[:, 1:].isneginf()  # [A], [A, N]
-    counted = {
-        "questions": torch.ones_like(hits),
-        "hits": hits,
-        "answers": torch.ones_like(duplicates),
-        "twins": duplicates,
+    return {
+        "questions": torch.tensor(float(len(hits)), device=hits.device),
+        "hits": hits.sum().float(),
+        "answers": torch.tensor(float(duplicates.numel()), device=hits.device),
+        "twins": duplicates.sum().float(),
     }
-    return {name: each.sum().float() for name, each in counted.items()}
 
 
 # %% ../../nbs/training/monitoring.ipynb #41747876
@@ -111,16 +107,14 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
         `hard_perplexity`, summed over the groups; `hard_perplexity_groups`; `dead_codes`, never the best one; `used`, the
         hard perplexity over the number of codes; `score`, accuracy times the square of `used`: a collapse lowers it.
     """
-    soft, hard = perplexity(sums["soft"]), perplexity(sums["hard"])
-    accuracy, used = (
-        float(sums["hits"] / sums["questions"].clamp_min(1)),
-        float(hard.sum() / sums["hard"].numel()),
-    )
+    hard = perplexity(sums["hard"])
+    accuracy = float(sums["hits"] / sums["questions"].clamp_min(1))
+    used = float(hard.sum() / sums["hard"].numel())
     return {
         "accuracy": accuracy,
         "score": accuracy * used**2,
         "twins": float(sums["twins"] / sums["answers"].clamp_min(1)),
-        "soft_perplexity": float(soft.sum()),
+        "soft_perplexity": float(perplexity(sums["soft"]).sum()),
         "hard_perplexity": float(hard.sum()),
         "hard_perplexity_groups": [round(float(p), 2) for p in hard],
         "dead_codes": int((sums["hard"] == 0).sum()),
@@ -128,27 +122,14 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-# %% ../../nbs/training/monitoring.ipynb #2018d6d9
-def smooth_curve(
-    records: Sequence[Mapping[str, Any]], key: str, steps: Sequence[int], width: int | Sequence[int]
-) -> list[float]:
-    """A figure's mean over the records within `width` steps of each of the given steps (one width, or one for each); NaN where there is none."""
-    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
-    widths = [width] * len(steps) if isinstance(width, int) else width
-    near = [
-        [value for at, value in pairs if abs(at - step) <= w] for step, w in zip(steps, widths, strict=True)
-    ]
-    return [sum(values) / len(values) if values else math.nan for values in near]
-
-
 # %% ../../nbs/training/monitoring.ipynb #335658c5
 def diversity_share(contrastive: Tensor, diversity: Tensor, scores_weight: Tensor) -> float:
     """Share of the diversity loss in the pull on the quantizer's scores, 0 to 1.
 
     Args:
-        contrastive: The contrastive loss, still with its graph, which is kept.
-        diversity: The diversity loss, times its weight.
-        scores_weight: The weight of the layer that scores the codes (`quantizer.weight_proj.weight`).
+        contrastive: the contrastive loss, still with its graph, which is kept.
+        diversity: the diversity loss, times its weight.
+        scores_weight: the weight of the layer that scores the codes (`quantizer.weight_proj.weight`).
     """
     pulls = [
         torch.autograd.grad(loss, scores_weight, retain_graph=True)[0].norm()
@@ -159,22 +140,17 @@ def diversity_share(contrastive: Tensor, diversity: Tensor, scores_weight: Tenso
 
 
 # %% ../../nbs/training/monitoring.ipynb #81a6db90
-def block_of(name: str) -> str:
+def _block_of(name: str) -> str:
     """The block that a parameter belongs to: "features", "layer 3", "quantizer", "head", …."""
-    name = name.removeprefix("wav2vec2_conformer.")
-    first, _, rest = name.partition(".")
+    first, _, rest = name.removeprefix("wav2vec2_conformer.").partition(".")
     if first == "encoder":
         return f"layer {rest.split('.')[1]}" if rest.startswith("layers.") else "encoder norm"
-    return {
-        "feature_extractor": "features",
-        "feature_projection": "projection",
-        "masked_spec_embed": "mask",
-    }.get(first, first)
+    names = {"feature_extractor": "features", "feature_projection": "projection", "masked_spec_embed": "mask"}
+    return names.get(first, first)
 
 
-# %% ../../nbs/training/monitoring.ipynb #be7eb6e2
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor as it is; or, if the processes of a group hold a piece each (a DTensor), put together, for which all must ask."""
+    """A DTensor, of which each process holds a piece, put together (all processes must ask); any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -184,27 +160,73 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     blocks: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
-            blocks.setdefault(block_of(name), []).append(p.grad)
-    if not blocks:
-        return {}
-    norms = [
-        whole_tensor(torch.stack(torch._foreach_norm(grads)).float().norm()) for grads in blocks.values()
-    ]
-    return dict(zip(blocks, torch.stack(norms).tolist(), strict=True))
+            blocks.setdefault(_block_of(name), []).append(p.grad)
+    norms = [whole_tensor(nn.utils.get_total_norm(gradients)).float() for gradients in blocks.values()]
+    return dict(zip(blocks, torch.stack(norms).tolist(), strict=True)) if norms else {}
 
 
-# %% ../../nbs/training/monitoring.ipynb #33ef4e75
+# %% ../../nbs/training/monitoring.ipynb #d7bf5337
+Records = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl, in order
+
+
+def _recent(records: Records, key: str, n: int = 3) -> list[float]:
+    """Means of `n` neighbouring records, one after the other; the last one is the present."""
+    values = [r[key] for r in records if isinstance(r.get(key), int | float)]
+    return [sum(values[i - n : i]) / n for i in range(n, len(values) + 1)]
+
+
+def _collapse(train: Records) -> str:
+    """Few codes, where there were many; or many duplicate negatives."""
+    used, duplicates = _recent(train, "used"), _recent(train, "twins")
+    if duplicates and duplicates[-1] > 0.1:
+        return f"{duplicates[-1]:.0%} of the negatives have the codes of the target"
+    if used and used[-1] < 0.3 and used[-1] < 0.5 * max(used):
+        return f"{used[-1]:.0%} of the codes are in use, and there were {max(used):.0%}"
+    return ""
+
+
+def _divergence(train: Records) -> str:
+    """A loss or gradient far above what it was."""
+    loss, gradient = _recent(train, "loss"), _recent(train, "gradient")
+    if len(loss) > 5 and loss[-1] > 1.5 * min(loss) and loss[-1] > 1.2 * loss[0]:
+        return f"the loss is {loss[-1]:.3g}, and it was {min(loss):.3g}"
+    usual = sorted(gradient)[len(gradient) // 2] if len(gradient) > 10 else math.inf
+    if gradient and gradient[-1] > 20 * usual:
+        return f"the gradient has length {gradient[-1]:.3g}, and usually {usual:.3g}"
+    return ""
+
+
+# %% ../../nbs/training/monitoring.ipynb #f947c48d
+def _not_learning(train: Records, steps: int, chance: float) -> str:
+    """Late in the run, answers that are hardly better than guesses; or nothing but blanks."""
+    if train[-1]["step"] < min(0.4 * steps, 10_000) or len(train) < 8:
+        return ""
+    if (right := _recent(train, "accuracy", 5)) and right[-1] < 1.5 * chance:
+        return f"{right[-1]:.1%} right, where guessing gives {chance:.1%}"
+    if (blanks := _recent(train, "blanks", 5)) and blanks[-1] > 0.995:
+        return f"{blanks[-1]:.1%} of the frames say nothing but the blank"
+    return ""
+
+
+def _features_grow(train: Records) -> str:
+    """Latent frames that became much louder."""
+    energy = _recent(train, "feature_energy")
+    loud = bool(energy) and energy[-1] > 20 * max(1, energy[0])
+    return f"their mean square is {energy[-1]:.3g}, and it began at {energy[0]:.3g}" if loud else ""
+
+
+def _overfitting(train: Records, valid: Records) -> str:
+    """Three evaluations in a row well above the best, while the training loss falls."""
+    held_out, own = _recent(valid, "loss", 1), _recent(train, "loss", 5)
+    if len(held_out) > 3 and min(held_out[-3:]) > 1.1 * min(held_out) and own and own[-1] <= 1.05 * min(own):
+        return f"the validation loss is {held_out[-1]:.3g}, and it was {min(held_out):.3g}"
+    return ""
+
+
+# %% ../../nbs/training/monitoring.ipynb #54a79dc1
 @dataclass(frozen=True)
 class Alarm:
-    """Something is wrong with a run.
-
-    Attributes:
-        name: "collapse", "divergence", "not learning", "overfitting" or "features grow".
-        step: When it was seen.
-        seen: The figures that raised it.
-        cause: What this usually comes from.
-        remedy: What to do.
-    """
+    """Something is wrong with a run: a key of `ALARMS`, the step, the figures that raised it, usual cause, and remedy."""
 
     name: str
     step: int
@@ -217,7 +239,6 @@ class Alarm:
         return f"{self.name} at step {self.step}: {self.seen}. Cause: {self.cause}. Remedy: {self.remedy}."
 
 
-# %% ../../nbs/training/monitoring.ipynb #a6a187c8
 ALARMS = {  # name -> (usual cause, remedy)
     "collapse": (
         "the quantizer answers with few codes, so that right and wrong answers look alike and guessing pays",
@@ -244,79 +265,20 @@ ALARMS = {  # name -> (usual cause, remedy)
 }
 
 
-# %% ../../nbs/training/monitoring.ipynb #d7bf5337
-def _recent(records: Sequence[Mapping[str, Any]], key: str, n: int = 3) -> list[float]:
-    """Means of `n` neighbouring records, one after the other; the last one is the present."""
-    values = [r[key] for r in records if isinstance(r.get(key), int | float)]
-    return [sum(values[i - n : i]) / n for i in range(n, len(values) + 1)]
-
-
-# %% ../../nbs/training/monitoring.ipynb #f947c48d
-def _collapse(train: Sequence[Mapping[str, Any]]) -> str:
-    """Few codes, where there were many; or many duplicate negatives."""
-    used, duplicates = _recent(train, "used"), _recent(train, "twins")
-    if duplicates and duplicates[-1] > 0.1:
-        return f"{duplicates[-1]:.0%} of the wrong answers have the codes of the right one"
-    if used and used[-1] < 0.3 and used[-1] < 0.5 * max(used):
-        return f"{used[-1]:.0%} of the codes are in use, and there were {max(used):.0%}"
-    return ""
-
-
-def _divergence(train: Sequence[Mapping[str, Any]]) -> str:
-    """A loss or gradient far above what it was."""
-    loss, gradient = _recent(train, "loss"), _recent(train, "gradient")
-    if len(loss) > 5 and loss[-1] > 1.5 * min(loss) and loss[-1] > 1.2 * loss[0]:
-        return f"the loss is {loss[-1]:.3g}, and it was {min(loss):.3g}"
-    if len(gradient) > 10 and gradient[-1] > 20 * sorted(gradient)[len(gradient) // 2]:
-        return f"the gradient has length {gradient[-1]:.3g}, and usually {sorted(gradient)[len(gradient) // 2]:.3g}"
-    return ""
-
-
-# %% ../../nbs/training/monitoring.ipynb #54a79dc1
-def _not_learning(train: Sequence[Mapping[str, Any]], steps: int, chance: float) -> str:
-    """Late in the run, answers that are hardly better than guesses; or nothing but blanks."""
-    if train[-1]["step"] < min(0.4 * steps, 10_000) or len(train) < 8:
-        return ""
-    if (right := _recent(train, "accuracy", 5)) and right[-1] < 1.5 * chance:
-        return f"{right[-1]:.1%} right, where guessing gives {chance:.1%}"
-    if (blanks := _recent(train, "blanks", 5)) and blanks[-1] > 0.995:
-        return f"{blanks[-1]:.1%} of the frames say nothing but the blank"
-    return ""
-
-
-def _features_grow(train: Sequence[Mapping[str, Any]]) -> str:
-    """Latent frames that became much louder."""
-    energy = _recent(train, "feature_energy")
-    if energy and energy[-1] > 20 and energy[-1] > 20 * energy[0]:
-        return f"their mean square is {energy[-1]:.3g}, and it began at {energy[0]:.3g}"
-    return ""
-
-
-def _overfitting(train: Sequence[Mapping[str, Any]], valid: Sequence[Mapping[str, Any]]) -> str:
-    """Three evaluations in a row well above the best, while the training loss falls."""
-    held_out, own = _recent(valid, "loss", 1), _recent(train, "loss", 5)
-    if len(held_out) > 3 and min(held_out[-3:]) > 1.1 * min(held_out) and own and own[-1] <= 1.05 * min(own):
-        return f"the validation loss is {held_out[-1]:.3g}, and it was {min(held_out):.3g}"
-    return ""
-
-
-# %% ../../nbs/training/monitoring.ipynb #aa7453ed
-def find_alarms(records: Sequence[Mapping[str, Any]], steps: int, chance: float = 0.0) -> list[Alarm]:
+def find_alarms(records: Records, steps: int, chance: float = 0.0) -> list[Alarm]:
     """Look at the figures of a run so far, and say what is wrong now.
 
     Args:
-        records: Lines of `metrics.jsonl`, in order.
-        steps: Of the whole run.
-        chance: Share of right answers of somebody who guesses.
+        records: lines of `metrics.jsonl`, in order.
+        steps: of the whole run.
+        chance: share of right answers of somebody who guesses.
 
     Returns:
         Alarms for the last record; empty for a healthy run.
     """
-    train = [r for r in records if r["kind"] == "train"]
-    valid = [r for r in records if r["kind"] == "valid"]
+    train, valid = ([r for r in records if r["kind"] == kind] for kind in ("train", "valid"))
     if not train:
         return []
-    step = int(records[-1]["step"])
     seen = {
         "collapse": _collapse(train),
         "divergence": _divergence(train),
@@ -324,111 +286,95 @@ def find_alarms(records: Sequence[Mapping[str, Any]], steps: int, chance: float 
         "features grow": _features_grow(train),
         "overfitting": _overfitting(train, valid),
     }
-    return [Alarm(name, step, what, *ALARMS[name]) for name, what in seen.items() if what]
+    return [Alarm(name, int(records[-1]["step"]), what, *ALARMS[name]) for name, what in seen.items() if what]
 
 
 # %% ../../nbs/training/monitoring.ipynb #84878faf
 BAND_FIGURES = ("loss", "accuracy", "used", "twins", "gradient", "feature_energy", "temperature")
 
 
-# %% ../../nbs/training/monitoring.ipynb #f644fb89
-def _gaps(steps: Sequence[int]) -> list[int]:
-    """The distance from each step to the one before it; from 0 to the first."""
-    return [step - before for before, step in zip([0, *steps], steps, strict=False)]
+def _points(records: Records, key: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Steps and values of a figure in the training records that have it."""
+    pairs = [
+        (r["step"], r[key]) for r in records if r["kind"] == "train" and isinstance(r.get(key), int | float)
+    ]
+    at, values = np.array(pairs, float).reshape(-1, 2).T
+    return at, values
 
 
-# %% ../../nbs/training/monitoring.ipynb #96593eb1
+def _curve(records: Records, key: str, steps: Sequence[int]) -> NDArray[Any]:
+    """Mean of a figure around each step, as far as the distance to the step before; NaN where there is no record."""
+    at, values = _points(records, key)
+    near = abs(at - np.array(steps)[:, None]) <= np.diff(steps, prepend=0)[:, None]  # [points, records]
+    with np.errstate(invalid="ignore"):
+        return np.asarray((near * values).sum(1) / near.sum(1))
+
+
 def healthy_bands(
-    runs: Sequence[Sequence[Mapping[str, Any]]], *, points: int = 60, margin: float = 0.1, name: str = ""
+    runs: Sequence[Records], *, points: int = 60, margin: float = 0.1, name: str = ""
 ) -> dict[str, Any]:
-    """Make bands of healthy runs: where each figure was, and a margin on both sides.
-
-    The points lie where the shortest run has records, so that a log that is dense at the start gives bands that are. At each
-    the records of the step itself and of the gap before and behind it are averaged.
+    """Make bands of healthy runs: where each figure was, with a margin on both sides.
 
     Args:
-        runs: Records of one healthy run or several.
-        points: Of each band, at most.
-        margin: Share of a figure's whole range that is added on both sides.
-        name: Of the recipe.
+        runs: records of one healthy run or several.
+        points: of each band, at most; they lie where the shortest run has records, so they are as dense as its log.
+        margin: share of a figure's whole range.
+        name: of the recipe.
 
     Returns:
         A table for a JSON file: `steps`, and `figures`, each with `low` and `high`.
     """
-    trains = [[r for r in run if r["kind"] == "train"] for run in runs]
-    noted = [r["step"] for r in min(trains, key=lambda run: run[-1]["step"])]
+    noted = min(
+        ([r["step"] for r in run if r["kind"] == "train"] for run in runs), key=lambda steps: steps[-1]
+    )
     steps = noted[:: -math.ceil(len(noted) / points)][::-1]  # the last one always among them
-    bands: dict[str, Any] = {"recipe": name, "steps": steps, "figures": {}}
+    figures = {}
     for key in BAND_FIGURES:
-        curves = [smooth_curve(run, key, steps, _gaps(steps)) for run in trains]
-        columns = [
-            [value for value in column if not math.isnan(value)] for column in zip(*curves, strict=True)
-        ]
-        if not all(columns):
-            continue
-        spread = margin * (max(map(max, columns)) - min(map(min, columns)))
-        low, high = (
-            [float(f"{edge(c) + sign * spread:.4g}") for c in columns] for edge, sign in ((min, -1), (max, 1))
-        )
-        bands["figures"][key] = {"low": low, "high": high}
-    return bands
+        curves = np.ma.masked_invalid([_curve(run, key, steps) for run in runs])  # [runs, points]
+        low, high = curves.min(0), curves.max(0)
+        if not np.ma.getmaskarray(low).any():
+            spread = margin * (high.max() - low.min())
+            edges = {"low": low - spread, "high": high + spread}
+            figures[key] = {side: [float(f"{x:.4g}") for x in edge] for side, edge in edges.items()}
+    return {"recipe": name, "steps": steps, "figures": figures}
 
 
-# %% ../../nbs/training/monitoring.ipynb #38adad44
+# %% ../../nbs/training/monitoring.ipynb #f644fb89
 def stored_bands(recipe: str) -> dict[str, Any] | None:
     """Read the bands that lie beside a recipe of the package (`NAME.health.json`); None if it has none."""
     path = recipe_folder() / f"{recipe}.health.json"
-    return read_json(path) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def compare_with_bands(records: Sequence[Mapping[str, Any]], bands: Mapping[str, Any]) -> dict[str, float]:
+def compare_with_bands(records: Records, bands: Mapping[str, Any]) -> dict[str, float]:
     """Say how much of a run lies outside the bands: figure -> share of the points reached so far, 0 = healthy."""
-    train = [r for r in records if r["kind"] == "train"]
-    reached = train[-1]["step"] if train else 0
-    widths = _gaps(bands["steps"])
-    steps = [
-        s
-        for s, w in zip(bands["steps"], widths, strict=True)
-        if s + w <= reached or bands["steps"][-1] <= reached
-    ]
+    steps = np.array(bands["steps"])
+    last = max((r["step"] for r in records if r["kind"] == "train"), default=0)
+    reached = (steps + np.diff(steps, prepend=0) <= last) | (steps[-1] <= last)
     outside = {}
     for key, band in bands["figures"].items():
-        curve = smooth_curve(train, key, steps, widths[: len(steps)])
-        known = [
-            (v, a, b) for v, a, b in zip(curve, band["low"], band["high"], strict=False) if not math.isnan(v)
-        ]
-        if known:
-            outside[key] = sum(not a <= v <= b for v, a, b in known) / len(known)
+        curve = _curve(records, key, bands["steps"])
+        known = reached & ~np.isnan(curve)
+        beyond = (curve < np.array(band["low"])) | (curve > np.array(band["high"]))
+        if known.any():
+            outside[key] = float(beyond[known].mean())
     return outside
 
 
-# %% ../../nbs/training/monitoring.ipynb #a2275803
+# %% ../../nbs/training/monitoring.ipynb #96593eb1
 def draw_health(
     axes: Sequence[Any],
-    records: Sequence[Mapping[str, Any]],
+    records: Records,
     bands: Mapping[str, Any] | None = None,
     keys: Sequence[str] = BAND_FIGURES[:4],
     *,
     label: str = "this run",
 ) -> None:
-    """Draw curves of a run, and behind them the bands of healthy ones.
-
-    Args:
-        axes: Of matplotlib, one for each key.
-        records: Of the run.
-        bands: Of `healthy_bands`, or None.
-        keys: Which figures.
-        label: Of the curve.
-    """  # fmt: skip
+    """Draw curves of a run, one for each of matplotlib's axes, and behind them the bands of healthy runs."""
     for ax, key in zip(axes, keys, strict=True):
         if bands and key in bands["figures"]:
             band = bands["figures"][key]
             ax.fill_between(bands["steps"], band["low"], band["high"], color="0.85", label="healthy runs")
-        pairs = [
-            (r["step"], r[key])
-            for r in records
-            if r["kind"] == "train" and isinstance(r.get(key), int | float)
-        ]
-        ax.plot(*zip(*pairs, strict=True), color="#0072B2", linewidth=1.2, label=label)
+        ax.plot(*_points(records, key), color="#0072B2", linewidth=1.2, label=label)
         ax.set_ylabel(key.replace("_", " "))
         ax.set_xlabel("step")

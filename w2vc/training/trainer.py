@@ -30,11 +30,13 @@ from w2vc.training.monitoring import (
     find_alarms,
 )
 
-from ..config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically, write_together
+from ..config import Wav2Vec2ConformerConfig, refuse
 from ..data.audio import BatchFeature, Wav2Vec2FeatureExtractor
 from ..data.batches import Collator, CTCCollator, LabelCollator, PretrainingCollator, data_loader
 from ..data.corpus import Speech, Utterance, load_speech
 from ..evaluation.measures import EditCounts, count_edits
+from ..files.atomic import write_file, write_together
+from ..files.hub import find_file
 from ..files.pretrained import OLD_WEIGHTS, PreTrainedModel, eval_mode, read_checkpoint
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification
 from ..model.ctc import Wav2Vec2ConformerForCTC
@@ -42,13 +44,13 @@ from ..model.fast import describe_forms, slow_down, speed_up
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..model.speaker import Wav2Vec2ConformerForXVector
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
-from .recipes import Recipe, SourcePlan, describe_cost, estimate_cost, gumbel_temperature
+from .recipes import Recipe, SourceConfig, gumbel_temperature
 
 # isort: split
 from ..data.batches import label_names, model_inputs, turn_order
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification
 from .monitoring import compare_with_bands, gradient_norms, stored_bands, whole_tensor
-from .recipes import learning_rate, matmul_speed
+from .recipes import learning_rate
 
 # %% auto #0
 __all__ = [
@@ -104,7 +106,7 @@ def _renamed(utterance: Utterance, name: str) -> Utterance:
 
 
 def gather_speech(
-    sources: list[SourcePlan], min_seconds: float = 0.0, max_seconds: float | None = None
+    sources: list[SourceConfig], min_seconds: float = 0.0, max_seconds: float | None = None
 ) -> Speech:
     """Join the sources of a recipe to one set.
 
@@ -750,7 +752,7 @@ class MetricsLog:
         self.board: Any = None
         if write:
             text = "".join(json.dumps(r) + "\n" for r in self.records)
-            write_atomically(self.path, text.encode())
+            write_file(self.path, text.encode())
         if write and tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1405,7 +1407,7 @@ class Trainer(JudgedRun):
         resumed = self.resume()
         self.log = MetricsLog(self.folder, self.step, tensorboard=plan.tensorboard, write=self.is_main)
         if self.is_main and not resumed:
-            write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
+            write_file(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
             for name in ("last", "best"):
                 self.objective.processor.save_pretrained(self.folder / name)
         self.bar = _bar(self.progress, self.step, plan.steps)
@@ -1474,11 +1476,6 @@ def make_trainer(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bo
     valid = None if valid is None else keep_usable(valid, objective, "valid")
     trainer = Trainer(recipe, Path(folder), objective, train, valid, progress=progress)
     if trainer.progress:
-        speed = matmul_speed(device=trainer.device) / 3
-        cost = estimate_cost(
-            recipe, model.config, model.num_parameters(), train.seconds, processes=trainer.world, speed=speed
-        )
-        print(describe_cost(recipe, cost, trainer.world))
         print(describe_forms(model))
         if trainer.in_pieces:
             print(f"FSDP: each of {trainer.world} processes holds a piece of the weights")
