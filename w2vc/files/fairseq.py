@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ..config import Wav2Vec2ConformerConfig
 from ..data.audio import Wav2Vec2FeatureExtractor
-from .atomic import replace_folder
-from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
+from .atomic import replace_folder
+from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
 
 # %% auto #0
 __all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq", "convert_fairseq"]
@@ -538,16 +538,17 @@ def _convert_config(
         options["conv_dim"], options["conv_kernel"], options["conv_stride"] = zip(*layers, strict=True)
     except ValueError as error:
         errors.append(str(error))
-    refused: set[str] = set()
-    while True:  # again without each option that was refused
+    good = {}
+    for name, value in options.items():
         try:
-            return Wav2Vec2ConformerConfig(**{k: v for k, v in options.items() if k not in refused})
+            good[name] = Wav2Vec2ConformerConfig.checked(name, value)
         except ValueError as error:
-            name = str(error).partition("=")[0]
-            if name in refused:  # its default does not fit either
-                return Wav2Vec2ConformerConfig()
             errors.append(str(error))
-            refused.add(name)
+    try:
+        return Wav2Vec2ConformerConfig(**good)
+    except ValueError as error:  # of a rule between options
+        errors.append(str(error))
+        return Wav2Vec2ConformerConfig()
 
 
 # %% ../../nbs/files/fairseq.ipynb #ae76a041

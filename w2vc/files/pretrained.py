@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Wav2Vec2ConformerConfig, refuse
+from ..model.positions import rotary_frequencies
 from .atomic import write_together
 from .hub import find_file, lacks, pin_revision
-from ..model.positions import rotary_frequencies
 
 # %% auto #0
 __all__ = [

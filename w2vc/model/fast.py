@@ -29,7 +29,6 @@ from w2vc.model.features import (
 from .attention import SelfAttention
 from .conformer import ConformerEncoder
 from .convolution import ConvolutionModule
-from .positions import Positions
 
 # %% auto #0
 __all__ = [
