@@ -12,7 +12,6 @@ import os
 import pickle
 import pickletools
 import re
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from ..data.audio import Wav2Vec2FeatureExtractor
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
-from .atomic import write_together
+from .atomic import replace_folder
 from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
 
 # %% auto #0
@@ -741,9 +740,7 @@ def convert_fairseq(
             )
         parts = Wav2Vec2Processor(parts, _make_tokenizer(symbols, checkpoint.config.vocab_size or 0))
     model = load_fairseq(checkpoint, dtype=dtype, strict=strict, **config_overrides)
-    files = model.files(max_shard_bytes=max_shard_bytes)
-    with tempfile.TemporaryDirectory() as folder:
-        parts.save_pretrained(folder)
-        files |= {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-    write_together(out, files, remove=OLD_FILES)
+    with replace_folder(out, OLD_FILES) as fresh:
+        model.save_pretrained(fresh, max_shard_bytes=max_shard_bytes)
+        parts.save_pretrained(fresh)
     return model
