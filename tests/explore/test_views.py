@@ -42,7 +42,7 @@ from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.model.speaker import Wav2Vec2ConformerForXVector
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
-from w2vc.text.alignment import best_walk
+from w2vc.text.alignment import viterbi
 from w2vc.text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
 from w2vc.text.transcription import transcribe
 
@@ -132,12 +132,12 @@ def test_the_explorer_says_what_the_frame_says(folder: Path, utterance: Utteranc
     assert data["clip"]["sound"].startswith("data:audio/")
 
 
-def test_the_best_walk_has_the_score_of_the_trellis() -> None:
+def test_the_viterbi_has_the_score_of_the_trellis() -> None:
     torch.manual_seed(1)
     log_probs = torch.randn(12, 5, dtype=torch.float64).log_softmax(-1)
     states = torch.tensor([0, 1, 0, 2, 0, 2, 0])  # two equal labels
     bars = torch.tensor([-math.inf, -math.inf, -math.inf, 0.0, -math.inf, -math.inf, -math.inf]).double()
-    walk, scores = best_walk(log_probs, states, bars), walk_scores(log_probs, states, bars)
+    walk, scores = viterbi(log_probs, states, bars), walk_scores(log_probs, states, bars)
     along = log_probs.gather(1, states[walk][:, None])[:, 0].cumsum(0)
     assert torch.allclose(scores[torch.arange(12), walk], along)
     assert torch.allclose(scores[-1, -2:].max(), along[-1])

@@ -29,7 +29,7 @@ from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification 
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
 from ..model.classification import resolve_problem_type
 from ..model.ctc import Wav2Vec2ConformerForCTC, extend_labels
-from ..text.alignment import TimedText, align_words, best_path, best_walk, read_words
+from ..text.alignment import TimedText, align_words, best_path, read_words, viterbi
 from ..text.decoding import CTCDecoder
 from .attention import Explorer, as_utterance, attention_explorer, clip_data, frame_clock
 from .codevectors import collect_codes, flatten_to_plane, main_phones, pack_sound
@@ -585,7 +585,7 @@ def trellis_view(model: Any, audio: Any, processor: Any = None, *, text: str | N
     states = extend_labels(torch.tensor([[number[s] for s in spelled]]), reading.blank)[0]
     bars = torch.where(states == pad(states, (2, 0), value=reading.blank)[:-2], -torch.inf, 0.0).double()
     emissions = reading.log_probs.double()
-    walk, scores = best_walk(emissions, states, bars), walk_scores(emissions, states, bars)
+    walk, scores = viterbi(emissions, states, bars), walk_scores(emissions, states, bars)
     first, last = (round((t - reading.middle) / reading.hop) for t in (chosen[0].start, chosen[-1].end))
     first, last = max(first - 3, 0), min(last + 3, len(walk) - 1)
     low, high = int(walk[first]), int(walk[last]) + 1
