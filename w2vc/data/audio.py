@@ -31,7 +31,6 @@ __all__ = [
     "load_audio",
     "normalise",
     "pad_rows",
-    "plan_lengths",
     "BatchFeature",
     "Wav2Vec2FeatureExtractor",
 ]
@@ -136,7 +135,7 @@ def _channels_first(audio: Samples) -> Samples:
     few = [axis for axis, size in enumerate(audio.shape) if size <= _MOST_CHANNELS]
     if audio.size and (audio.ndim != 2 or len(few) != 1):
         raise ValueError(
-            f"source has shape {audio.shape}; one recording is [S], or [C, S] with C up to {_MOST_CHANNELS}"
+            f"source has shape {audio.shape}; a recording is [S], or [C, S] with C <= {_MOST_CHANNELS}"
         )
     return audio if few == [0] else audio.T
 
@@ -164,17 +163,13 @@ def _open(source: Any, rate: int | None) -> tuple[Samples, int, str]:
     if isinstance(source, Mapping):  # of a data set's row
         key = next((key for key in ("array", "bytes", "path") if source.get(key) is not None), None)
         if key is None:
-            raise ValueError(
-                f"source has the keys {list(source)}; it needs a value for 'array', 'bytes' or 'path'"
-            )
+            raise ValueError(f"source has the keys {list(source)}; it needs 'array', 'bytes' or 'path'")
         return _open(source[key], source.get("sampling_rate") if key == "array" and rate is None else rate)
     if isinstance(source, (str, os.PathLike)):
         file: Any = os.fspath(source)
         name = str(file)
         if not Path(name).is_file():
-            raise FileNotFoundError(
-                f"{name} is {'a folder' if Path(name).is_dir() else 'not there'}: no audio file"
-            )
+            raise FileNotFoundError(f"{name} is {'a folder' if Path(name).is_dir() else 'not there'}")
     elif hasattr(source, "read"):
         name, data = str(getattr(source, "name", "the file object")), source.read()
         if isinstance(data, str):
@@ -217,9 +212,8 @@ def load_audio(
     audio, rate, name = _open(source, source_rate)
     if audio.size == 0:
         raise ValueError(f"{name} is empty: it holds no samples")
-    return np.ascontiguousarray(
-        resample(audio.mean(0, dtype=np.float32) if mono else audio, rate, sampling_rate)
-    )
+    audio = audio.mean(0, dtype=np.float32) if mono else audio
+    return np.ascontiguousarray(resample(audio, rate, sampling_rate))
 
 
 # %% ../../nbs/data/audio.ipynb #8857e6b9
@@ -262,27 +256,15 @@ def pad_rows(
 
 
 # %% ../../nbs/data/audio.ipynb #6235c7ef
-def plan_lengths(
+def _plan_lengths(
     lengths: Sequence[int],
-    padding: bool | str = False,
-    max_length: int | None = None,
-    truncation: bool = False,
-    pad_to_multiple_of: int | None = None,
+    padding: bool | str,
+    max_length: int | None,
+    truncation: bool,
+    multiple: int | None,
 ) -> list[tuple[int, int]]:
-    """Decide how long each row becomes: `(kept, total)`, how much of it stays, and how far it is then filled up.
-
-    Args:
-        lengths: samples of each row, `[B]`.
-        padding: True or "longest" fills up to the longest row that is left, "max_length" to `max_length`; False or
-            "do_not_pad" not at all.
-        max_length: samples, for `truncation` and for `padding="max_length"`, which cuts nothing by itself.
-        truncation: cut the end off rows longer than `max_length`.
-        pad_to_multiple_of: round both limits up to a multiple of this.
-
-    Raises:
-        ValueError: an unknown way of padding, or no `max_length` where one is needed.
-    """
-    for name, number in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+    """Say how long each row becomes: `(kept, total)`, how much of it stays, and how far it is then filled up."""
+    for name, number in (("max_length", max_length), ("pad_to_multiple_of", multiple)):
         if number is not None and (not isinstance(number, (int, np.integer)) or number < 1):
             raise ValueError(f"{name}={number!r} must be a whole number of samples, at least 1, or None")
     if isinstance(padding, bool):
@@ -293,13 +275,10 @@ def plan_lengths(
         raise ValueError(f"max_length is missing, with truncation={truncation} and padding={padding!r}")
 
     def rounded(number: int) -> int:
-        return -(-number // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        return -(-number // (multiple or 1)) * (multiple or 1)
 
-    limit = rounded(max_length or 0)
-    kept = [min(length, limit) for length in lengths] if truncation else list(lengths)
-    if padding == "do_not_pad":
-        return [(length, length) for length in kept]
-    target = limit if padding == "max_length" else rounded(max(kept))
+    kept = [min(length, rounded(max_length or 0)) for length in lengths] if truncation else list(lengths)
+    target = {"longest": rounded(max(kept)), "max_length": rounded(max_length or 0), "do_not_pad": 0}[padding]
     return [(length, max(length, target)) for length in kept]
 
 
@@ -319,9 +298,9 @@ def _utterances(raw_speech: Any) -> list[Samples]:
         shape = tuple(raw_speech.shape)
         if len(shape) == 2 and (shape[0] == 2 or shape[1] <= _MOST_CHANNELS < shape[0]):
             axis = 0 if shape[0] == 2 else 1
+            hint = f"mix them with raw_speech.mean({axis}), or pass list(raw_speech) if it is a batch"
             raise ValueError(
-                f"raw_speech has shape {shape}, which looks like {shape[axis]} channels of one recording: mix them "
-                f"with raw_speech.mean({axis}); if it is a batch of {shape[0]}, pass list(raw_speech)"
+                f"raw_speech of shape {shape} looks like {shape[axis]} channels of one recording: {hint}"
             )
         if len(shape) > 2:
             raise ValueError(f"raw_speech has shape {shape}; [S] is one utterance, [B, S] a batch")
@@ -372,9 +351,7 @@ def _stack(rows: list[Any], key: str, kind: str) -> Any:
     if len({array.shape for array in arrays}) > 1:
         if kind == "pt":
             sizes = [array.size for array in arrays]
-            raise ValueError(
-                f"{key} has rows of {min(sizes)} to {max(sizes)} values, no tensor: pass padding=True"
-            )
+            raise ValueError(f"{key} has rows of {min(sizes)} to {max(sizes)} values: pass padding=True")
         stacked = np.empty(len(arrays), dtype=object)
         stacked[:] = arrays
         return stacked
@@ -429,11 +406,10 @@ class Wav2Vec2FeatureExtractor:
     padding_side: str = "right"  # or "left", which the models here refuse
     unknown: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # a file's other keys
     model_input_names: ClassVar[list[str]] = ["input_values", "attention_mask"]
-    knobs: ClassVar[tuple[str, ...]] = ("feature_size", "sampling_rate", "padding_value", "return_attention_mask", "do_normalize", "padding_side")  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.feature_size != 1:
-            raise ValueError(f"feature_size={self.feature_size!r} must be 1: sound has one number per sample")
+            raise ValueError(f"feature_size={self.feature_size!r} must be 1, one number per sample")
         if self.padding_side not in {"right", "left"}:
             raise ValueError(f"padding_side={self.padding_side!r} must be 'right' or 'left'")
         self.sampling_rate = _rate(self.sampling_rate, "sampling_rate")
@@ -453,10 +429,11 @@ class Wav2Vec2FeatureExtractor:
 
         Args:
             raw_speech: `[S]` (array, tensor, list of numbers), a list of those, or `[B, S]`. Floats, or PCM integers.
-            padding: True or "longest", "max_length", False or "do_not_pad"; see `plan_lengths`.
-            max_length: samples, for `truncation` and for `padding="max_length"`.
+            padding: True or "longest" fills up to the longest row that is left, "max_length" to `max_length`; False or
+                "do_not_pad" not at all.
+            max_length: samples, for `truncation` and for `padding="max_length"`, which cuts nothing by itself.
             truncation: cut the end off utterances longer than `max_length`.
-            pad_to_multiple_of: round lengths up to a multiple of this.
+            pad_to_multiple_of: round both limits up to a multiple of this.
             return_attention_mask: None takes the extractor's own setting.
             return_tensors: "pt" (the mask is int64, the documented LongTensor), "np", or None for lists of arrays.
             sampling_rate: that of the audio. It is compared with the model's; without it you are warned.
@@ -469,27 +446,21 @@ class Wav2Vec2FeatureExtractor:
                 options that do not go together.
         """
         if sampling_rate is None:
-            warnings.warn(
-                f"pass sampling_rate={self.sampling_rate}: at another rate the model hears other sounds",
-                stacklevel=2,
-            )
+            hint = f"pass sampling_rate={self.sampling_rate}: at another rate the model hears other sounds"
+            warnings.warn(hint, stacklevel=2)
         elif sampling_rate != self.sampling_rate:
+            hint = f"use w2vc.data.audio.resample(audio, {sampling_rate}, {self.sampling_rate})"
             raise ValueError(
-                f"sampling_rate={sampling_rate}, and this model was trained with {self.sampling_rate}: "
-                f"use w2vc.data.audio.resample(audio, {sampling_rate}, {self.sampling_rate})"
+                f"sampling_rate={sampling_rate} is not {self.sampling_rate}, the model's: {hint}"
             )
         rows = _utterances(raw_speech)
         peak = 0.0 if self.do_normalize else max(float(np.abs(row).max()) for row in rows)
         if peak >= 100:
-            warnings.warn(
-                f"the audio goes up to {peak:.4g}: pass 16-bit samples as int16, or divide by 32768",
-                stacklevel=2,
-            )
-        plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
-        rows = [
-            normalise(row[:kept]) if self.do_normalize else row
-            for row, (kept, _) in zip(rows, plan, strict=True)
-        ]
+            hint = f"the audio goes up to {peak:.4g}: pass 16-bit samples as int16, or divide by 32768"
+            warnings.warn(hint, stacklevel=2)
+        plan = _plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
+        if self.do_normalize:
+            rows = [normalise(row[:kept]) for row, (kept, _) in zip(rows, plan, strict=True)]
         return self._fill({"input_values": rows}, plan, return_attention_mask, return_tensors)
 
     def pad(  # noqa: PLR0917
@@ -519,7 +490,7 @@ class Wav2Vec2FeatureExtractor:
         for i, mask in enumerate(columns.get("attention_mask", [])):
             if np.shape(mask) != rows[i].shape:
                 raise ValueError(f"attention_mask {i} has shape {np.shape(mask)}, not {rows[i].shape}")
-        plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
+        plan = _plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
         return self._fill(columns, plan, return_attention_mask, return_tensors)
 
     def _fill(
