@@ -48,9 +48,7 @@ _PCM = {
 def as_float(samples: Any, name: str = "audio") -> Samples:
     """Bring samples of any type that sound comes in to float32: floats as they are, PCM integers scaled to [-1, 1).
 
-    Args:
-        samples: array, tensor or list of numbers, any shape. Integers of a list do not say their width: they stay.
-        name: what to call it in an error.
+    Integers of a list do not say their width: they stay as they are. `name` is what to call the samples in an error.
 
     Raises:
         ValueError: not numbers, a type in which sound is not stored, or NaN or Inf (and where).
@@ -92,16 +90,12 @@ def _rate(rate: Any, name: str) -> int:
     return int(rate)
 
 
-def resample(audio: Any, source_rate: int, sampling_rate: int = 16_000) -> Samples:
+def resample(
+    audio: Any,  # [..., S] floats or PCM, as `as_float` takes them
+    source_rate: int,  # samples per second now
+    sampling_rate: int = 16_000,  # samples per second wanted
+) -> Samples:  # [..., S'], S' = S * sampling_rate / source_rate, rounded
     """Change the sampling rate; frequencies that the new rate cannot hold are filtered out first.
-
-    Args:
-        audio: `[..., S]` floats or PCM, as `as_float` takes them.
-        source_rate: samples per second now.
-        sampling_rate: samples per second wanted.
-
-    Returns:
-        `[..., S']` float32, S' = S * sampling_rate / source_rate, rounded. Loud sound may go a little beyond 1.
 
     Raises:
         ValueError: an impossible rate, no audio, NaN or Inf, or less than one sample at the new rate.
@@ -189,19 +183,15 @@ def _open(source: Any, rate: int | None) -> tuple[Samples, int, str]:
 
 # %% ../../nbs/data/audio.ipynb #7c99d874
 def load_audio(
-    source: Any, sampling_rate: int = 16_000, mono: bool = True, *, source_rate: int | None = None
-) -> Samples:
-    """Read sound from anywhere, as float32 at the rate of the model.
+    source: Any,  # path, bytes of a file, binary file object, array, tensor, or the audio of a data set's row
+    sampling_rate: int = 16_000,  # samples per second wanted
+    mono: bool = True,  # mix all channels to one, their mean
+    *,
+    source_rate: int | None = None,  # samples per second of an array; a file knows its own
+) -> Samples:  # [S], or [C, S] with mono=False
+    """Read sound from anywhere, as float32 at the rate of the model. PCM is scaled to [-1, 1).
 
-    Args:
-        source: path, bytes of a file, binary file object, array or tensor (`[S]`, `[C, S]` or `[S, C]`), or the audio
-            of a data set's row (a dict with "array" and "sampling_rate", or with "bytes" or "path").
-        sampling_rate: samples per second wanted.
-        mono: mix all channels to one, their mean; False keeps them.
-        source_rate: samples per second of an array; a file knows its own.
-
-    Returns:
-        `[S]`, or `[C, S]` with `mono=False`. PCM is scaled to [-1, 1); resampling may go a little beyond.
+    An array is `[S]`, `[C, S]` or `[S, C]`; a row is a dict with "array" and "sampling_rate", or with "bytes" or "path".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -231,19 +221,12 @@ def _numpy(row: Any) -> NDArray[Any]:
 
 
 def pad_rows(
-    rows: Sequence[Any], value: Any = 0, length: int | None = None, side: str = "right"
-) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Fill up rows of unequal length to one rectangle.
-
-    Args:
-        rows: B rows of numbers, each `[S]` of its own length.
-        value: what to fill up with.
-        length: at least this many columns; a longer row is never cut.
-        side: where the filling goes, "right" or "left".
-
-    Returns:
-        `[B, T]` of the rows' dtype, always a copy; and `[B, T]` bool, True where a row is.
-    """
+    rows: Sequence[Any],  # B rows of numbers, each [S] of its own length
+    value: Any = 0,  # what to fill up with
+    length: int | None = None,  # at least this many columns; a longer row is never cut
+    side: str = "right",  # where the filling goes: "right" or "left"
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:  # [B, T] of the rows' dtype, and [B, T], True where a row is
+    """Fill up rows of unequal length to one rectangle, always a copy."""
     arrays = [_numpy(row) for row in rows]
     total = max([length or 0, *map(len, arrays)])
     dtype = np.result_type(*[array.dtype for array in arrays if array.size] or [np.dtype(np.float32)])
@@ -416,30 +399,18 @@ class Wav2Vec2FeatureExtractor:
 
     def __call__(  # noqa: PLR0917
         self,
-        raw_speech: Any,
-        padding: bool | str = False,
-        max_length: int | None = None,
-        truncation: bool = False,
-        pad_to_multiple_of: int | None = None,
-        return_attention_mask: bool | None = None,
-        return_tensors: str | None = None,
-        sampling_rate: int | None = None,
+        raw_speech: Any,  # [S] (array, tensor, list of numbers), a list of those, or [B, S]; floats, or PCM integers
+        padding: bool | str = False,  # True or "longest", "max_length" (up to that), False or "do_not_pad"
+        max_length: int
+        | None = None,  # samples, for `truncation` and `padding="max_length"`, which does not cut
+        truncation: bool = False,  # cut the end off utterances longer than `max_length`
+        pad_to_multiple_of: int | None = None,  # round both limits up to a multiple of this
+        return_attention_mask: bool | None = None,  # None takes the extractor's own setting
+        return_tensors: str | None = None,  # "pt" (the mask is int64), "np", or None for lists of arrays
+        sampling_rate: int
+        | None = None,  # of the audio: compared with the model's; without it you are warned
     ) -> BatchFeature:
-        """Turn one or several utterances into `input_values` and, if wanted, `attention_mask`.
-
-        Args:
-            raw_speech: `[S]` (array, tensor, list of numbers), a list of those, or `[B, S]`. Floats, or PCM integers.
-            padding: True or "longest" fills up to the longest row that is left, "max_length" to `max_length`; False or
-                "do_not_pad" not at all.
-            max_length: samples, for `truncation` and for `padding="max_length"`, which cuts nothing by itself.
-            truncation: cut the end off utterances longer than `max_length`.
-            pad_to_multiple_of: round both limits up to a multiple of this.
-            return_attention_mask: None takes the extractor's own setting.
-            return_tensors: "pt" (the mask is int64, the documented LongTensor), "np", or None for lists of arrays.
-            sampling_rate: that of the audio. It is compared with the model's; without it you are warned.
-
-        Returns:
-            `input_values` `[B, S]` float32, and perhaps `attention_mask` `[B, S]`.
+        """Turn one or several utterances into `input_values` `[B, S]` and, if wanted, `attention_mask` `[B, S]`.
 
         Raises:
             ValueError: another sampling rate, stereo, empty audio, NaN or Inf (names the utterance and the sample), or
