@@ -11,7 +11,7 @@ async function start(w, data) {
 
   // ---- drawing
   const size = (width) => {
-    const slim = width < 560, left = slim ? 50 : 76, right = width - 8, tops = [];
+    const slim = width < 560, left = slim ? 58 : 76, right = width - 8, tops = [];
     let top = 14;
     const rows = [slim ? 36 : 48, slim ? 60 : 80, ...tracks.map((t) => (t.tint ? 14 * t.labels.length : t.values ? 44 : 21))];
     for (const high of rows) { tops.push([top, high]); top += high + 4; }
