@@ -51,11 +51,18 @@ lab: $(STAMP) ## open the chapters in JupyterLab
 	@echo "== JupyterLab opens nbs/. Start with 00_start.ipynb; stop with Ctrl-C."
 	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=nbs --LabApp.default_url=/lab/tree/00_start.ipynb
 
-# The chapters run two at a time first; a chapter that fails here fails again, by name, in tests/test_programs.py.
-test: CHECK := $(BIN)/python -m pytest
+# The chapters run two at a time first; a chapter that fails here fails again, by name, in tests/book/test_programs.py.
+PYTEST   := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: CHECK := $(PYTEST)
 test: check ## run every check but the slow ones
-test-all: CHECK := $(BIN)/python -m pytest --slow
+test-all: CHECK := $(PYTEST) --slow
 test-all: check ## run every check, the slow ones too
+
+test-code: $(STAMP) ## check the package alone: no chapters, no site, no JupyterLab
+	@$(PYTEST) --ignore tests/book --ignore tests/site --ignore tests/lab
+
+bench: $(STAMP) ## measure the rows of README's table beside transformers (see benchmarks/)
+	@$(BIN)/python -m benchmarks --against transformers --threads 1
 
 check: $(STAMP)
 	-@$(MAKE) --no-print-directory executed
@@ -82,4 +89,4 @@ lock: ## resolve constraints.txt anew (needs uv)
 clean: ## remove what was built (not .venv)
 	@rm -rf _build _book build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install executed book lab test test-all check export chapter readme lock clean
+.PHONY: help install executed book lab test test-all test-code bench check export chapter readme lock clean

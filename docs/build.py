@@ -15,31 +15,21 @@ import ast
 import html
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
 from markdown_it import MarkdownIt
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / "nbs"
-PARTS = {  # caption: the chapters whose number lies in this range
-    "Begin": range(0, 10),
-    "From sound to targets": range(10, 20),
-    "From frames to context": range(20, 32),
-    "Learning without labels": range(32, 40),
-    "Writing down what was said": range(40, 44),
-    "What it is, who speaks, and when": range(44, 47),
-    "At work": range(47, 50),
-    "Learning for real": range(50, 60),
-    "Looking inside": range(60, 70),
-    "Fast and large": range(70, 80),
-    "Reference": range(80, 100),
-}
+import book
+from book import NBS, ROOT, heading
+
 DIRECTIVE = re.compile(r"^#\s*\|\s*(.+?)\s*\n?$")
 EXPLORER_BYTES = 2_000_000
 
@@ -93,24 +83,6 @@ def stage_notebook(source: Path, target: Path) -> list[str]:
     return names
 
 
-def heading(name: str) -> tuple[str, str]:
-    """Title and promise of a chapter: its first text cell."""
-    nb = nbformat.read(NBS / f"{name}.ipynb", as_version=4)
-    text = next(cell.source for cell in nb.cells if cell.cell_type == "markdown")
-    title = re.findall(r"^# (.+)$", text, re.M)[0]
-    promise = re.findall(r"^> (.+)$", text, re.M)
-    return title, promise[0] if promise else ""
-
-
-def modules(names: list[str]) -> dict[str, str]:
-    """The module that each chapter writes: module -> chapter."""
-    exports = {
-        name: re.search(r"#\| default_exp (\w+)", (NBS / f"{name}.ipynb").read_text()) for name in names
-    }
-    found = {match[1]: name for name, match in exports.items() if match}
-    return {slug: name for slug, name in found.items() if (ROOT / "w2vc" / f"{slug}.py").is_file()}
-
-
 # Words of the glossary that are common words, too: a link would often be wrong.
 COMMON = set(
     """
@@ -131,13 +103,20 @@ class Word(NamedTuple):
     chapter: str  # number of the chapter that explains it
 
 
+NOTATION = "appendix/notation"
+
+
 def glossary() -> dict[str, Word]:
-    """The words of the notation chapter that can be found in a text without mistaking another word for them."""
-    cells = nbformat.read(NBS / "01_notation.ipynb", as_version=4).cells
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    rows = re.findall(r"^\| \*\*([^*$(]+)\*\* \| (.+) \| \[(\d\d) \w+\]\(\S+\) \|$", text, re.M)
+    """The words of the notation's table that can be found in a text without mistaking another word for them."""
+    rows = re.findall(
+        r"^\| \*\*([^*$(]+)\*\* \| (.+) \| \[[^]]+\]\((\S+)\.ipynb\) \|$",
+        "\n".join(book.texts(NOTATION)),
+        re.M,
+    )
     return {
-        word: Word(word_anchor(word), re.sub(r"[`$*]", "", meaning), chapter)
+        word: Word(
+            word_anchor(word), re.sub(r"[`$*]", "", meaning), posixpath.normpath(f"appendix/{chapter}")
+        )
         for word, meaning, chapter in rows
         if word not in COMMON and " and " not in word
     }
@@ -148,7 +127,7 @@ def word_anchor(word: str) -> str:
     return "word-" + re.sub(r"\W+", "-", word.strip().lower())
 
 
-def link_words(text: str, words: dict[str, Word]) -> str:
+def link_words(text: str, words: dict[str, Word], page: str) -> str:
     """Link the first use of each word in running text to its row in the glossary, and take it out of `words`.
 
     Code, formulas, links, tags, bold words, headings, tables and quotes stay as they are.
@@ -165,7 +144,8 @@ def link_words(text: str, words: dict[str, Word]) -> str:
         at = next((m for m in uses if not any(a < m.end() and m.start() < b for a, b in taken)), None)
         if at:
             title = html.escape(f"{word}: {row.meaning}", quote=True)
-            link = f'<a class="word" href="01_notation.html#{row.anchor}" title="{title}">{at[0]}</a>'
+            target = book.link(f"{NOTATION}.html", page)
+            link = f'<a class="word" href="{target}#{row.anchor}" title="{title}">{at[0]}</a>'
             found.append((*at.span(), link))
             del words[word]
     for start, end, link in sorted(found, reverse=True):
@@ -173,45 +153,45 @@ def link_words(text: str, words: dict[str, Word]) -> str:
     return text
 
 
-def link_glossary(page: Path, words: dict[str, Word]) -> None:
-    """Link the words that a staged chapter uses and another one explains; the notation chapter gets the anchors."""
-    nb = nbformat.read(page, as_version=4)
-    mine = {word: row for word, row in words.items() if row.chapter != page.name[:2]}
-    texts = [cell for cell in nb.cells if cell.cell_type == "markdown"]
-    for cell in texts[1:]:  # not the title and the promise
-        if page.stem == "01_notation":
-            row = r"^\| \*\*([^*]+)\*\* \|"
-            cell.source = re.sub(row, lambda m: f'| <span id="{word_anchor(m[1])}"></span>**{m[1]}** |', cell.source, flags=re.M)  # fmt: skip
-        else:
-            cell.source = link_words(cell.source, mine)
-    stamp = page.stat().st_mtime
+def edit_page(page: Path, edit: Callable[[nbformat.NotebookNode], None]) -> None:
+    """Change a staged notebook and keep its age, so that Sphinx reads again only what has changed."""
+    nb, stamp = nbformat.read(page, as_version=4), page.stat().st_mtime
+    edit(nb)
     nbformat.write(nb, page)
     os.utime(page, (stamp, stamp))
 
 
-def used_later(names: list[str]) -> dict[str, list[str]]:
+def link_glossary(nb: nbformat.NotebookNode, name: str, words: dict[str, Word]) -> None:
+    """Link the words that a staged chapter uses and another one explains; the notation itself gets the anchors."""
+    mine = {word: row for word, row in words.items() if row.chapter != name}
+    row = r"^\| \*\*([^*]+)\*\* \|"
+    for cell in [cell for cell in nb.cells if cell.cell_type == "markdown"][
+        1:
+    ]:  # not the title and the promise
+        if name == NOTATION:
+            cell.source = re.sub(row, lambda m: f'| <span id="{word_anchor(m[1])}"></span>**{m[1]}** |', cell.source, flags=re.M)  # fmt: skip
+        else:
+            cell.source = link_words(cell.source, mine, name)
+
+
+def used_later() -> dict[str, list[str]]:
     """For each chapter that writes a module: the later chapters whose code imports from it."""
-    imports = {}
-    for name in names:
-        cells = nbformat.read(NBS / f"{name}.ipynb", as_version=4).cells
-        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-        imports[name] = set(re.findall(r"^(?:from|import) w2vc\.(\w+)", code, re.M))
+    names = book.chapters()
+    imports = {
+        name: set(re.findall(r"^(?:from|import) w2vc\.([\w.]+)", book.code(name), re.M)) for name in names
+    }
     return {
-        chapter: [later for later in names if later > chapter and slug in imports[later]]
-        for slug, chapter in modules(names).items()
+        chapter: [later for later in names[names.index(chapter) + 1 :] if module in imports[later]]
+        for module, chapter in book.modules().items()
     }
 
 
-def add_used_later(page: Path, users: list[str]) -> None:
+def add_used_later(nb: nbformat.NotebookNode, name: str, users: list[str]) -> None:
     """Close a staged chapter with links to the later chapters that use what it built."""
-    nb = nbformat.read(page, as_version=4)
-    links = ", ".join(f"[{name[:2]} {name[3:]}]({name}.ipynb)" for name in users)
+    links = ", ".join(f"[{user.split('/')[-1]}]({book.link(user, name)}.ipynb)" for user in users)
     nb.cells.append(
         nbformat.v4.new_markdown_cell(f"*The code of later chapters that uses this one:* {links}.")
     )
-    stamp = page.stat().st_mtime
-    nbformat.write(nb, page)
-    os.utime(page, (stamp, stamp))
 
 
 def inline(text: str) -> str:
@@ -229,12 +209,10 @@ def cost(name: str) -> str:
 
 
 def card(name: str) -> str:
-    """One chapter on the landing page: number, title, promise, cost. The whole card is one link."""
+    """One chapter on the landing page: title, promise, cost. The whole card is one link."""
     title, promise = heading(name)
-    number = Path(name).name[:2]
     return (
-        f'<li class="card"><a href="{name}.html"><span class="number">{number}</span> {inline(title)}</a>'
-        f"<p>{inline(promise)}</p>{cost(name)}</li>"
+        f'<li class="card"><a href="{name}.html">{inline(title)}</a><p>{inline(promise)}</p>{cost(name)}</li>'
     )
 
 
@@ -245,27 +223,28 @@ def toctree(caption: str, entries: list[str]) -> str:
 
 def part(caption: str, names: list[str]) -> str:
     """One part of the book: in the sidebar, and as cards on the page."""
-    tree = [f"{Path(name).name[:2]} {heading(name)[0]} <{name}>" for name in names]
+    tree = [f"{heading(name)[0]} <{name}>" for name in names]
     if caption == "Reference":
         tree += ["Every class and function <api/index>", "Solutions <solutions/index>"]
     cards = ['<ul class="cards">', *map(card, names), "</ul>\n"]
     return "\n".join([toctree(caption, tree), f"## {caption}\n", *cards])
 
 
-def landing_map(names: list[str], static: Path) -> str:
+def landing_map(static: Path) -> str:
     """The map of the model as a picture whose boxes are links to their chapters."""
     from w2vc.explore import viz
 
     fig, alt = viz.draw_map()
     (static / "map.png").write_bytes(viz.render(fig, alt).png)
-    chapter = modules(names)
+    # A box bears the last name of its module; an explorer may have the same one.
+    chapter = {m.split(".")[-1]: name for m, name in book.modules().items() if not m.startswith("explore.")}
     spots, seen = [], set()
     for key, (x, y, w, h, *_) in viz._BOXES.items():
         slug = key.split("/")[0]
         if slug not in chapter:
             continue
         place = f"left:{x / 7:.2f}%;top:{y / 5.5:.2f}%;width:{w / 7:.2f}%;height:{h / 5.5:.2f}%"
-        title = html.escape(f"{chapter[slug][:2]} {heading(chapter[slug])[0]}", quote=True)
+        title = html.escape(heading(chapter[slug])[0], quote=True)
         twin = ' tabindex="-1" aria-hidden="true"' if slug in seen else f' aria-label="{title}"'
         spots.append(f'<a href="{chapter[slug]}.html" title="{title}" style="{place}"{twin}></a>')
         seen.add(slug)
@@ -296,33 +275,29 @@ def landing_explorer() -> str:
     return shown
 
 
-def stage_landing(site: Path, names: list[str]) -> None:
+def stage_landing(site: Path) -> None:
     """Write the landing page: docs/index.md with its places filled."""
     text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     shown = landing_explorer()
     if shown:
         (site / "explorer.html").write_text(shown, encoding="utf-8")
         text = text.replace("<!-- explorer", "").replace("end of explorer -->", "")
-    text = text.replace("{map}", landing_map(names, site / "_static"))
-    parts = [
-        part(caption, chosen)
-        for caption, numbers in PARTS.items()
-        if (chosen := [n for n in names if int(n[:2]) in numbers])
-    ]
+    text = text.replace("{map}", landing_map(site / "_static"))
+    parts = [part(caption, names) for caption, names in book.parts().items()]
     (site / "index.md").write_text("\n".join([text, *parts]), encoding="utf-8")
 
 
-def stage_api(site: Path, names: list[str]) -> None:
+def stage_api(site: Path) -> None:
     """Write one page per module, which Sphinx fills from the docstrings, and their list."""
-    chapter = modules(names)
+    chapter = book.modules()
     folder = site / "api"
     folder.mkdir()
     rows = [
-        f"- [{slug}]({slug}.rst), chapter [{name[:2]}](../{name}.ipynb). {heading(name)[1]}"
+        f"- [{slug}]({slug}.rst), [{heading(name)[0]}](../{name}.ipynb). {heading(name)[1]}"
         for slug, name in chapter.items()
     ]
     (folder / "index.md").write_text(
-        "# Every class and function\n\nShapes are written in the letters of [the notation chapter](nbs/appendix/notation.ipynb). "
+        "# Every class and function\n\nShapes are written in the letters of [the notation chapter](../appendix/notation.ipynb). "
         "*[source]* leads to the cell of the chapter where the code is written and explained.\n\n"
         + "\n".join(rows)
         + "\n\n```{toctree}\n:hidden:\n\n"
@@ -341,7 +316,7 @@ def stage_api(site: Path, names: list[str]) -> None:
 
 def stage_solutions(site: Path, answers: list[str]) -> None:
     """Write the list of solutions."""
-    tree = [f"{Path(a).name[:2]} {heading(a)[0]} <{Path(a).name}>" for a in answers]
+    tree = [f"{heading(a)[0]} <{a.removeprefix('solutions/')}>" for a in answers]
     (site / "solutions" / "index.md").write_text(
         "# Solutions\n\nWorked answers to the exercises of each chapter, executed and checked.\n\n"
         "```{toctree}\n\n" + "\n".join(tree) + "\n```\n",
@@ -353,25 +328,27 @@ def stage(site: Path, *, stored: bool = False) -> None:
     """Write the site's source folder anew, from the executed copies or from what is stored in nbs/."""
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
-    names = sorted(p.stem for p in NBS.glob("[0-9]*.ipynb"))
-    answers = sorted(f"solutions/{p.stem}" for p in (NBS / "solutions").glob("[0-9]*.ipynb"))
+    names, answers = book.chapters(), book.solutions()
     folder = NBS if stored else executed_folder()
-    anchors = {name: stage_notebook(folder / f"{name}.ipynb", site / f"{name}.ipynb") for name in names}
-    words = glossary()
+    anchors = {}
+    for name in [*names, *answers]:
+        anchors[name] = stage_notebook(folder / f"{name}.ipynb", site / f"{name}.ipynb")
+    words, users = glossary(), used_later()
     for name in names:
-        link_glossary(site / f"{name}.ipynb", words)
-    for name, users in used_later(names).items():
-        if users and name[:2] < "90":
-            add_used_later(site / f"{name}.ipynb", users)
-    for name in answers:
-        stage_notebook(folder / f"{name}.ipynb", site / f"{name}.ipynb")
-    found = {slug: [name, anchors[name]] for slug, name in modules(names).items()}
+
+        def edit(nb: nbformat.NotebookNode, name: str = name) -> None:
+            link_glossary(nb, name, words)
+            if users.get(name) and not name.startswith("appendix/"):
+                add_used_later(nb, name, users[name])
+
+        edit_page(site / f"{name}.ipynb", edit)
+    found = {module: [name, anchors[name]] for module, name in book.modules().items()}
     (site / "anchors.json").write_text(json.dumps(found))
     shutil.copy(ROOT / "docs" / "conf.py", site)
     for part_of_site in ("_static", "_templates"):
         shutil.copytree(ROOT / "docs" / part_of_site, site / part_of_site)
-    stage_landing(site, names)
-    stage_api(site, names)
+    stage_landing(site)
+    stage_api(site)
     stage_solutions(site, answers)
 
 

@@ -1,7 +1,7 @@
 """Execute one chapter in a kernel of its own, and say how long it took.
 
-python docs/execute.py nbs/12_masking.ipynb --out _build/executed/12_masking.ipynb
-python docs/execute.py nbs/12_masking.ipynb --inplace
+python docs/execute.py nbs/model/masking.ipynb --out _build/executed/model/masking.ipynb
+python docs/execute.py nbs/model/masking.ipynb --inplace
 
 The executed copy serves the tests and the site alike. Beside it lies NAME.json with the seconds and the peak memory
 of the kernel. A chapter that fails leaves no copy, so that make tries again, and its name and failing cell on the screen.
@@ -24,15 +24,20 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+import book
+
 CELL_TIMEOUT = 180  # seconds; a chapter as a whole stays under 60, this only ends a cell that hangs
 
 
 def position(path: Path) -> str:
-    """Where this notebook stands among its siblings: '[ 3/18]'."""
-    siblings = sorted(path.resolve().parent.glob("[0-9]*.ipynb"))
-    names = [p.name for p in siblings]
-    return f"[{names.index(path.name) + 1:2}/{len(names)}]" if path.name in names else "[ - ]"
+    """Where this notebook stands in the book: '[ 3/46]'."""
+    names = book.chapters()
+    name = (
+        path.resolve().relative_to(book.NBS).with_suffix("").as_posix()
+        if path.resolve().is_relative_to(book.NBS)
+        else ""
+    )
+    return f"[{names.index(name) + 1:2}/{len(names)}]" if name in names else "[ - ]"
 
 
 def execute(path: Path) -> tuple[nbformat.NotebookNode, dict[str, float]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import base64
 import json
 import re
-from pathlib import Path
 
 import nbformat
 
+import book
+from book import ROOT
 from w2vc.benchmark import BenchmarkReport, readme_table
 
-ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- chapters: make readme -->", "<!-- end of chapters -->"
 SPEED, SPEED_END = "<!-- speed: make readme -->", "<!-- end of speed -->"
 FIGURES = ROOT / "docs" / "benchmarks" / "cpu.json"
@@ -28,28 +28,19 @@ SHOWN = (
 PICTURE = ROOT / "docs" / "_static" / "start.png"
 
 
-def card(path: Path) -> dict[str, str]:
-    """The four lines of a chapter's card, by their bold names."""
-    nb = nbformat.read(path, as_version=4)
-    text = next(c.source for c in nb.cells if c.source.startswith("- **You will"))
-    return dict(re.findall(r"^- \*\*(.+?)\*\* (.+)$", text, re.M))
-
-
-def row(path: Path) -> str:
+def row(name: str) -> str:
     """One line of the table."""
-    cost = json.loads((ROOT / "_build" / "executed" / f"{path.stem}.json").read_text())
-    facts = card(path)
-    needs = ", ".join(re.findall(r"\[(\d\d)", facts["Needs"])) or "–"
-    able = re.sub(r"\]\((?!http)", "](nbs/", facts["You will be able to"]).rstrip(".")
-    return (
-        f"| [{path.stem.replace('_', ' ')}](nbs/{path.name}) | {able} | {cost['seconds']:.0f} s | {needs} |"
-    )
+    cost = json.loads((ROOT / "_build" / "executed" / f"{name}.json").read_text())
+    facts = book.card(name)
+    needs = ", ".join(re.findall(r"\[([^]]+)\]", facts["Needs"])) or "–"
+    able = re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", facts["You will be able to"]).rstrip(".")
+    return f"| [{name.rsplit('/', maxsplit=1)[-1]}](nbs/{name}.ipynb) | {able} | {cost['seconds']:.0f} s | {needs} |"
 
 
 def table() -> str:
-    """The chapter table."""
+    """The chapter table, part by part."""
     head = "| chapter | you will be able to | run time | needs |\n| --- | --- | --- | --- |\n"
-    return head + "\n".join(row(p) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")))
+    return head + "\n".join(row(name) for name in book.chapters())
 
 
 def picture() -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread only waits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "docs")]  # helpers; book.py
 
 import pytest
 import torch
@@ -60,6 +60,17 @@ def browser() -> Iterator[Any]:
         chrome = p.chromium.launch(executable_path=chromium, args=FLAGS.split())
         yield chrome
         chrome.close()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Collect what a worker of pytest-xdist compared."""
+    helpers.remember(getattr(node, "workeroutput", {}).get("worst", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["worst"] = helpers.worst
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

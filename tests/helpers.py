@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +14,12 @@ from w2vc.files.pretrained import PreTrainedModel
 
 PARITY = 1e-5  # the largest relative difference allowed in fp32 (design: outputs, losses and gradients alike)
 worst: dict[str, float] = {}  # largest difference seen per name; conftest prints it after the run
+
+
+def remember(gaps: Mapping[str, float]) -> None:
+    """Keep the largest difference of each name."""
+    for name, gap in gaps.items():
+        worst[name] = max(worst.get(name, 0.0), gap)
 
 
 def tiny_config(**knobs: Any) -> Wav2Vec2ConformerConfig:
@@ -70,7 +78,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def assert_close(name: str, ours: Tensor, theirs: Tensor, tol: float = PARITY) -> float:
     """Assert that two tensors agree to `tol` relative, and remember the largest difference for the summary."""
     gap = difference(ours, theirs)
-    worst[name] = max(worst.get(name, 0.0), gap)
+    remember({name: gap})
     assert gap <= tol, f"{name}: relative difference {gap:.2e} > {tol:.0e}"  # also fails on NaN
     return gap
 
@@ -89,3 +97,31 @@ def grad_difference(ours: nn.Module, theirs: nn.Module) -> float:
         gap, scale = max(gap, (a - b).abs().max().item()), max(scale, b.abs().max().item())
     assert scale > 0, "the peer has no gradient at all: nothing was compared"
     return gap / scale
+
+
+def count_and_die(at: int, work: Callable[[], Any]) -> bool:
+    """Run `work` in a child that dies without a word at its `at`-th step on disk; True if it died."""
+    child = os.fork()
+    if child == 0:  # no clean-up, no exit handlers: as if the power went
+        steps = 0
+
+        def dying(real: Any) -> Any:
+            def step(*args: Any, **kwargs: Any) -> Any:
+                nonlocal steps
+                steps += 1
+                if steps == at:
+                    os._exit(9)
+                return real(*args, **kwargs)
+
+            return step
+
+        for name in ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "chmod"):
+            setattr(os, name, dying(getattr(os, name)))
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) in (0, 9)
+    return os.WEXITSTATUS(status) == 9

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -164,17 +165,27 @@ class Hub:
                     if hashlib.sha256(content).hexdigest() == digest:
                         return 200, {"ETag": f'"{digest}"'}, content
             return 404, {}, b""
-        repository, _, rest = path.strip("/").partition("/resolve/")
-        revision, _, name = rest.partition("/")
+        path, api = path.partition("?")[0].removeprefix("/api/models"), path.startswith("/api/models/")
+        repository, question, rest = re.split(r"/(resolve|revision|tree)/", path.strip("/"), maxsplit=1)
+        revision, _, name = (unquote(rest), "", "") if api else rest.partition("/")
         branches = self.repositories.get(repository)
-        if branches is None or not rest:
+        if branches is None:
             return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
         if repository in self.gated:
             return 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b""
         commit = branches.get(unquote(revision), revision)
         if (repository, commit) not in self.commits:
             return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b""
-        head, content = {"X-Repo-Commit": commit}, self.commits[repository, commit].get(unquote(name))
+        files = self.commits[repository, commit]
+        if question == "revision":
+            return 200, {}, json.dumps({"id": repository, "sha": commit, "siblings": []}).encode()
+        if question == "tree":
+            return (
+                200,
+                {},
+                json.dumps([self.entry(name, content) for name, content in files.items()]).encode(),
+            )
+        head, content = {"X-Repo-Commit": commit}, files.get(unquote(name))
         if content is None:
             return 404, head | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
         if name.endswith((".safetensors", ".bin")):
@@ -184,6 +195,19 @@ class Hub:
             return 302, head | linked | {"Location": f"{elsewhere}/store/{digest}"}, b""
         return 200, head | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
 
+    def entry(self, name: str, content: bytes) -> dict[str, Any]:
+        """How a commit's list of files names one of them."""
+        large = {
+            "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100}
+        }
+        known = large if name.endswith((".safetensors", ".bin")) else {}
+        return {
+            "type": "file",
+            "path": name,
+            "size": len(content),
+            "oid": hashlib.sha1(content).hexdigest(),
+        } | known
+
     @contextmanager
     def serving(self) -> Iterator[str]:
         """Serve on a free port of this machine; gives the address."""
@@ -191,7 +215,7 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             def reply(self, body: bool) -> None:
-                if not self.path.startswith("/api/"):  # small talk of the client
+                if not self.path.startswith("/api/agent"):  # small talk of the client
                     hub.asked.append(f"{self.command} {self.path}")
                 status, headers, content = hub.answer(self.path)
                 self.send_response(status)

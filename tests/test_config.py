@@ -17,14 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import gelu
 
-from w2vc import config as module
 from w2vc.config import (
     ACTIVATIONS,
     Wav2Vec2ConformerConfig,
-    find_file,
     get_activation,
     parameter_counts,
-    write_atomically,
 )
 
 FIXTURE = Path(__file__).parent / "fixtures" / "config_legacy.json"
@@ -413,69 +410,6 @@ def test_parameter_counts_equal_the_peers_model() -> None:
             counted = sum(parameter_counts(config).values())
             peer = peer.wav2vec2_conformer
         assert counted == sum(p.numel() for p in peer.parameters()), knobs
-
-
-def test_write_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "new" / "file.bin"
-    write_atomically(path, b"old")
-    assert path.read_bytes() == b"old"
-    synced: list[str] = []
-    real_fsync = module.os.fsync
-
-    def fsync(handle: int) -> None:
-        synced.append("x")
-        real_fsync(handle)
-
-    monkeypatch.setattr(module.os, "fsync", fsync)
-    write_atomically(str(path), b"new")
-    assert (path.read_bytes(), len(synced)) == (b"new", 2)  # the file, then its folder
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-    def power_cut(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    for function in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(module.os, function, power_cut)
-            with pytest.raises(KeyboardInterrupt):
-                write_atomically(path, b"lost")
-        assert path.read_bytes() == b"new"
-    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
-
-
-def _umask() -> int:
-    import os
-
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def test_find_file_local(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{}")
-    assert find_file(tmp_path, "a.json") == tmp_path / "a.json"
-    assert find_file(str(tmp_path), "b.json") is None
-    for missing in (tmp_path / "nowhere", "./nowhere", "/nowhere", "a/b/c", "https://x/y", ""):
-        with pytest.raises(FileNotFoundError, match="neither a folder here nor"):
-            find_file(missing, "a.json")
-
-
-def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=re.escape('pip install "w2vc[hub]"')):
-        find_file("who/what", "config.json")
-
-
-def test_offline_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        FileNotFoundError, match=r"^'nobody/no-such-checkpoint' is no folder here.*cannot be reached"
-    ):
-        Wav2Vec2ConformerConfig.from_pretrained("nobody/no-such-checkpoint")
 
 
 @pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2", None])

@@ -8,7 +8,6 @@ import filecmp
 import importlib
 import importlib.metadata
 import inspect
-import json
 import os
 import re
 import shutil
@@ -22,25 +21,16 @@ import w2vc
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-CORE = {
-    "features", "masking", "negatives", "quantizer", "positions", "attention", "convolution", "conformer",
-    "pretrained", "checks", "model", "pretraining", "ctc", "classification", "speaker",
-}  # fmt: skip
-LEAVES = {"viz", "explore", "codevectors", "tracing", "faults", "views", "exercises", "benchmark", "cli"}
-
-
-def module_numbers() -> dict[str, int]:
-    """Module name -> number of the chapter that exports it."""
-    numbers = {}
-    for path in CHAPTERS:
-        first = "".join(json.loads(path.read_text())["cells"][0]["source"])
-        if found := re.match(r"#\|\s*default_exp\s+(\w+)", first):
-            numbers[found[1]] = int(path.name[:2])
-    return numbers
-
-
-NUMBERS = module_numbers()
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT / "w2vc").with_suffix("").parts)
+    for path in (ROOT / "w2vc").rglob("*.py")
+    if not path.name.startswith("_")
+)
+# From the ground up: a module imports what stands before it, or beside it in its own package.
+FLOORS = [
+    "files.atomic", "files.hub", "config", "exercises", "model.features", "checks", "files.pretrained", "model", "data", "text", "data.batches",
+    "files", "evaluation.measures", "training", "evaluation", "explore", "cli",
+]  # fmt: skip
 
 
 def run(
@@ -71,25 +61,27 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in tracked():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target / name)
-    for path in (target / "w2vc").glob("*.py"):
+    for path in (target / "w2vc").rglob("*.py"):
         if path.name != "__init__.py":
             path.unlink()
     # Run here, not only in the editable install: the copy must not import the original.
-    for command in (["nbdev-export"], ["ruff", "check", "-q", "--fix", "--select", "I", "w2vc"], ["ruff", "format", "-q", "w2vc"], ["nbdev-clean"]):
+    for command in (
+        ["nbdev-export"],
+        ["ruff", "check", "-q", "--fix", "--select", "I", "w2vc"],
+        ["ruff", "format", "-q", "w2vc"],
+        ["nbdev-clean"],
+    ):
         out = run(BIN / command[0], *command[1:], cwd=target)
         assert out.returncode == 0, out.stderr
     return target
 
 
 def test_package_is_what_the_chapters_export(copy: Path) -> None:
-    here = {p.name for p in (ROOT / "w2vc").glob("*.py")}
-    there = {p.name for p in (copy / "w2vc").glob("*.py")}
+    here, there = (
+        {p.relative_to(root).as_posix() for p in (root / "w2vc").rglob("*.py")} for root in (ROOT, copy)
+    )
     assert here == there, f"stale or missing modules: {here ^ there}; run make export"
-    changed = [
-        name
-        for name in sorted(here)
-        if not filecmp.cmp(ROOT / "w2vc" / name, copy / "w2vc" / name, shallow=False)
-    ]
+    changed = [name for name in sorted(here) if not filecmp.cmp(ROOT / name, copy / name, shallow=False)]
     assert not changed, f"edited by hand, or not exported: {changed}; edit the chapter and run make export"
 
 
@@ -121,47 +113,49 @@ def test_version_is_the_same_everywhere() -> None:
     assert f"## {w2vc.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def imports_of(path: Path) -> set[str]:
+def imports_of(module: str) -> set[str]:
     """Modules of the package that a module imports, at the top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("w2vc"):
-            found.add((node.module or "").partition(".")[2])
+    for node in ast.walk(ast.parse((ROOT / "w2vc" / f"{module.replace('.', '/')}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            up = ["w2vc", *module.split(".")][: -node.level] if node.level else []
+            name = ".".join([*up, *([node.module] if node.module else [])])
+            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("w2vc.")}
-    return found - {""}
+            found |= {alias.name for alias in node.names}
+    return {name.removeprefix("w2vc.") for name in found if name.startswith("w2vc.")} & set(MODULES)
 
 
-@pytest.mark.parametrize("module", sorted(NUMBERS))
+def floor(module: str) -> int:
+    return max((len(name), i) for i, name in enumerate(FLOORS) if f"{module}.".startswith(f"{name}."))[1]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_point_downward(module: str) -> None:
-    for other in imports_of(ROOT / "w2vc" / f"{module}.py"):
-        drawn = other == "viz" and module in LEAVES  # pictures come last in the book, but explorers draw, too
-        job = (
-            other == "fast" and module not in CORE
-        )  # told late in the book, used wherever a model does a job
-        assert drawn or job or NUMBERS[other] < NUMBERS[module], (
-            f"{module} (chapter {NUMBERS[module]}) imports {other} ({NUMBERS[other]})"
-        )
-        assert other not in LEAVES or module in LEAVES, f"{module} imports the leaf {other}"
+    for other in imports_of(module):
+        assert floor(other) <= floor(module), f"{module} imports {other}, which stands above it"
+        plain = module.startswith("model.") and module != "model.fast"
+        assert not (plain and other == "model.fast"), "the plain model knows nothing of its fast forms"
 
 
-def test_public_names_are_unique_and_documented() -> None:
-    owner: dict[str, str] = {}
-    for name in NUMBERS:
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    from graphlib import TopologicalSorter
+
+    order = list(TopologicalSorter({module: imports_of(module) for module in MODULES}).static_order())
+    assert len(order) == len(MODULES)
+
+
+def test_public_things_are_documented() -> None:
+    for name in MODULES:
         module = importlib.import_module(f"w2vc.{name}")
         assert module.__doc__, name
         for symbol in module.__all__:
-            assert symbol not in owner, f"{symbol} is exported by {owner[symbol]} and {name}"
-            owner[symbol] = name
             thing = getattr(module, symbol)
             if inspect.isclass(thing) or inspect.isfunction(thing):
                 assert inspect.getdoc(thing), f"{name}.{symbol} has no docstring"
             forward = vars(thing).get("forward") if inspect.isclass(thing) else None
             if forward is not None:
-                doc = forward.__doc__ or ""
-                assert "[" in doc, f"{name}.{symbol}.forward does not say its shapes"
+                assert "[" in (forward.__doc__ or ""), f"{name}.{symbol}.forward does not say its shapes"
 
 
 def test_everything_in_all_is_importable() -> None:

@@ -23,9 +23,11 @@ except ImportError as error:
 
 import torch
 
-from .config import Wav2Vec2ConformerConfig, find_file, read_json, write_atomically, write_together
+from .config import Wav2Vec2ConformerConfig
 from .evaluation.reports import Report, evaluate, model_class, open_speech
+from .files.atomic import read_json, write_file, write_together
 from .files.fairseq import convert_fairseq, read_fairseq
+from .files.hub import find_file
 from .files.pretrained import PreTrainedModel, demo_folder, match_names, read_checkpoint
 from .model.ctc import Wav2Vec2ConformerForCTC
 from .text.decoding import CTCDecoder
@@ -501,7 +503,7 @@ def transcribe_command(  # noqa: PLR0917
             several = format is Format.text and len(recordings) > 1
             print((f"{name}\t" if several else "") + written(result, format, name), end="", flush=True)
         else:
-            write_atomically(targets[name], written(result, format, name).encode())
+            write_file(targets[name], written(result, format, name).encode())
     if failed:
         raise typer.Exit(1)
 

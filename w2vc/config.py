@@ -12,10 +12,7 @@ import json
 import math
 import numbers
 import os
-import re
-import secrets
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -24,14 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .files.atomic import read_json, write_file
+from .files.hub import find_folder, missing_file
+
 # %% auto #0
 __all__ = [
     "Rule",
     "ACTIVATIONS",
     "Activation",
     "CHECKS",
-    "JOURNAL",
-    "COMMIT",
     "ConfigType",
     "TINY",
     "LARGE",
@@ -58,18 +56,6 @@ __all__ = [
     "check_groups",
     "check_classes",
     "AllKnobs",
-    "fresh_name",
-    "flush_to_disk",
-    "write_atomically",
-    "pending_save",
-    "finish_save",
-    "write_together",
-    "hub_problem",
-    "find_on_hub",
-    "lacks",
-    "find_file",
-    "pin_revision",
-    "read_json",
     "SavedKnobs",
     "accept_knobs",
     "Wav2Vec2ConformerConfig",
@@ -503,278 +489,6 @@ class AllKnobs(SwitchKnobs, HeadKnobs, PretrainingKnobs, MaskingKnobs, EncoderKn
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in turned)})"
 
 
-# %% ../nbs/files/config.ipynb #52892cf2
-def fresh_name(path: Path) -> Path:
-    """A new hidden name beside `path`, for a file that is not finished."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until the disk itself holds a file's bytes, or a folder's list of names."""
-    if path.is_dir() and os.name != "posix":
-        return  # only posix systems let one open a folder
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that, cut at any instant, `path` holds all of the old bytes or all of the new ones.
-
-    The bytes go to a new name in the same folder, are flushed to the disk, and then take over the name in one step.
-
-    Args:
-        path: The file; folders on the way to it are made.
-        data: Its new content.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    finish_save(path.parent)
-    temporary = fresh_name(path)
-    try:
-        temporary.write_bytes(data)
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # already gone, unless something failed
-    flush_to_disk(path.parent)
-
-
-# %% ../nbs/files/config.ipynb #74e05eb5
-JOURNAL = "save-in-progress.json"
-
-
-def pending_save(folder: Path) -> dict[str, str | None]:
-    """What a save that was cut short in `folder` had left to do: name -> its finished new file, or None for "remove".
-
-    Empty for a folder in order. The journal appears only when every new file is complete on disk (the checkpoint chapter).
-    """
-    journal = folder / JOURNAL
-    todo = json.loads(journal.read_text(encoding="utf-8")) if journal.is_file() else {}
-    if any(Path(name).name != name for pair in todo.items() for name in pair if name is not None):
-        raise ValueError(f"{journal} names files outside its folder: remove it")
-    return todo
-
-
-def finish_save(folder: Path) -> None:
-    """Carry out what `pending_save` lists; does nothing in a folder in order."""
-    todo = pending_save(folder)
-    for name, written in todo.items():
-        if written is None:
-            (folder / name).unlink(missing_ok=True)
-        elif (folder / written).exists():  # else it was renamed before the cut
-            os.replace(folder / written, folder / name)
-    if todo:
-        flush_to_disk(folder)
-        (folder / JOURNAL).unlink(missing_ok=True)
-
-
-# %% ../nbs/files/config.ipynb #2dd04bdc
-def write_together(
-    folder: str | os.PathLike[str],
-    files: Mapping[str, bytes | Callable[[Path], Any]],
-    *,
-    remove: Iterable[str] = (),
-) -> None:
-    """Write several files of a folder as one: cut at any instant, the folder holds all old or all new files.
-
-    Every file is first written in full under a hidden name. Then a journal appears, which lists the renames still to
-    do. From that instant the save has happened: whoever reads or writes the folder next follows the journal.
-
-    Args:
-        folder: Made if needed.
-        files: Name -> content, or a function that writes the file at the path it is given.
-        remove: Patterns such as "model-*.safetensors": old files that go when the new ones come.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    finish_save(folder)
-    for left in folder.glob(".*.tmp"):  # of a save that was killed, if nobody wrote to it for an hour
-        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", left.name) and time.time() - left.stat().st_mtime > 3600:
-            left.unlink(missing_ok=True)
-    written = {name: fresh_name(folder / name) for name in files}
-    old = {path.name for pattern in remove for path in folder.glob(pattern)} - set(files)
-    try:
-        for name, path in written.items():
-            content = files[name]
-            path.touch()
-            usual = (
-                path.stat().st_mode
-            )  # what this system lets others do with a new file; some writers are stricter
-            path.write_bytes(content) if isinstance(content, bytes) else content(path)
-            path.chmod(usual)
-            flush_to_disk(path)
-        todo = {name: path.name for name, path in written.items()} | dict.fromkeys(sorted(old))
-        write_atomically(folder / JOURNAL, json.dumps(todo).encode())
-    except BaseException:
-        if not (folder / JOURNAL).exists():
-            for path in written.values():
-                path.unlink(missing_ok=True)
-        raise
-    finish_save(folder)
-
-
-# %% ../nbs/files/config.ipynb #eaa695f1
-COMMIT = re.compile(r"[0-9a-f]{40}")  # the name of one state of a repository: it never changes its content
-
-
-def hub_problem(repo: str, filename: str, revision: str | None, error: Exception) -> str:
-    """Say in one line why the hub gave no file, and what to do.
-
-    Args:
-        repo: Hub id.
-        filename: The file that was wanted.
-        revision: The revision that was wanted.
-        error: What the hub's client raised.
-    """
-    from huggingface_hub import constants, errors
-
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    said = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
-    if isinstance(error, errors.GatedRepoError):
-        return f"{repo!r} is gated on the hub: ask for access at {constants.ENDPOINT}/{repo}, then {log_in}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo!r} has no revision {revision!r} on the hub: name one of its branches, tags or commits"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{repo!r} is neither a folder here nor a repository on the hub; if it is a private one, {log_in}"
-        )
-    answered = isinstance(error.__cause__ or error, errors.HfHubHTTPError)
-    if isinstance(error, errors.LocalEntryNotFoundError) and not answered:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT}: {said}"
-        wanted = filename if revision is None else f"{filename} of revision {revision!r}"
-        return (
-            f"{repo!r} is no folder here, the cache has no {wanted}, and the hub cannot be reached ({why}): "
-            "go online once, or pass a folder"
-        )
-    return f"{repo!r} is no folder here, and the hub does not give {filename}: {said}"
-
-
-# %% ../nbs/files/config.ipynb #7b12e655
-def find_on_hub(repo: str, filename: str, revision: str | None = None) -> Path | None:
-    """Find a file in the hub's cache on this disk, fetched first if the hub has a newer one.
-
-    Args:
-        repo: Hub id such as "facebook/wav2vec2-conformer-rel-pos-large".
-        filename: The file's name inside it.
-        revision: Branch, tag or commit; None: the main branch.
-
-    Returns:
-        The path in the cache, or None where the repository has no such file.
-
-    Raises:
-        FileNotFoundError: Unknown, private or gated repository; unknown revision; or no network and not in the cache.
-        ImportError: huggingface_hub is not installed.
-    """
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub import errors
-    except ImportError as error:
-        raise ImportError('reading from the hub needs huggingface_hub: pip install "w2vc[hub]"') from error
-    try:
-        cached = hub.try_to_load_from_cache(repo, filename, revision=revision)
-        absent = cached is not None and not isinstance(cached, str)  # the cache remembers that there is none
-        if absent and COMMIT.fullmatch(revision or ""):
-            return None
-        if not isinstance(cached, str):  # ask if the hub is there: the download would ask for half a minute
-            try:
-                hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, revision=revision))
-            except errors.HfHubHTTPError:
-                pass  # it is, and the download hears the same answer
-            except Exception as silence:
-                if absent:
-                    return None
-                raise errors.LocalEntryNotFoundError(str(silence)) from silence
-        return Path(hub.hf_hub_download(repo, filename, revision=revision))
-    except Exception as error:  # the client has many kinds; for a reader of checkpoints they are one
-        local = isinstance(error, errors.LocalEntryNotFoundError)
-        if isinstance(error, errors.EntryNotFoundError) and not local:
-            return None
-        raise FileNotFoundError(hub_problem(repo, filename, revision, error)) from error
-
-
-# %% ../nbs/files/config.ipynb #92a1935f
-def lacks(name_or_path: str | os.PathLike[str], what: str) -> FileNotFoundError:
-    """The error for a checkpoint without a file; it knows the looks of fairseq's checkpoints, which are files."""
-    path = Path(name_or_path)
-    pickles = [path] if path.is_file() else sorted(path.glob("*.pt")) if path.is_dir() else []
-    problem = "is a file, and a checkpoint is a folder" if path.is_file() else f"has no {what}"
-    if any(pickle.suffix in {".pt", ".pth"} for pickle in pickles):
-        problem += f"; is {pickles[0].name} one of fairseq's checkpoints? w2vc.files.fairseq.load_fairseq reads those"
-    return FileNotFoundError(f"{os.fspath(name_or_path)!r} {problem}")
-
-
-def find_file(
-    name_or_path: str | os.PathLike[str], filename: str, *, revision: str | None = None
-) -> Path | None:
-    """Find a file of a checkpoint, in a local folder or on the Hugging Face hub.
-
-    Args:
-        name_or_path: A folder, or a hub id such as "facebook/wav2vec2-conformer-rel-pos-large".
-        filename: The file's name inside it.
-        revision: Branch, tag or commit on the hub; ignored for a folder.
-
-    Returns:
-        The local path, or None where the folder or repository exists and has no such file.
-
-    Raises:
-        FileNotFoundError: Neither a folder nor a repository that can be reached; the message says what to do.
-        ImportError: A hub id, and huggingface_hub is not installed.
-    """
-    folder = Path(name_or_path)
-    if folder.is_file():
-        raise lacks(folder, filename)
-    if os.fspath(name_or_path) and folder.is_dir():
-        written = pending_save(folder).get(filename, filename)
-        names = (
-            [] if written is None else [written, filename]
-        )  # the second: already renamed when the cut came
-        return next((folder / name for name in names if (folder / name).is_file()), None)
-    if not isinstance(name_or_path, str) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
-        problem = (
-            f"{os.fspath(name_or_path)!r} is neither a folder here nor the name of a checkpoint on the hub"
-        )
-        raise FileNotFoundError(f"{problem}: it reads like a path, and nothing is there")
-    return find_on_hub(name_or_path, filename, revision)
-
-
-# %% ../nbs/files/config.ipynb #2df0c2a5
-def pin_revision(
-    name_or_path: str | os.PathLike[str], filename: str, *, revision: str | None = None
-) -> str | None:
-    """Turn a branch or tag into the commit that it stands at, so that files read one by one belong together.
-
-    Args:
-        name_or_path: A folder, or a hub id.
-        filename: A file that the checkpoint should have; the cache keeps it under its commit.
-        revision: Branch, tag or commit on the hub; None: the main branch.
-
-    Returns:
-        The commit; or `revision` itself for a folder, or where there is no such file.
-    """
-    if Path(name_or_path).exists() or COMMIT.fullmatch(revision or ""):
-        return revision
-    found = find_file(name_or_path, filename, revision=revision)
-    return found.parent.name if found is not None and COMMIT.fullmatch(found.parent.name) else revision
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        ValueError: If it holds anything else, with the name of the file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON (cut short?): {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
-    return content
-
-
 # %% ../nbs/files/config.ipynb #6836cc98
 class SavedKnobs(AllKnobs):
     """Knobs that go to files and come back."""
@@ -835,7 +549,7 @@ class SavedKnobs(AllKnobs):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `folder/config.json`, which transformers reads too; never half a file."""
         self.validate()
-        write_atomically(Path(folder) / "config.json", self.to_json_string().encode())
+        write_file(Path(folder) / "config.json", self.to_json_string())
 
     @classmethod
     def from_pretrained(
@@ -853,11 +567,11 @@ class SavedKnobs(AllKnobs):
             ValueError: The file is no JSON object, or a knob in it breaks a rule.
         """
         path = Path(name_or_path)
-        alone = path.is_file() and path.suffix in {".json", ""}
-        found = path if alone else find_file(name_or_path, "config.json", revision=revision)
-        if found is None:
-            raise lacks(name_or_path, "config.json")
-        return cls.from_dict(read_json(found), **overrides)
+        if not (path.is_file() and path.suffix in {".json", ""}):
+            path = find_folder(name_or_path, revision) / "config.json"
+            if not path.is_file():
+                raise missing_file(name_or_path, "config.json")
+        return cls.from_dict(read_json(path), **overrides)
 
 
 # %% ../nbs/files/config.ipynb #4bbb3e7d

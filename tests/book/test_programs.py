@@ -17,16 +17,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import book
 from w2vc.data.corpus import SpeechUnavailableError, load_speech
 
-ROOT = Path(__file__).resolve().parents[2]
-NBS = ROOT / "nbs"
-NOTEBOOKS = [*sorted(NBS.glob("[0-9]*.ipynb")), *sorted((NBS / "solutions").glob("[0-9]*.ipynb"))]
+ROOT = book.ROOT
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).with_suffix("").as_posix())
-def test_runs(path: Path) -> None:
-    target = Path("_build/executed") / path.relative_to(NBS)
+@pytest.mark.parametrize("name", book.chapters() + book.solutions())
+def test_runs(name: str) -> None:
+    target = Path("_build/executed") / f"{name}.ipynb"
     make = shutil.which("make")
     assert make, "the tests need make, as the README says"
     env = {k: v for k, v in os.environ.items() if k not in {"W2VC_SPEECH", "MAKEFLAGS", "MAKELEVEL"}}

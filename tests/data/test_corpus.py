@@ -6,6 +6,7 @@ import csv
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_contents(corpus: Speech) -> None:
 
 
 def test_small_enough() -> None:
-    folder = S.speech_assets()
+    folder = Path(S.__file__).parents[1] / "assets" / "speech"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 5_000_000
     assert (folder / "LICENSE.md").is_file()
     assert "W2VC" not in (folder / "english/speech.json").read_text(encoding="utf-8")
@@ -226,10 +227,8 @@ def test_save_and_load(tmp_path: Path) -> None:
                   words=[Segment("a", 0.1, 0.12), Segment("b", 0.12, 0.2)], kind="x", language="en")
         for i, speaker in enumerate(["a/b", "a/b", "a_b", "", "å"])
     ]  # fmt: skip
-    S.save_speech(
-        tmp_path, {"train": made[:3], "test": iter(made[3:])}, {"licence": "none"}, seconds_per_file=0.3
-    )
-    assert len(list(tmp_path.glob("*.flac"))) == 4  # two clips fill a file
+    S.save_speech(tmp_path, {"train": made[:3], "test": iter(made[3:])}, {"licence": "none"})
+    assert sorted(path.name for path in tmp_path.glob("*.flac")) == ["a_b.flac", "unknown.flac", "å.flac"]
     for back, u in zip(load_speech(tmp_path, "all"), made, strict=True):
         assert np.array_equal(back.audio, u.audio)
         assert (back.id, back.text, back.speaker, back.words, back.phones) == (
@@ -240,24 +239,34 @@ def test_save_and_load(tmp_path: Path) -> None:
             (),
         )
     assert [u.id for u in load_speech(tmp_path, "test")] == ["u3", "u4"]
-    first = tmp_path / "a_b-0.flac"
+    first = tmp_path / "a_b.flac"
     first.write_bytes(first.read_bytes()[:-4000])
     with pytest.raises((ValueError, soundfile.LibsndfileError)):
         [u.audio for u in load_speech(tmp_path)]
 
 
-def test_ogg_is_close_and_unchanged_sound_is_not_rewritten(tmp_path: Path) -> None:
+def test_ogg_is_close_and_nothing_stale_is_remembered(tmp_path: Path) -> None:
     u = load_speech()[0]
-    S.save_speech(tmp_path, {"train": [u]}, {}, format="OGG", compression=0.45)
-    path = tmp_path / f"{u.speaker}-0.ogg"
-    before = path.read_bytes()
+    S.save_speech(tmp_path, {"train": [u]}, {}, suffix=".ogg", compression=0.45)
     assert snr(u.audio, load_speech(tmp_path)[0].audio) > 15
-    S.save_speech(tmp_path, {"train": [u]}, {}, format="OGG", compression=0.45)
-    assert path.read_bytes() == before
-    loud = Utterance(u.id, u.audio * 0.5, speaker=u.speaker)
-    S.save_speech(tmp_path, {"train": [loud]}, {}, format="OGG", compression=0.45)
-    assert path.read_bytes() != before
-    assert np.abs(load_speech(tmp_path)[0].audio).max() < 0.4  # nothing stale is remembered
+    quiet = Utterance(u.id, u.audio * 0.5, speaker=u.speaker)
+    S.save_speech(tmp_path, {"train": [quiet]}, {}, suffix=".ogg", compression=0.45)
+    assert np.abs(load_speech(tmp_path)[0].audio).max() < 0.4
+
+
+def test_a_corpus_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def spoken() -> Iterator[Utterance]:
+        yield load_speech()[1]
+        raise OSError("disk full")
+
+    folder = tmp_path / "set"
+    with pytest.raises(OSError, match="disk full"):
+        S.save_speech(folder, {"train": spoken()}, {})
+    assert not (folder / "speech.json").exists()
+    S.save_speech(folder, {"train": [load_speech()[0]]}, {})
+    with pytest.raises(OSError, match="disk full"):
+        S.save_speech(folder, {"train": spoken()}, {})
+    assert [u.text for u in load_speech(folder)] == [load_speech()[0].text]
 
 
 # Mixes
@@ -416,7 +425,7 @@ def test_the_documentations_lines(tmp_path: Path) -> None:
 
 def test_map_and_filter_see_arrays(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    dataset = S.AudioDataset(load_speech()[:4].to_dataset(), sampling_rate=8000)
+    dataset = load_speech()[:4].to_dataset(sampling_rate=8000)
     loud = dataset.map(
         lambda row: {"peak": float(np.abs(row["audio"]["array"]).max()), "n": len(row["audio"]["array"])}
     )
@@ -430,7 +439,12 @@ def test_map_and_filter_see_arrays(tmp_path: Path) -> None:
         row["long"] = len(row["audio"]["array"])
         return row
 
-    assert dataset.map(pass_through)["long"] == loud["n"]
+    passed = dataset.map(pass_through)
+    assert list(passed["long"]) == list(loud["n"])
+    assert [len(row["audio"]["array"]) for row in passed] == list(loud["n"])
+    two = dataset.map(lambda row: {"n": len(row["audio"]["array"])}, num_proc=2)
+    assert list(two["n"]) == list(loud["n"])
+    assert len(two[3]["audio"]["array"]) == loud["n"][3]
     batched = dataset.map(
         lambda rows: {"n": [len(a["array"]) for a in rows["audio"]]}, batched=True, remove_columns=["audio"]
     )
@@ -453,11 +467,12 @@ def test_streaming(tmp_path: Path) -> None:
 
 
 def test_load_dataset_of_plain_speech(folder: Path) -> None:
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
     rows = S.load_dataset(folder)
     assert rows[0]["text"] == "GO ON"
     assert rows[0]["audio"]["array"].shape == (8000,)
-    assert rows._rows[0]["audio"]["bytes"] is None  # a path, not a copy
+    plain = rows.cast_column("audio", datasets.Audio(decode=False))
+    assert plain[0]["audio"]["bytes"] is None  # a path, not a copy
     ours = S.load_dataset("builtin", split="test")
     assert len(ours) == 136
     test = load_speech("builtin", "test")
@@ -475,6 +490,35 @@ def test_missing_tools_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     S._decode_whole.cache_clear()
     with pytest.raises(ImportError, match=r"w2vc\[audio\]"):
         load_speech()[0].audio  # noqa: B018
+
+
+# One name for everything that is measured
+
+
+def test_open_speech(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_speech("builtin", "test")
+    assert [u.id for u in S.open_speech("builtin")] == [u.id for u in whole]
+    few = S.open_speech("builtin", limit=17)
+    assert len(few) == 17
+    assert {u.kind for u in few} == {"keyword", "digits", "sentence"}  # from all over the set, not its start
+    assert [u.id for u in few] == [u.id for u in S.open_speech("builtin", limit=17)]
+    S.save_speech(tmp_path / "packed", {"dev": whole[:2], "test": whole[2:5]}, {})
+    assert len(S.open_speech(tmp_path / "packed")) == 3
+    assert len(S.open_speech(folder)) == 5
+    for bad, split, limit in (
+        ("builtin", "tset", None),
+        ("builtin", None, 0),
+        (folder, "test", None),
+        ("none", None, None),
+    ):
+        with pytest.raises(ValueError, match=r"split=|limit=|known sets"):
+            S.open_speech(bad, split, limit)
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    root, train = released_dataset(tmp_path / "demo"), load_speech()
+    streamed = S.open_speech(f"hf:{root}:clean:validation", limit=2)
+    assert [(u.text, u.n_samples) for u in streamed] == [(u.text.upper(), u.n_samples) for u in train[:2]]
+    assert np.abs(streamed[1].audio - train[1].audio).max() < 1e-4
 
 
 # Choosing by environment

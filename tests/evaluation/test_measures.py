@@ -12,10 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.data.corpus import Segment
 from w2vc.evaluation import measures as M
-from w2vc.model.features import conv_output_lengths
 
 pytest.importorskip("jiwer")
 pytest.importorskip("scipy")
@@ -112,8 +110,6 @@ def test_error_curve_counts(pairs: list[tuple[float, bool]]) -> None:
         assert cost == pytest.approx(every.min())
         assert every[list(thresholds).index(best)] == pytest.approx(cost)
         assert cost <= 1
-    dear = (0.05 * 10 * miss + 0.95 * alarm).min() / min(0.05 * 10, 0.95)
-    assert M.min_dcf(scores, same, 0.05, cost_miss=10).value == pytest.approx(dear)
 
 
 @quick
@@ -227,49 +223,6 @@ def test_frames_become_turns() -> None:
         M.activity_turns([1, 0])
 
 
-# ------------------------------------------------------------------------------------------ classes
-
-
-def test_cross_table() -> None:
-    assert M.cross_table([0, 1, 1], [1, 0, 0], (2, 3)).tolist() == [[0, 1, 0], [2, 0, 0]]
-    assert M.accuracy(M.cross_table([0, 1, 1, 2], [0, 1, 0, 2])) == 0.75
-    assert math.isnan(M.accuracy(M.cross_table([], [], (2, 2))))
-    for bad in (([0], [1, 2]), ([-1], [0])):
-        with pytest.raises(ValueError, match="rows and columns"):
-            M.cross_table(*bad)
-    with pytest.raises(ValueError, match="too small"):
-        M.cross_table([3], [0], (2, 2))
-
-
-def test_log_mel_frames_lie_where_the_models_frames_lie() -> None:
-    config = Wav2Vec2ConformerConfig()
-    for size in (400, 719, 720, 16_000):
-        audio = np.sin(2 * np.pi * 1000 / 16_000 * np.arange(size)).astype(np.float32)
-        mel = M.log_mel_frames(audio)
-        assert mel.shape == (int(conv_output_lengths(size, config.conv_kernel, config.conv_stride)), 40)
-    top = 2595 * math.log10(1 + 8000 / 700)
-    centre = 2595 * math.log10(1 + 1000 / 700) / top * 41 - 1
-    assert abs(mel.mean(0).argmax() - centre) <= 1
-
-
-def test_softmax_regression_is_at_its_optimum() -> None:
-    g = torch.Generator().manual_seed(0)
-    classes = torch.randint(0, 3, (300,), generator=g)
-    features = torch.randn(300, 4, generator=g) + 1.5 * torch.eye(3, 4)[classes]
-    weights = M.fit_softmax(features, classes, 3, steps=300)
-    again = weights.clone().requires_grad_()
-    inputs = torch.cat([features, torch.ones(300, 1)], 1)
-    loss = (
-        torch.nn.functional.cross_entropy(inputs @ again.T, classes, reduction="sum")
-        + again[:, :-1].square().sum() / 2
-    )
-    (gradient,) = torch.autograd.grad(loss, again)
-    assert gradient.abs().max() < 0.2  # of a sum over 300 frames
-    assert torch.equal(weights, M.fit_softmax(features, classes, 3, steps=300))
-    with torch.inference_mode():
-        assert torch.equal(weights, M.fit_softmax(features, classes, 3, steps=300))
-
-
 # ------------------------------------------------------------------------------------------ intervals
 
 
@@ -296,7 +249,7 @@ def test_bootstrap_by_hand_and_by_groups() -> None:
         {"values": [1, 2], "level": 1.0},
         {"values": [1, 2], "n": 0},
     ):
-        with pytest.raises(ValueError, match="groups, n="):
+        with pytest.raises(ValueError, match="make no interval"):
             M.bootstrap(**bad)
 
 

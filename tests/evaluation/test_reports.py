@@ -1,4 +1,4 @@
-"""The evaluation chapter: what codes and layers know against slow plain code, reports that fit the model's class, sets by name."""
+"""Reports that fit the model's class, each figure with its interval; sets by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from helpers import tiny_config
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.data.audio import Wav2Vec2FeatureExtractor
 from w2vc.data.batches import data_loader, turn_order
-from w2vc.data.corpus import KEYWORDS, Speech, Utterance, load_speech, save_speech
+from w2vc.data.corpus import KEYWORDS, Speech, Utterance, frame_activity, load_speech, save_speech
 from w2vc.evaluation import measures as M
 from w2vc.evaluation import reports as E
 from w2vc.files.pretrained import demo_folder
@@ -29,6 +27,7 @@ from w2vc.model.classification import (
     Wav2Vec2ConformerForSequenceClassification,
 )
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC
+from w2vc.model.features import receptive_field
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.model.speaker import Wav2Vec2ConformerForXVector, XVectorOutput
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
@@ -39,69 +38,6 @@ from w2vc.training.trainer import PretrainingObjective
 
 pytest.importorskip("jiwer")
 pytest.importorskip("scipy")
-quick = settings(max_examples=50, deadline=None)
-
-
-# ------------------------------------------------------------------------------------------ codes and phones
-
-
-@quick
-@given(
-    st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=2, max_size=4).filter(
-        lambda t: np.sum(t) > 0
-    )
-)
-def test_mutual_information_is_the_distance_from_independence(rows: list[list[int]]) -> None:
-    table = np.array(rows)
-    p = table / table.sum()
-    both = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-    slow = sum(x * math.log2(x / y) for x, y in zip(p.ravel(), both.ravel(), strict=True) if x)
-    assert E.mutual_information(table) == pytest.approx(max(slow, 0), abs=1e-9)
-    assert E.mutual_information(table.T) == pytest.approx(E.mutual_information(table), abs=1e-9)
-
-
-def test_measures_of_codes() -> None:
-    rng = np.random.default_rng(0)
-    phones = rng.integers(0, 10, 4000)
-    names = np.array([f"p{i}" for i in phones])
-    exact = E.measure_codes(phones * 7, phones)
-    assert (exact.used, exact.known, exact.phone_purity, exact.code_purity) == (10, pytest.approx(1), 1, 1)
-    assert exact.chance < 0.02
-    codes = np.stack([phones // 2, rng.integers(0, 8, 4000)], 1)  # half of what there is to know, and noise
-    report = E.code_phone_report(codes, names, np.eye(10)[phones], n_codes=10)
-    assert list(report) == ["group 0", "group 1", "joint", "k-means 10", "k-means 40"]
-    assert report["group 0"].phone_purity == pytest.approx(0.5, abs=0.02)
-    assert report["group 1"].known < 0.01
-    assert abs(report["group 1"].known - report["group 1"].chance) < 0.01
-    assert report["joint"].known >= report["group 0"].known
-    assert report["k-means 40"].known > 0.9
-    more = [E.measure_codes(rng.integers(0, n, 4000), phones) for n in (10, 100, 1000)]  # knows nothing
-    assert more[0].known < more[1].known < more[2].known  # the trap: more codes seem to know more
-    assert all(abs(m.known - m.chance) < 0.02 for m in more)
-    assert more[0].phone_purity < more[2].phone_purity
-    with pytest.raises(ValueError, match="frames, groups"):
-        E.code_phone_report(phones, names)
-
-
-def test_the_phone_of_a_frame_is_that_of_its_middle() -> None:
-    u = load_speech("builtin", "test")[3]
-    config = Wav2Vec2ConformerConfig()
-    rows = E.phone_rows(u, 50, config)
-    for t in range(50):
-        middle = (320 * t + 199.5) / 16_000  # of the samples 320 t … 320 t + 399
-        assert rows[t] == next((s.label for s in u.phones if s.start <= middle < s.end), "")
-
-
-def test_an_interval_of_an_entropy_is_centred() -> None:
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 50, 200)
-    entropy = lambda rows: E._bits(np.bincount(rows))  # noqa: E731
-    plain, centred = (E.bootstrap(codes, entropy, n=300, centred=c) for c in (False, True))
-    assert (
-        plain.high < plain.value
-    )  # repeated rows hold fewer codes: the interval does not even hold the figure
-    assert centred.low < centred.value < centred.high
-    assert centred.high - centred.low == pytest.approx(plain.high - plain.low)
 
 
 # ------------------------------------------------------------------------------------------ probe and contrast
@@ -117,77 +53,6 @@ def some() -> Speech:
 def pretraining_model(**knobs: Any) -> Wav2Vec2ConformerForPreTraining:
     torch.manual_seed(0)
     return Wav2Vec2ConformerForPreTraining(tiny_config(num_negatives=5, **knobs)).eval()
-
-
-def test_probe_learns_on_other_speakers(some: Speech) -> None:
-    model = pretraining_model().train()
-    probe = E.phone_probe(model, some)
-    assert model.training
-    assert probe.layers == ("latent frames", "encoder input", "block 1", "block 2")
-    assert set(probe.ids) == {u.id for u in some}
-    counted = {
-        u.id: sum(
-            p != ""
-            for p in E.phone_rows(u, int(model._get_feat_extract_output_lengths(u.n_samples)), model.config)
-        )
-        for u in some
-    }
-    assert dict(zip(probe.ids, probe.frames.tolist(), strict=True)) == counted
-    assert probe.accuracy[probe.best] == max(probe.accuracy.values())
-    other = E.phone_probe(model, some, batch_seconds=3)
-    assert probe.accuracy == pytest.approx(other.accuracy, abs=0.01)  # other batches: a few frames at most
-    halves = [some.filter(speaker=names) for names in (["f11", "m12"], ["f12", "m11"])]
-    one, other = (E.phone_probe(model, a, b) for a, b in (halves, halves[::-1]))
-    assert (probe.right.sum(1) == one.right.sum(1) + other.right.sum(1)).all()
-    with pytest.raises(ValueError, match="speak in both sets"):
-        E.phone_probe(model, some, some[:3])
-    with pytest.raises(ValueError, match="1 speaker"):
-        E.phone_probe(model, halves[0].filter(speaker="f11"))
-    thin = E.phone_probe(model, some, max_frames=300)
-    assert 0 < thin.frames.sum() <= 0.5 * probe.frames.sum() + len(some)
-
-
-def test_probe_reads_what_is_there(some: Speech, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that holds the phone is read perfectly, one that holds noise no better than by guessing."""
-    real = E._layer_states
-
-    def planted(*arguments: Any) -> Any:
-        states = real(*arguments)
-        alphabet = sorted({p for u in some for p, _, _ in u.phones})
-        told = torch.eye(len(alphabet))[[alphabet.index(p) for p in states.phones.tolist()]]
-        return states._replace(layers=[told, torch.randn(told.shape)])
-
-    monkeypatch.setattr(E, "_layer_states", planted)
-    probe = E.phone_probe(pretraining_model(), some)
-    right, guessed = probe.right.sum(1) / probe.frames.sum()
-    count = pretraining_model()._get_feat_extract_output_lengths
-    phones = {u.id: E.phone_rows(u, int(count(u.n_samples)), Wav2Vec2ConformerConfig.tiny()) for u in some}
-    halves = (["f11", "m12"], ["f12", "m11"])
-    sides = [{p for u in some if u.speaker in names for p in phones[u.id]} for names in halves]
-    known = sum(p in sides[u.speaker in {"f11", "m12"}] for u in some for p in phones[u.id] if p)
-    assert right * probe.frames.sum() >= 0.99 * known  # a phone that only the asked half says cannot be named
-    assert guessed < probe.majority + 0.05
-
-
-def test_padding_that_would_be_heard_is_avoided(some: Speech) -> None:
-    sizes = {}
-    for invariant in (True, False):
-        model = pretraining_model(padding_invariant=invariant)
-        sizes[invariant] = [len(batch["ids"]) for batch in E.utterance_batches(model, some)]
-    assert sizes == {True: [16], False: [1] * 16}
-
-
-def test_phone_frames(some: Speech) -> None:
-    model = pretraining_model()
-    frames = E.phone_frames(model, some, batch_seconds=5)
-    alone = [E.phone_frames(model, Speech([u])) for u in some[:3]]
-    for u, own in zip(some[:3], alone, strict=True):
-        mine = frames.ids == u.id
-        assert (frames.codes[mine] == own.codes).all()
-        assert (frames.phones[mine] == own.phones).all()
-        assert np.allclose(frames.mel[mine], own.mel, atol=1e-4)
-    with pytest.raises(ValueError, match="no phones are known"):
-        E.phone_frames(model, Speech([Utterance("x", some[0].audio)]))
 
 
 @pytest.mark.parametrize("crop", [{}, {"crop_seconds": 0.5, "crop": "shortest"}])
@@ -328,11 +193,10 @@ def test_frame_reports() -> None:
     labels = {0: "speaker 1", 1: "speaker 2"}
     config = Wav2Vec2ConformerConfig.tiny(id2label=labels, problem_type="multi_label_classification")
     model = FrameOracle(config)
-    grid = {"hop": 0.02, "middle": E.receptive_field(config.conv_kernel, config.conv_stride)[0] / 32_000}
+    grid = {"hop": 0.02, "middle": receptive_field(config.conv_kernel, config.conv_stride)[0] / 32_000}
     counts = {u.id: int(model._get_feat_extract_output_lengths(u.n_samples)) for u in mixes}
     truth = {
-        u.n_samples: E._frame_activity(turn_order(u), list(labels.values()), counts[u.id], **grid)
-        for u in mixes
+        u.n_samples: frame_activity(turn_order(u), list(labels.values()), counts[u.id], **grid) for u in mixes
     }
     model.truth = truth
     report = E.evaluate(model, mixes, draws=50)
@@ -348,7 +212,7 @@ def test_frame_reports() -> None:
     phones = sorted({p.label for p in u.phones})[:-1]  # one label is missing: its frames do not count
     single = FrameOracle(Wav2Vec2ConformerConfig.tiny(id2label=dict(enumerate(phones))))
     n = int(single._get_feat_extract_output_lengths(u.n_samples))
-    single.truth = {u.n_samples: E._frame_activity(u.phones, phones, n, **grid)}
+    single.truth = {u.n_samples: frame_activity(u.phones, phones, n, **grid)}
     report = E.evaluate(single, Speech([u]))
     assert list(report) == ["frame accuracy"]
     assert report["frame accuracy"].value == 1
@@ -389,11 +253,11 @@ def test_speaker_report() -> None:
     vectors = torch.stack([model.vectors[u.n_samples] for u in speech])
     scores, same = (
         table[np.triu_indices(len(speech), 1)]
-        for table in E.score_pairs(vectors, [u.speaker for u in speech])
+        for table in M.score_pairs(vectors, [u.speaker for u in speech])
     )
-    assert report["EER"].value == pytest.approx(E.equal_error_rate(scores, same).value)
+    assert report["EER"].value == pytest.approx(M.equal_error_rate(scores, same).value)
     for p in (0.01, 0.05):
-        assert report[f"minDCF {p}"].value == pytest.approx(E.min_dcf(scores, same, p).value)
+        assert report[f"minDCF {p}"].value == pytest.approx(M.min_dcf(scores, same, p).value)
     assert "over speakers" in wide.table()
     with pytest.raises(ValueError, match="both kinds are needed"):
         E.evaluate(model, speech.filter(speaker="f11"))
@@ -459,16 +323,18 @@ def test_pretraining_report_without_phones(some: Speech) -> None:
 
 
 def test_what_evaluate_refuses(some: Speech) -> None:
-    for model, speech, options in (
-        (torch.nn.Linear(1, 1), some, {}),
-        (pretraining_model(), some[:0], {}),
-        (pretraining_model(), some, {"by": "word"}),
+    for model, speech, options, message in (
+        (torch.nn.Linear(1, 1), some, {}, "model is a Linear: allowed are Wav2Vec2ConformerForCTC"),
+        (pretraining_model(), some[:0], {}, "speech has 0 utterances"),
+        (pretraining_model(), some, {"by": "word"}, "by='word' must be"),
     ):
-        with pytest.raises(ValueError, match="allowed are Wav2Vec2ConformerForCTC"):
+        with pytest.raises(ValueError, match=message):
             E.evaluate(model, speech, **options)
+    with pytest.raises(TypeError, match="drawz"):
+        E.evaluate(pretraining_model(), some, drawz=3)
     with pytest.raises(FileNotFoundError):
         E.evaluate("no/such-checkpoint-here", some)
-    with pytest.raises(ValueError, match=r"1 name\(s\) belong to several"):
+    with pytest.raises(ValueError, match=r"4 utterances.*each its own id"):
         E.evaluate(pretraining_model(), Speech([*some[:3], some[0]]))
 
 

@@ -1,22 +1,18 @@
-"""Looking inside: pages that stand alone, maps in 8 bits, and the numbers that sum a head up."""
+"""Looking inside: the maps of a model, the numbers that sum a head up, and the explorer that shows them."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from helpers import tiny_config
-from w2vc.data.corpus import Segment, frame_labels, load_speech
+from w2vc.data.corpus import load_speech
 from w2vc.explore import attention as explore
-from w2vc.explore.attention import Explorer, slider
 from w2vc.explore.viz import Picture
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
 
@@ -37,169 +33,6 @@ def model() -> Wav2Vec2ConformerModel:
 def maps() -> torch.Tensor:
     g = torch.Generator().manual_seed(1)
     return (3 * torch.randn(2, 3, 11, 11, generator=g)).softmax(-1)
-
-
-# ---- the page
-
-
-def test_a_page_stands_alone(tmp_path: Path) -> None:
-    data = {"text": "</script><b>&\u2028", "n": [1, 2.5, None]}
-    one = Explorer(
-        "A <title>", '<p class="read"></p>', "w.say(data.text);", data, fallback=STILL, note="a & b"
-    )
-    assert one.size == len(one._repr_html_().encode())
-    path = one.save(tmp_path / "page.html")
-    page = path.read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>")
-    assert one._repr_html_() in page
-    assert page.count("<script>") == page.count("</script>") == 1  # data cannot end the script
-    assert "<title>A &lt;title&gt;</title>" in page
-    assert not re.search(r'(?:src|href)="(?!data:)', page)
-    assert "http" not in page
-    assert f"{round(one.size / 1000)} kB" in one._repr_html_()
-    assert f"{round(one.size / 1000)} kB" in repr(one)
-
-
-def test_equal_content_has_equal_html_and_other_content_another_name() -> None:
-    def make(**changes: object) -> Explorer:
-        parts: dict = {
-            "title": "t",
-            "body": "b",
-            "script": "s",
-            "data": {"a": 1, "b": 2},
-            "css": "",
-            "note": "",
-        }
-        return Explorer(**{**parts, **changes}, fallback=STILL)
-
-    assert make()._repr_html_() == make(data={"b": 2, "a": 1})._repr_html_()
-    names = [
-        make(**{key: {"a": 2} if key == "data" else "x"}).name
-        for key in ("title", "body", "script", "data", "css", "note")
-    ]
-    assert len({make().name, *names}) == 7
-
-
-def test_the_picture_stands_in_the_html_before_any_script() -> None:
-    html = Explorer("t", "<p>live</p>", "", {}, fallback=STILL)._repr_html_()
-    before, _, _ = html.partition("<script>")
-    assert f'<img alt="{STILL.alt}"' in before
-    assert "<p>live</p>" not in html  # what needs the script is not there without it
-    assert re.search(r'class="live" hidden', before)
-
-
-def test_styles_touch_nothing_else() -> None:
-    css = Explorer(
-        "t",
-        "b",
-        "",
-        {},
-        fallback=STILL,
-        css="& .x, & .y { color:red; }\n@media (max-width:9px) { & .x { a:b; } }",
-    )._css
-    css = re.sub(r"/\*.*?\*/", "", css)
-    assert "&" not in css
-    for selectors in re.findall(r"([^{}]+)\{", css):
-        for selector in selectors.split(","):
-            assert selector.strip().startswith("@") or re.search(r"\.w2vc-[0-9a-f]{10}", selector), selector
-    assert css.count("color-scheme:dark") == 2  # once asked for by the page, once by the system
-    assert re.search(r"prefers-color-scheme: dark\) \{ body:not\(\[data-theme=\"light\"\]\)", css)
-
-
-@pytest.mark.parametrize(("title", "alt"), [(" ", STILL.alt), ("t", "too short")])
-def test_title_and_description_are_asked_for(title: str, alt: str) -> None:
-    with pytest.raises(ValueError, match=r"title|alt"):
-        Explorer(title, "", "", {}, fallback=Picture(b"", alt, 1))
-
-
-def test_numbers_that_json_cannot_say_are_refused() -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        Explorer("t", "", "", {"x": float("nan")}, fallback=STILL)
-
-
-def test_several_explorers_share_a_page(tmp_path: Path) -> None:
-    parts = [Explorer(t, "", "", {}, fallback=STILL) for t in ("one", "two")]
-    page = explore.save_page(
-        tmp_path / "p.html", [parts[0], "<h2>Between</h2>", parts[1]], title="Both"
-    ).read_text()
-    assert page.index("one") < page.index("Between") < page.index(parts[1].name)
-
-
-# ---- pixels and sound
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (64, 33)])
-@pytest.mark.parametrize("smooth", [False, True])
-def test_png_gives_the_numbers_back(shape: tuple[int, int], smooth: bool) -> None:
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    values = rng.integers(0, 256, shape).astype(np.uint8)
-    if smooth:  # another filter wins
-        steps = rng.integers(-1, 2, shape).cumsum(0).cumsum(1)  # neighbours are often equal
-        values = (steps % 256).astype(np.uint8)
-    data = base64.b64decode(explore.gray_png(values).removeprefix("data:image/png;base64,"))
-    image = Image.open(io.BytesIO(data))
-    assert image.mode == "L"
-    assert np.array_equal(np.asarray(image), values)
-
-
-@pytest.mark.parametrize("values", [np.zeros((2, 2)), np.zeros(3, np.uint8), np.zeros((0, 2), np.uint8)])
-def test_png_refuses_what_is_not_bytes(values: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="uint8"):
-        explore.gray_png(values)
-
-
-def test_maps_in_8_bits_are_close(maps: torch.Tensor) -> None:
-    for each in maps.flatten(0, 1):
-        values, largest = explore.squeeze_map(each)
-        back = largest * (values.astype(float) / 255) ** 2
-        assert values.max() == 255
-        assert np.abs(back - each.numpy()).max() <= largest / 255
-        faint = each.numpy() < largest / 100
-        assert np.abs(back - each.numpy())[faint].max() <= largest / 2000  # a tenth of the steps, near 0
-
-
-def test_clip_data_holds_the_recording() -> None:
-    import soundfile
-
-    utterance = load_speech("builtin", "test")[2]
-    data = json.loads(json.dumps(explore.clip_data(utterance)))
-    assert data["seconds"] == pytest.approx(utterance.seconds, abs=1e-3)
-    audio, rate = soundfile.read(
-        io.BytesIO(base64.b64decode(data["sound"].partition(",")[2])), dtype="float32"
-    )
-    assert rate == utterance.sampling_rate
-    assert np.abs(audio - utterance.audio).max() < 1e-4
-    assert len(data["wave"]) % 2 == 0
-    assert max(map(abs, data["wave"])) == 100
-    assert [label for label, *_ in data["words"]] == utterance.text.split()
-    assert len(data["phones"]) == len(utterance.phones)
-
-
-def test_spectrogram_puts_a_tone_where_it_belongs() -> None:
-    tone = np.sin(2 * np.pi * 2000 * np.arange(16000) / 16000)
-    rows = explore.spectrogram_bytes(tone, 16000)
-    assert rows.shape[0] == 128
-    assert abs(int(rows[:, 60].argmax()) - 96) <= 1  # 2 kHz of 8: a quarter of the way up
-    assert rows.max() == 255
-
-
-def test_utterances_from_arrays_files_and_segments(tmp_path: Path) -> None:
-    import soundfile
-
-    known = load_speech("builtin", "test")[2]
-    soundfile.write(tmp_path / "clip.wav", known.audio, 16000)
-    words = (Segment("a", 0.0, 0.5),)
-    for audio in (known.audio, torch.from_numpy(known.audio.copy()), tmp_path / "clip.wav"):
-        made = explore.as_utterance(audio, {"words": words})
-        assert made.seconds == known.seconds
-        assert (made.words, made.phones) == (words, ())
-    assert explore.as_utterance(tmp_path / "clip.wav").id == "clip"
-    assert explore.as_utterance(known, words).phones == words
-    assert explore.as_utterance(known).phones == known.phones
-    with pytest.raises(ValueError, match="segments"):
-        explore.as_utterance(known, {"syllables": words})
 
 
 # ---- maps of a model
@@ -261,12 +94,12 @@ def test_explorer_has_a_picture_for_where_scripts_do_not_run(model: Wav2Vec2Conf
 def test_explorer_holds_the_maps(model: Wav2Vec2ConformerModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    monkeypatch.setattr(explore, "_still", lambda *_: STILL)
+    monkeypatch.setattr(explore, "render", lambda *_: STILL)
     utterance = load_speech("builtin", "test")[2]
     one = explore.attention_explorer(model, utterance, layers=[0, 1], heads=[0, 2, 3], start=(1, 2))
     again = explore.attention_explorer(model, utterance, layers=[0, 1], heads=[0, 2, 3], start=(1, 2))
     assert one._repr_html_() == again._repr_html_()
-    data = json.loads(re.search(r"data = (\{.*\});\nconst table", one._repr_html_())[1])
+    data = one.data
     truth = explore.attention_maps(model, utterance, layers=[0, 1], heads=[0, 2, 3]).flatten(0, 1)
     assert (data["layers"], data["heads"], data["start"], data["frames"]) == (
         [0, 1],
@@ -286,7 +119,7 @@ def test_explorer_of_the_demo_model_is_small_enough(monkeypatch: pytest.MonkeyPa
     from w2vc.training.demo import load_demo
 
     still = Picture(bytes(120_000), STILL.alt, 700)  # as large as it may be; drawing it takes long
-    monkeypatch.setattr(explore, "_still", lambda *_: still)
+    monkeypatch.setattr(explore, "render", lambda *_: still)
 
     test = load_speech("builtin", "test")
     audio = np.concatenate([test[0].audio, test[1].audio])[:80_000]
@@ -306,7 +139,6 @@ def test_numbers_of_heads_that_we_know() -> None:
     assert explore.attention_distance(ahead, hop=0.01) == pytest.approx(10 * ((n - 3) * 3 + 3 * (n - 3)) / n)
     assert explore.attention_entropy(equal) == pytest.approx(1)
     assert explore.attention_entropy(itself) == 0
-    assert explore.attention_entropy(equal, relative=False) == pytest.approx(math.log(n))
     assert explore.diagonality(itself) == 1
     assert explore.diagonality(ahead, reach=2) == 0
     assert explore.diagonality(ahead, reach=3) == pytest.approx((n - 3) / n)
@@ -406,35 +238,3 @@ def test_position_profile_is_the_attention_of_a_head_deaf_to_content(model: Wav2
 def test_other_kinds_have_no_position_profile(kind: str | None) -> None:
     with pytest.raises(ValueError, match="relative"):
         explore.position_profile(Wav2Vec2ConformerModel(tiny_config(position_embeddings_type=kind)))
-
-
-def test_frame_clock(model: Wav2Vec2ConformerModel) -> None:
-    from w2vc.config import Wav2Vec2ConformerConfig
-
-    class Sized:
-        config = Wav2Vec2ConformerConfig()
-
-    assert explore.frame_clock(Sized()) == (0.02, 0.0125)  # type: ignore[arg-type]
-    hop, middle = explore.frame_clock(model)
-    utterance = load_speech("builtin", "test")[2]
-    labels = frame_labels(utterance.phones, 40, hop, middle)
-    assert labels[0] == "sil"
-
-
-def test_a_slider_holds_its_pictures_and_refuses_what_it_cannot_turn() -> None:
-    pages = {
-        name: Picture(b"\x89PNG" + name.encode(), f"A picture with the name {name} on it", 100)
-        for name in "abc"
-    }
-    made = slider("Letters", "letter", pages, start=2)
-    assert made.fallback is pages["c"]
-    text = made._repr_html_()
-    for page in pages.values():
-        assert base64.b64encode(page.png).decode() in text
-    assert text == slider("Letters", "letter", pages, start=2)._repr_html_(), "equal content, equal HTML"
-    with pytest.raises(ValueError, match="two pictures"):
-        slider("One", "letter", {"a": pages["a"]})
-    with pytest.raises(ValueError, match="label"):
-        slider("None", " ", pages)
-    with pytest.raises(ValueError, match="start=3"):
-        slider("Far", "letter", pages, start=3)

@@ -12,7 +12,8 @@ import torch
 from helpers import tiny_config
 from w2vc.data.corpus import load_speech
 from w2vc.explore import attention as explore
-from w2vc.explore.attention import Explorer, attention_explorer, attention_maps, save_page
+from w2vc.explore.attention import attention_explorer, attention_maps
+from w2vc.explore.page import Explorer, save_page
 from w2vc.explore.viz import Picture
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
 
@@ -30,7 +31,7 @@ def maps_and_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tenso
             parameter.add_(0.3 * torch.randn_like(parameter))
     utterance = load_speech("builtin", "test")[2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explore, "_still", lambda *_: STILL)  # drawing takes longer than all the rest
+        patch.setattr(explore, "render", lambda *_: STILL)  # drawing takes longer than all the rest
         one = attention_explorer(model, utterance)
     return attention_maps(model, utterance), one.save(tmp_path_factory.mktemp("page") / "page.html")
 
@@ -210,10 +211,18 @@ def test_without_scripts_the_picture_stays(browser: object, maps_and_page: tuple
 
 
 def test_two_on_a_page_a_broken_one_and_a_twin(browser: object, tmp_path: Path) -> None:
-    body = '<button class="b">add</button><p class="read" aria-live="polite">0</p>'
-    count = "let n = data.n; w.find('.b').addEventListener('click', () => w.say(String(++n)));"
-    one, two = (Explorer(f"count from {n}", body, count, {"n": n}, fallback=STILL) for n in (10, 20))
-    broken = Explorer("broken", body, "throw new Error('on purpose');", {}, fallback=STILL)
+    for name, script in (
+        ("count", "let n = data.n; w.find('.b').addEventListener('click', () => w.say(String(++n)));"),
+        ("broken", "throw new Error('on purpose');"),
+    ):
+        page = tmp_path / name
+        page.with_suffix(".html").write_text(
+            '<button class="b">add</button><p class="read" aria-live="polite">0</p>'
+        )
+        page.with_suffix(".css").write_text("")
+        page.with_suffix(".js").write_text(f"async function start(w, data) {{ {script} }}")
+    one, two = (Explorer(f"count from {n}", tmp_path / "count", {"n": n}, STILL) for n in (10, 20))
+    broken = Explorer("broken", tmp_path / "broken", {}, STILL)
     path = save_page(tmp_path / "p.html", [one, two, broken, one], title="Four")
     problems: list[str] = []
     tab = browser.new_page()  # type: ignore[attr-defined]

@@ -11,7 +11,6 @@ import torch
 
 from helpers import tiny_config
 from w2vc.data.corpus import load_speech
-from w2vc.explore.attention import save_page
 from w2vc.explore.codevectors import (
     CodeFrames,
     code_phone_table,
@@ -19,6 +18,7 @@ from w2vc.explore.codevectors import (
     codevector_explorer,
     collect_codes,
 )
+from w2vc.explore.page import save_page
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 
 pytestmark = pytest.mark.browser
@@ -33,9 +33,7 @@ def frames() -> CodeFrames:
 
 @pytest.fixture(scope="module")
 def saved(frames: CodeFrames, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return codevector_explorer(None, frames=frames, per_code=2).save(
-        tmp_path_factory.mktemp("page") / "codes.html"
-    )
+    return codevector_explorer(frames, per_code=2).save(tmp_path_factory.mktemp("page") / "codes.html")
 
 
 def open_page(browser: Any, page: Path, problems: list[str], width: int = 1100, **look: Any) -> Any:
@@ -124,10 +122,7 @@ def test_narrow(browser: Any, saved: Path, scheme: str) -> None:
 
 
 def test_two_on_a_page_and_none_without_scripts(browser: Any, frames: CodeFrames, tmp_path: Path) -> None:
-    parts = [
-        codevector_explorer(None, frames=frames, per_code=n, sound_bytes=20_000, title=f"codes {n}")
-        for n in (1, 2)
-    ]
+    parts = [codevector_explorer(frames, per_code=n, sound_bytes=20_000, title=f"codes {n}") for n in (1, 2)]
     page = save_page(tmp_path / "two.html", parts, title="two")
     problems: list[str] = []
     tab = open_page(browser, page, problems)

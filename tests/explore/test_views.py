@@ -17,7 +17,7 @@ from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.data.audio import Wav2Vec2FeatureExtractor
 from w2vc.data.corpus import Segment, Speech, Utterance, load_speech
 from w2vc.explore import views
-from w2vc.explore.attention import Explorer
+from w2vc.explore.page import Explorer
 from w2vc.explore.views import (
     Track,
     codes_view,

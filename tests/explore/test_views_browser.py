@@ -12,7 +12,7 @@ import torch
 from helpers import tiny_config
 from w2vc.data.audio import Wav2Vec2FeatureExtractor
 from w2vc.data.corpus import load_speech
-from w2vc.explore.attention import slider
+from w2vc.explore.page import slider
 from w2vc.explore.views import explore_page, read_ctc
 from w2vc.explore.viz import figure, render
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,13 +19,14 @@ import torch
 
 from released import Hub, stand_in, write_released
 from w2vc import AutoFeatureExtractor, AutoProcessor, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
-from w2vc.config import Wav2Vec2ConformerConfig, find_file, pin_revision
+from w2vc.config import Wav2Vec2ConformerConfig
+from w2vc.files.hub import find_folder
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
 from w2vc.text.tokenizer import Wav2Vec2Processor
 
 pytest.importorskip("huggingface_hub")
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 NAME = "somebody/conformer-960h"
@@ -109,7 +111,7 @@ def test_the_first_load_fetches_and_the_second_needs_no_hub(
 ) -> None:
     here = load_everything(old)
     assert alike(load_everything(NAME), here)
-    fetched = [line for line in hub.asked if line.startswith("GET")]
+    fetched = [line for line in hub.asked if line.startswith("GET") and "/api/" not in line]
     assert len(fetched) == len(set(fetched)) == len(list(old.iterdir()))  # each file once
     silence(monkeypatch)
     hub.asked.clear()
@@ -133,7 +135,7 @@ def test_a_second_load_asks_one_question(hub: Hub) -> None:
         hub.asked.clear()
         load.from_pretrained(NAME)
         assert len(hub.asked) == 1, hub.asked
-        assert hub.asked[0].startswith(f"HEAD /{NAME}/resolve/main/")
+        assert hub.asked[0].startswith(f"GET /api/models/{NAME}/revision/main")
 
 
 # ---------------------------------------------------------------- revisions
@@ -169,14 +171,13 @@ def test_files_of_one_load_are_of_one_commit(
     """
     wide = write_released(stand_in(intermediate_size=48), tmp_path / "wide")
     answer = hub.answer
-    for last in ("config.json", "model.safetensors"):
+    for last in ("config.json", "pytorch_model.bin"):
         name = f"somebody/{last}"
         hub.push(name, old)
 
         def moving(path: str) -> Any:
             reply = answer(path)
-            fetched = hub.asked[-1].startswith("GET") or reply[0] == 404
-            if path.endswith(last) and fetched:  # noqa: B023
+            if path.endswith(last):  # noqa: B023
                 hub.push(name, wide)  # noqa: B023
             return reply
 
@@ -186,23 +187,27 @@ def test_files_of_one_load_are_of_one_commit(
         assert Wav2Vec2ConformerForCTC.from_pretrained(name).config.intermediate_size == 48
 
 
-def test_pin_revision(hub: Hub, old: Path) -> None:
+def test_a_commit_needs_no_question(hub: Hub, old: Path) -> None:
     commit = hub.repositories[NAME]["main"]
-    assert pin_revision(NAME, "config.json") == pin_revision(NAME, "config.json", revision="v1") == commit
-    assert pin_revision(NAME, "config.json", revision=commit) == commit
-    assert pin_revision(NAME, "no-such-file", revision="v1") == "v1"
-    assert pin_revision(old, "config.json") is None
+    folder = find_folder(NAME, "v1")
+    assert folder.name == commit
+    assert not list(folder.glob("*.bin"))  # only what was asked for
+    hub.asked.clear()
+    assert find_folder(NAME, commit) == folder
+    assert hub.asked == []
+    assert (find_folder(NAME, commit, ["*.bin"]) / "pytorch_model.bin").is_file()
+    assert find_folder(old) == old
 
 
 # ---------------------------------------------------------------- what can go wrong, in one line each
 
 
-def complaint(*args: Any, cls: Any = Wav2Vec2ConformerModel, **options: Any) -> str:
-    with pytest.raises(FileNotFoundError) as caught:
+def complaint(
+    *args: Any, cls: Any = Wav2Vec2ConformerModel, kind: type[Exception] = FileNotFoundError, **options: Any
+) -> str:
+    with pytest.raises(kind) as caught:
         cls.from_pretrained(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return str(caught.value)
 
 
 ANY = pytest.mark.parametrize(
@@ -211,28 +216,16 @@ ANY = pytest.mark.parametrize(
 
 
 @ANY
-def test_each_failure_has_its_own_words(
-    hub: Hub, cls: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert complaint("nobody/nothing", cls=cls) == (
-        "'nobody/nothing' is neither a folder here nor a repository on the hub; if it is a private one, "
-        "log in with `hf auth login`, or set HF_TOKEN"
-    )
-    assert complaint(NAME, revision="v9", cls=cls) == (
-        f"{NAME!r} has no revision 'v9' on the hub: name one of its branches, tags or commits"
-    )
+def test_each_failure_has_the_words_of_the_client(hub: Hub, cls: Any) -> None:
+    assert "Repository Not Found" in complaint("nobody/nothing", cls=cls, kind=errors.RepositoryNotFoundError)
+    assert "Revision Not Found" in complaint(NAME, revision="v9", cls=cls, kind=errors.RevisionNotFoundError)
     hub.push("somebody/closed", {"config.json": b"{}"})
     hub.gated.add("somebody/closed")
-    assert complaint("somebody/closed", cls=cls) == (
-        f"'somebody/closed' is gated on the hub: ask for access at {hub.url}/somebody/closed, then "
-        "log in with `hf auth login`, or set HF_TOKEN"
-    )
+    assert "Access is restricted" in complaint("somebody/closed", cls=cls, kind=errors.GatedRepoError)
     hub.push("somebody/empty", {"README.md": b""})
     assert "'somebody/empty' has no " in complaint("somebody/empty", cls=cls)
-    monkeypatch.setattr(hub, "answer", lambda path: (418, {}, b""))
-    assert "the hub does not give" in complaint("somebody/other", cls=cls)
-    assert "418" in complaint("somebody/other", cls=cls)
-    assert "Cannot have --" in complaint("some--body/x", cls=cls)
+    assert "Cannot have --" in complaint("some--body/x", cls=cls, kind=ValueError)
+    assert issubclass(errors.HfHubHTTPError, OSError)
 
 
 def test_a_missing_file_is_named(hub: Hub, old: Path) -> None:
@@ -266,14 +259,15 @@ def test_without_a_network_the_message_says_what_to_do(
     cls.from_pretrained(NAME)
     silence(monkeypatch)
     cls.from_pretrained(NAME)
-    for options in ({}, {"revision": "v1"}):
-        message = complaint("somebody/else", cls=cls, **options)
-        assert message.startswith("'somebody/else' is no folder here, the cache has no ")
-        assert "the hub cannot be reached" in message
-        assert message.endswith(": go online once, or pass a folder")
-        assert ("HF_HUB_OFFLINE is set" in message) == (silence is offline)
-        assert ("revision 'v1'" in message) == ("revision" in options)
-    assert "of revision 'v1'" in complaint(NAME, revision="v1", cls=cls)  # known, but not this revision
+    for name, options in (
+        ("somebody/else", {}),
+        ("somebody/else", {"revision": "v1"}),
+        (NAME, {"revision": "v1"}),
+    ):
+        message = complaint(name, cls=cls, **options)
+        assert (
+            "outgoing traffic has been disabled" if silence is offline else "check your internet connection"
+        ) in message
 
 
 def test_a_fetch_that_breaks_off_leaves_nothing_behind(hub: Hub, old: Path) -> None:
@@ -286,8 +280,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing_behind(hub: Hub, old: Path) -> N
         return status, headers, cut
 
     hub.answer = short  # type: ignore[method-assign]
-    message = complaint(NAME)
-    assert "the hub does not give pytorch_model.bin" in message
+    complaint(NAME, kind=OSError)
     hub.answer = answer  # type: ignore[method-assign]
     assert same(Wav2Vec2ConformerModel.from_pretrained(NAME), Wav2Vec2ConformerModel.from_pretrained(old))
 
@@ -298,7 +291,7 @@ def test_a_folder_wins_over_the_hub(
     (tmp_path / "somebody").mkdir()
     (tmp_path / NAME).symlink_to(new)
     monkeypatch.chdir(tmp_path)
-    assert find_file(NAME, "config.json") == Path(NAME) / "config.json"
+    assert find_folder(NAME) == Path(NAME)
     assert hub.asked == []
 
 
@@ -339,10 +332,7 @@ def test_the_environment_rules(old: Path, new: Path, tmp_path: Path) -> None:
         here, message = run(NAME, "main", "v1", HF_ENDPOINT=url, HF_HOME=home, HF_HUB_OFFLINE="1")
     assert hub.asked == []
     assert here == wanted
-    assert message.startswith(
-        f"{NAME!r} is no folder here, the cache has no vocab.json of revision 'v1', and the"
-    )
-    assert message.endswith("(HF_HUB_OFFLINE is set): go online once, or pass a folder")
+    assert "outgoing traffic has been disabled" in message
     cached = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
     assert (cached / "refs" / "main").read_text() == hub.repositories[NAME]["main"]
     assert [p.name for p in (cached / "snapshots").iterdir()] == [hub.repositories[NAME]["main"]]
@@ -357,3 +347,22 @@ def test_transformers_and_w2vc_share_the_cache(hub: Hub, monkeypatch: pytest.Mon
     theirs = transformers.Wav2Vec2ConformerForCTC.from_pretrained(NAME, local_files_only=True)
     assert json.loads(theirs.config.to_json_string())["architectures"] == ["Wav2Vec2ConformerForCTC"]
     assert same(ours, theirs)
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_folders_files_and_what_is_neither(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    assert find_folder(tmp_path) == find_folder(str(tmp_path)) == tmp_path
+    for missing in (tmp_path / "nowhere", "./nowhere", "/nowhere", "a/b/c", "https://x/y", ""):
+        with pytest.raises(FileNotFoundError, match="neither a folder here nor"):
+            find_folder(missing)
+    with pytest.raises(FileNotFoundError, match="is a file, and a checkpoint is a folder"):
+        find_folder(tmp_path / "a.json")
+
+
+def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "w2vc[hub]"')):
+        find_folder("who/what")

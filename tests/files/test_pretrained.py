@@ -23,11 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from helpers import assert_close, randomise_, tiny_config
+from helpers import assert_close, count_and_die, randomise_, tiny_config
 from released import stand_in, write_released
 from w2vc import AutoProcessor, Wav2Vec2FeatureExtractor, load_speech
-from w2vc import config as config_module
-from w2vc.config import JOURNAL, Wav2Vec2ConformerConfig, find_file, parameter_counts, write_together
+from w2vc.config import Wav2Vec2ConformerConfig, parameter_counts
 from w2vc.files import pretrained
 from w2vc.files.pretrained import BASE, PreTrainedModel, modern_name, read_checkpoint
 from w2vc.model.classification import (
@@ -639,36 +638,6 @@ def test_nothing_is_initialised_twice(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---------------------------------------------------------------- nothing half-written
 
 
-def count_and_die(at: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a child that dies without a word at its `at`-th step on disk; True if it died."""
-    child = os.fork()
-    if child == 0:  # no clean-up, no exit handlers: as if the power went
-        steps = 0
-
-        def dying(real: Any) -> Any:
-            def step(*args: Any, **kwargs: Any) -> Any:
-                nonlocal steps
-                steps += 1
-                if steps == at:
-                    os._exit(9)
-                return real(*args, **kwargs)
-
-            return step
-
-        for name in ("replace", "fsync", "unlink"):
-            setattr(config_module.os, name, dying(getattr(os, name)))
-        Path.unlink = dying(Path.unlink)  # type: ignore[method-assign]
-        Path.write_bytes = dying(Path.write_bytes)  # type: ignore[method-assign]
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WEXITSTATUS(status) in (0, 9)
-    return os.WEXITSTATUS(status) == 9
-
-
 @pytest.mark.parametrize(("before", "after"), [(10**9, 10**9), (10**9, 150_000), (150_000, 10**9)])
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_save_killed_at_any_instant_leaves_the_old_or_the_new_model(
@@ -686,7 +655,7 @@ def test_a_save_killed_at_any_instant_leaves_the_old_or_the_new_model(
         outcomes.append("new" if model.config.intermediate_size == 48 else "old")
         assert same(model, new if outcomes[-1] == "new" else old), step
         model.save_pretrained(folder)  # the folder can be saved to again, and is in order afterwards
-        names = {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")}
+        names = {p.name for p in folder.iterdir() if not p.name.startswith(".saving-")}
         assert names == {"config.json", "model.safetensors", "notes.txt"}
         assert same(Wav2Vec2ConformerModel.from_pretrained(folder), model)
         if not died:
@@ -709,28 +678,6 @@ def test_a_failed_save_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             new.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert same(Wav2Vec2ConformerModel.from_pretrained(tmp_path), old)
-
-
-def test_a_pending_journal_is_followed_and_never_outwards(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("old")
-    (tmp_path / ".a.1.tmp").write_text("new")
-    (tmp_path / "gone").write_text("old")
-    (tmp_path / JOURNAL).write_text(json.dumps({"a": ".a.1.tmp", "gone": None, "b": ".b.1.tmp"}))
-    (tmp_path / "b").write_text("already renamed")
-    found = find_file(tmp_path, "a")
-    assert found is not None
-    assert found.read_text() == "new"
-    assert find_file(tmp_path, "gone") is None
-    assert find_file(tmp_path, "b") == tmp_path / "b"
-    for name in (".x.00c0ffee.tmp", ".x.0badcafe.tmp", ".editor.tmp"):  # of a killed save; in use; somebody's
-        (tmp_path / name).write_text("")
-        os.utime(tmp_path / name, None if "0bad" in name else (0, 0))
-    write_together(tmp_path, {"c": b"c"})
-    left = {p.name: p.read_text() for p in tmp_path.iterdir()}
-    assert left == {"a": "new", "b": "already renamed", "c": "c", ".x.0badcafe.tmp": "", ".editor.tmp": ""}
-    (tmp_path / JOURNAL).write_text(json.dumps({"a": "../elsewhere"}))
-    with pytest.raises(ValueError, match="outside its folder"):
-        find_file(tmp_path, "a")
 
 
 # ---------------------------------------------------------------- files that must not be trusted
@@ -816,16 +763,14 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing'.*hub cannot be reached"):
+    with pytest.raises(FileNotFoundError, match="outgoing traffic has been disabled"):
         Wav2Vec2ConformerModel.from_pretrained("nobody/nothing")
 
 
 def test_fairseq_checkpoints_are_sent_to_their_own_door(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint_best.pt"
     torch.save({"model": {}, "cfg": None}, file)
-    words = (
-        r"checkpoint_best\.pt one of fairseq's checkpoints\? w2vc\.files\.fairseq\.load_fairseq reads those$"
-    )
+    words = r"checkpoint_best\.pt one of fairseq's checkpoints\? w2vc\.load_fairseq reads those$"
     for cls in (Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel, Wav2Vec2ConformerForCTC, AutoProcessor):
         for place in (file, str(file), tmp_path):
             with pytest.raises(FileNotFoundError, match=words):

@@ -21,10 +21,11 @@ from typing import Any
 import nbformat
 import pytest
 
+import book
+
 ROOT = Path(__file__).resolve().parents[2]
-CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 SHOTS = ROOT / "_build" / "lab"
-ALWAYS = {"00_start", "22_attention", "62_codevectors"}
+ALWAYS = {"00_start", "model/attention", "explore/codevectors"}
 CHAPTER_SECONDS = 600  # a chapter takes under 20 alone; this only ends one that hangs
 pytestmark = pytest.mark.browser
 
@@ -60,7 +61,7 @@ def server(desk: Path) -> Iterator[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "JUPYTERLAB_SETTINGS_DIR": str(desk / "settings")}
     env |= {f"JUPYTER_{name}": str(desk / place) for name, place in places.items()}
     env |= {"JUPYTERLAB_WORKSPACES_DIR": str(desk / "workspaces"), "IPYTHONDIR": str(desk / "ipython")}
-    trust = [sys.executable, "-m", "jupyter", "trust", *map(str, sorted((desk / "nbs").glob("*.ipynb")))]
+    trust = [sys.executable, "-m", "jupyter", "trust", *map(str, sorted((desk / "nbs").rglob("*.ipynb")))]
     subprocess.run(trust, env=env, check=True, capture_output=True)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--expose-app-in-browser", "--allow-root"]
     command += [
@@ -185,7 +186,7 @@ def moved(lab: Any, control: Any) -> bool:
 
 def chapter_parameters() -> list[Any]:
     slow = pytest.mark.slow
-    return [pytest.param(p.stem, id=p.stem, marks=() if p.stem in ALWAYS else slow) for p in CHAPTERS]
+    return [pytest.param(name, id=name, marks=() if name in ALWAYS else slow) for name in book.chapters()]
 
 
 @pytest.mark.parametrize("name", chapter_parameters())

@@ -22,9 +22,7 @@ from w2vc.model.classification import (
     Wav2Vec2ConformerForSequenceClassification,
     classification_loss,
     counted_labels,
-    make_layer_weights,
     masked_mean,
-    read_frames,
     resolve_problem_type,
     weighted_layer_sum,
 )
@@ -334,11 +332,10 @@ def test_weighted_sum_without_the_switch_ends_in_the_normalised_output(head: Any
     with torch.no_grad():
         model.layer_weights.copy_(torch.tensor([0.0, 0.0, 200.0]))  # all on the last
     values = torch.randn(2, SAMPLES)
-    base = model.wav2vec2_conformer(values, output_hidden_states=True)
-    assert torch.equal(read_frames(model, base, None)[0], base.last_hidden_state)
+    last = model.wav2vec2_conformer(values).last_hidden_state
+    assert torch.equal(model.read_frames(values)[1], last)
     model.config.hidden_states_pre_norm = True
-    other = model.wav2vec2_conformer(values, output_hidden_states=True)
-    assert helpers.difference(read_frames(model, other, None)[0], base.last_hidden_state) > 0.01
+    assert helpers.difference(model.read_frames(values)[1], last) > 0.01
 
 
 def test_frame_head_reads_class_numbers_and_ignores_minus_100() -> None:
@@ -429,7 +426,7 @@ def test_an_adapter_works(head: Any, width: int | None, weighted: bool) -> None:
     base = model.wav2vec2_conformer(
         inputs["input_values"], inputs["attention_mask"], output_hidden_states=True
     )
-    frames, mask = read_frames(model, base, inputs["attention_mask"])
+    _, frames, n_frames = model.read_frames(inputs["input_values"], inputs["attention_mask"])
     if weighted:
         shares = model.layer_weights.softmax(0)
         mixed = sum(s * h for s, h in zip(shares, base.hidden_states, strict=True))
@@ -438,7 +435,7 @@ def test_an_adapter_works(head: Any, width: int | None, weighted: bool) -> None:
     else:
         assert torch.equal(frames, base.last_hidden_state)
     lengths = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1))
-    assert mask.sum(1).tolist() == lengths.tolist()
+    assert torch.equal(n_frames, lengths)
     for row, samples in enumerate(inputs["attention_mask"].sum(1).tolist()):
         alone = model(inputs["input_values"][row : row + 1, :samples]).logits
         there = out.logits[row : row + 1] if head is SEQUENCE else out.logits[row : row + 1, : lengths[row]]
@@ -671,8 +668,7 @@ def test_first_values(head: Any) -> None:
     assert model.classifier.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert (model.classifier.bias == 0).all()
     assert torch.equal(model.layer_weights, torch.full((3,), 1 / 3))
-    assert torch.equal(model.layer_weights, make_layer_weights(model.config))
-    assert make_layer_weights(still()) is None
+    assert head(still()).layer_weights is None
 
 
 # ---- in and out of files

@@ -27,6 +27,7 @@ from w2vc.model.ctc import (
     extend_labels,
     min_input_length,
     pack_labels,
+    runs,
 )
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
@@ -669,3 +670,10 @@ def test_gpu_label_errors_and_by_hand() -> None:
         model(inputs["input_values"], labels=inputs["labels"] + 500)
     long = torch.full((3, 60), 5).cuda()
     assert model(inputs["input_values"], labels=long).loss.isinf()  # values are not looked at on a device
+
+
+def test_runs_of_a_path() -> None:
+    assert runs([0, 1, 1, 0, 1, 2]) == [(1, 1, 3), (1, 4, 5), (2, 5, 6)]
+    assert runs(torch.tensor([2, 2, 0]), blank=2) == [(0, 2, 3)]
+    assert runs("aab", None) == [("a", 0, 2), ("b", 2, 3)]
+    assert runs([]) == []

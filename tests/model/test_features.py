@@ -13,6 +13,7 @@ from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.model.features import (
     FeatureEncoder,
     FeatureProjection,
+    FrameClock,
     MaskedGroupNorm,
     conv_output_lengths,
     frame_mask,
@@ -318,3 +319,17 @@ def test_padding_on_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
     alone = encoder(x[1:, :5000])
     helpers.assert_close("features on GPU: padded row vs alone", together[1:, : alone.shape[1]], alone, 1e-4)
+
+
+def test_the_clock_tells_the_time_of_frames() -> None:
+    assert FrameClock.of(None) == FrameClock.of(Wav2Vec2ConformerConfig()) == FrameClock(320, 400, 16_000)
+    clock = FrameClock.of(None)
+    assert (clock.step, clock.middle()) == (0.02, 0.0125)
+    assert all(clock.frame(clock.middle(t) + late) == t for t in (0, 1, 40) for late in (-0.009, 0.0, 0.009))
+    assert clock.frame(-1.0) == 0
+    assert clock.span(0, 49) == (0.0025, 0.9825)
+    assert clock.span(48, 50, seconds=0.97)[1] == 0.97
+    assert FrameClock(hop=2560, width=400).span(0, 1)[0] == 0.0  # behind an adapter: never before the sound
+    slow = Wav2Vec2ConformerConfig(add_adapter=True)
+    assert FrameClock.of(slow) == clock
+    assert FrameClock.of(slow, adapter=True).hop == 320 * 2**3

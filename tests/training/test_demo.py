@@ -21,8 +21,8 @@ from w2vc import (
     load_speech,
     transcribe,
 )
-from w2vc.config import find_file
-from w2vc.evaluation.reports import count_edits
+from w2vc.evaluation.measures import count_edits
+from w2vc.files.hub import find_file
 from w2vc.files.pretrained import BASE, demo_folder
 from w2vc.training.demo import demo_curves, demo_figures
 from w2vc.training.monitoring import compare_with_bands, stored_bands

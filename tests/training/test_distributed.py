@@ -28,8 +28,9 @@ from training_runs import (
 )
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
-from w2vc.scale import launch_settings
 from w2vc.training.trainer import gather_speech, make_accelerator, read_metrics, wants_pieces
+
+SETTINGS = Path(w2vc.__file__).parent / "assets" / "scale"
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_accelerate_launch_starts_two_processes_with_a_piece_each(tmp_path: Path
     plan = make_recipe("ctc", "run.steps=2", "run.log_every=2", "run.evaluate_every=2", "run.threads=1")
     (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
     line = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_settings()["cpu_2_fsdp"]), "-m", "w2vc.cli",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SETTINGS / "cpu_2_fsdp.yaml"), "-m", "w2vc.cli",
         "finetune", str(tmp_path / "recipe.yaml"), str(tmp_path / "run"),
     ]  # fmt: skip
     out = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)

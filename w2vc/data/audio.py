@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,15 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..config import find_file, lacks, nearest, pin_revision, read_json, write_atomically
+from ..config import nearest
+from ..files.atomic import read_json, write_file
+from ..files.hub import find_folder, missing_file
 
 # %% auto #0
 __all__ = [
     "Samples",
-    "MOST_CHANNELS",
-    "EXTRACTOR_FILE",
-    "PROCESSOR_FILE",
-    "NESTED",
     "as_float",
     "resample",
     "load_audio",
@@ -44,83 +43,54 @@ _PCM = {
     "uint8": (2**7, 2**7),
     "int16": (0, 2**15),
     "int32": (0, 2**31),
-}  # (zero, full scale)
+}  # zero, full scale
 
 
-def _array(samples: Any, name: str) -> NDArray[Any]:
-    """Bring a tensor, an array or a list of numbers into numpy."""
-    if isinstance(samples, torch.Tensor):
-        samples = samples.detach().cpu()
-        return np.asarray(
-            samples.float() if samples.is_floating_point() else samples
-        )  # numpy has no bfloat16
-    if isinstance(samples, (np.ndarray, np.generic)):
-        return np.asarray(samples)
-    if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
-        raise ValueError(
-            f"{name} is a {type(samples).__name__}; an array, a tensor or a list of numbers is needed "
-            "(load_audio reads files)"
-        )
-    try:
-        array = np.asarray(samples)
-    except ValueError as error:  # rows of unequal length
-        raise ValueError(f"{name} is not a plain row of numbers: {error}") from error
-    return array.astype(np.float64) if array.dtype.kind in "iu" else array
-
-
-def _refuse_broken(audio: Samples, name: str) -> None:
-    """Refuse NaN and Inf, and say where the first one is."""
-    finite = np.isfinite(audio)
-    if not finite.all():
-        *row, sample = np.argwhere(~finite)[0].tolist()
-        where = f"sample {sample}" + (f" of row {row[0]}" if row else "")
-        raise ValueError(
-            f"{name} holds {audio[*row, sample]} at {where}, {(~finite).sum()} such value(s) in all: "
-            "repair the recording, or drop it"
-        )
-
-
-# %% ../../nbs/data/audio.ipynb #a06cf9ab
 def as_float(samples: Any, name: str = "audio") -> Samples:
     """Bring samples of any type that sound comes in to float32: floats as they are, PCM integers scaled to [-1, 1).
 
     Args:
-        samples: array, tensor or list of numbers, any shape. int8, int16 and int32 are divided by their full scale;
-            uint8 has its zero at 128. Integers of a Python list do not say their width: they stay as they are.
+        samples: array, tensor or list of numbers, any shape. Integers of a list do not say their width: they stay.
         name: what to call it in an error.
-
-    Returns:
-        float32, the same shape.
 
     Raises:
         ValueError: not numbers, a type in which sound is not stored, or NaN or Inf (and where).
     """
-    array = _array(samples, name)
-    if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # beyond float32 becomes Inf, and is refused
-            audio = array.astype(np.float32, copy=False)
-        _refuse_broken(audio if audio.ndim else audio[None], name)
-        return audio
-    if array.dtype.name not in _PCM:
-        raise ValueError(
-            f"{name} has dtype {array.dtype}; sound is floating, or PCM of {', '.join(_PCM)}: cast it to what it is"
-        )
-    zero, full = _PCM[array.dtype.name]
-    return ((array.astype(np.float64) - zero) / full).astype(np.float32)
+    if isinstance(samples, torch.Tensor):
+        samples = samples.detach().cpu()
+        samples = np.asarray(
+            samples.float() if samples.is_floating_point() else samples
+        )  # numpy has no bfloat16
+    elif isinstance(samples, (list, tuple)):
+        try:
+            samples = np.asarray(samples)
+        except ValueError as error:  # rows of unequal length
+            raise ValueError(f"{name} is not a plain row of numbers: {error}") from error
+        samples = samples.astype(np.float64) if samples.dtype.kind in "iu" else samples
+    elif not isinstance(samples, (np.ndarray, np.generic)):
+        raise ValueError(f"{name} is a {type(samples).__name__}; an array, a tensor or a list is needed")
+    dtype = samples.dtype
+    if dtype.kind != "f" and dtype.name not in _PCM:
+        raise ValueError(f"{name} has dtype {dtype}; sound is floating, or PCM of {', '.join(_PCM)}")
+    if dtype.kind != "f":
+        zero, full = _PCM[dtype.name]
+        samples = (samples.astype(np.float64) - zero) / full
+    with np.errstate(over="ignore"):  # beyond float32 becomes Inf, and is refused
+        audio: Samples = np.asarray(samples, np.float32)
+    broken = np.argwhere(~np.isfinite(np.atleast_1d(audio)))
+    if len(broken):
+        *row, sample = broken[0].tolist()
+        where = f"sample {sample}" + (f" of row {row[0]}" if row else "")
+        raise ValueError(f"{name} holds {audio[*row, sample]} at {where}, {len(broken)} such value(s) in all")
+    return audio
 
 
 # %% ../../nbs/data/audio.ipynb #6a4bba0b
 def _rate(rate: Any, name: str) -> int:
     """Check a sampling rate: a whole number of samples per second that a recording can have."""
-    try:
-        whole = int(rate)
-    except (TypeError, ValueError, OverflowError):
-        whole = 0
-    if whole != rate or not 100 <= whole <= 1_000_000:
-        raise ValueError(
-            f"{name}={rate!r} must be a whole number of samples per second, from 100 to 1,000,000"
-        )
-    return whole
+    if not isinstance(rate, (int, float, np.number)) or not 100 <= rate <= 1_000_000 or rate != int(rate):
+        raise ValueError(f"{name}={rate!r} must be a whole number of samples per second, 100 to 1,000,000")
+    return int(rate)
 
 
 def resample(audio: Any, source_rate: int, sampling_rate: int = 16_000) -> Samples:
@@ -151,27 +121,22 @@ def resample(audio: Any, source_rate: int, sampling_rate: int = 16_000) -> Sampl
     columns = np.ascontiguousarray(audio.reshape(-1, audio.shape[-1]).T)  # [S, rows]: soxr has time first
     result = np.asarray(soxr.resample(columns, source_rate, sampling_rate), np.float32)
     if len(result) == 0:
-        raise ValueError(
-            f"audio has {audio.shape[-1]} sample(s) at {source_rate} Hz: less than one at {sampling_rate} Hz"
-        )
+        raise ValueError(f"audio has {audio.shape[-1]} sample(s): less than one at {sampling_rate} Hz")
     return np.ascontiguousarray(result.T).reshape(*audio.shape[:-1], -1)
 
 
 # %% ../../nbs/data/audio.ipynb #6270259b
-MOST_CHANNELS = 8  # an axis as short as this holds channels, if the other one is longer
+_MOST_CHANNELS = 8  # an axis as short as this holds channels, if the other one is longer
 
 
-def _channels_first(audio: Samples, name: str) -> Samples:
+def _channels_first(audio: Samples) -> Samples:
     """Bring `[S]`, `[C, S]` or `[S, C]` to `[C, S]`."""
-    if audio.size == 0:
-        raise ValueError(f"{name} is empty: shape {audio.shape}")
     if audio.ndim == 1:
         return audio[None]
-    few = [axis for axis, size in enumerate(audio.shape) if size <= MOST_CHANNELS]
-    if audio.ndim != 2 or len(few) != 1:
+    few = [axis for axis, size in enumerate(audio.shape) if size <= _MOST_CHANNELS]
+    if audio.size and (audio.ndim != 2 or len(few) != 1):
         raise ValueError(
-            f"{name} has shape {audio.shape}; one recording is [samples], or has one axis of at most "
-            f"{MOST_CHANNELS} channels and one of samples"
+            f"source has shape {audio.shape}; one recording is [S], or [C, S] with C up to {_MOST_CHANNELS}"
         )
     return audio if few == [0] else audio.T
 
@@ -185,60 +150,46 @@ def _decode(source: Any, name: str) -> tuple[Samples, int]:
     try:
         with soundfile.SoundFile(source) as file:
             promised, rate = file.frames, file.samplerate
-            audio = file.read(dtype="float32", always_2d=True).T  # [C, S]
+            audio = file.read(dtype="float32", always_2d=True).T
     except (soundfile.SoundFileError, TypeError, OSError) as error:  # TypeError: raw samples without a header
         reason = getattr(error, "error_string", error)
-        raise ValueError(
-            f"{name} cannot be read as audio: {reason} (wav, flac, ogg, mp3, aiff and others can; convert the rest)"
-        ) from error
+        raise ValueError(f"{name} cannot be read as audio: {reason}") from error
     if audio.shape[1] < 0.99 * promised:
         raise ValueError(f"{name} is cut short: it states {promised} samples and holds {audio.shape[1]}")
-    _refuse_broken(audio, name)
-    return audio, rate
+    return as_float(audio, name), rate
 
 
-# %% ../../nbs/data/audio.ipynb #adfc6b26
-def _cell(cell: Mapping[str, Any]) -> tuple[Any, int | None]:
-    """Take the audio out of a data set's row: {"array", "sampling_rate"}, or {"bytes", "path"} with one of them set."""
-    if cell.get("array") is not None:
-        return cell["array"], cell.get("sampling_rate")
-    found = next((cell[key] for key in ("bytes", "path") if cell.get(key) is not None), None)
-    if found is None:
-        raise ValueError(
-            f"source has the keys {list(cell)}; 'array', 'bytes' or 'path' is needed, with a value"
-        )
-    return found, None
-
-
-def _open(source: Any, source_rate: int | None) -> tuple[Samples, int, str]:
+def _open(source: Any, rate: int | None) -> tuple[Samples, int, str]:
     """Find out what `source` is: `[C, S]`, its rate, and what to call it."""
+    if isinstance(source, Mapping):  # of a data set's row
+        key = next((key for key in ("array", "bytes", "path") if source.get(key) is not None), None)
+        if key is None:
+            raise ValueError(
+                f"source has the keys {list(source)}; it needs a value for 'array', 'bytes' or 'path'"
+            )
+        return _open(source[key], source.get("sampling_rate") if key == "array" and rate is None else rate)
     if isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
+        file: Any = os.fspath(source)
+        name = str(file)
         if not Path(name).is_file():
             raise FileNotFoundError(
-                f"{name} is {'a folder' if Path(name).is_dir() else 'not there'}: an audio file is needed"
+                f"{name} is {'a folder' if Path(name).is_dir() else 'not there'}: no audio file"
             )
-        audio, rate = _decode(name, name)
     elif hasattr(source, "read"):
-        name = str(getattr(source, "name", "the file object"))
-        data = source.read()
-        if not isinstance(data, bytes):
-            raise ValueError(f"{name} gives {type(data).__name__} when read: open it in binary mode, 'rb'")
-        audio, rate = _decode(io.BytesIO(data), name)
+        name, data = str(getattr(source, "name", "the file object")), source.read()
+        if isinstance(data, str):
+            raise ValueError(f"{name} gives text when read: open it in binary mode, 'rb'")
+        file = io.BytesIO(data)
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        name = f"source ({len(source)} bytes)"
-        audio, rate = _decode(io.BytesIO(source), name)
+        name, file = f"source ({len(source)} bytes)", io.BytesIO(source)
+    elif rate is None:
+        raise ValueError("source_rate is missing: an array does not say how many samples make a second")
     else:
-        if source_rate is None:
-            raise ValueError("source_rate is missing: an array does not say how many samples make a second")
-        return (
-            _channels_first(as_float(source, "source"), "source"),
-            _rate(source_rate, "source_rate"),
-            "source",
-        )
-    if source_rate is not None and _rate(source_rate, "source_rate") != rate:
-        raise ValueError(f"source_rate={source_rate}, but {name} says {rate}: leave it out for files")
-    return audio, rate, name
+        return _channels_first(as_float(source, "source")), _rate(rate, "source_rate"), "source"
+    audio, found = _decode(file, name)
+    if rate is not None and _rate(rate, "source_rate") != found:
+        raise ValueError(f"source_rate={rate}, but {name} says {found}: leave it out for files")
+    return audio, found, name
 
 
 # %% ../../nbs/data/audio.ipynb #7c99d874
@@ -263,31 +214,28 @@ def load_audio(
         ImportError: soundfile or soxr is needed and missing.
     """
     sampling_rate = _rate(sampling_rate, "sampling_rate")
-    if isinstance(source, Mapping):
-        source, stated = _cell(source)
-        source_rate = stated if source_rate is None else source_rate
     audio, rate, name = _open(source, source_rate)
     if audio.size == 0:
         raise ValueError(f"{name} is empty: it holds no samples")
-    if mono:
-        audio = audio.mean(0, dtype=np.float32)
-    return np.ascontiguousarray(resample(audio, _rate(rate, f"the rate of {name}"), sampling_rate))
+    return np.ascontiguousarray(
+        resample(audio.mean(0, dtype=np.float32) if mono else audio, rate, sampling_rate)
+    )
 
 
 # %% ../../nbs/data/audio.ipynb #8857e6b9
 def normalise(audio: Samples) -> Samples:
-    """Bring one recording to mean 0 and variance 1 (wav2vec 2.0, section 4.2).
+    """Bring one recording `[S]` to mean 0 and variance 1 (wav2vec 2.0, section 4.2).
 
-    Args:
-        audio: `[S]`, without padding.
-
-    Returns:
-        `[S]` float32. Silence stays silence: the 1e-7 added to the variance keeps it from being divided by 0.
+    Silence stays silence: the 1e-7 added to the variance keeps it from being divided by 0.
     """
     return np.asarray((audio - audio.mean()) / np.sqrt(audio.var() + 1e-7), np.float32)
 
 
 # %% ../../nbs/data/audio.ipynb #81b4d82d
+def _numpy(row: Any) -> NDArray[Any]:
+    return row.detach().cpu().numpy() if isinstance(row, torch.Tensor) else np.asarray(row)
+
+
 def pad_rows(
     rows: Sequence[Any], value: Any = 0, length: int | None = None, side: str = "right"
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -302,9 +250,9 @@ def pad_rows(
     Returns:
         `[B, T]` of the rows' dtype, always a copy; and `[B, T]` bool, True where a row is.
     """
-    arrays = [np.asarray(row) for row in rows]
+    arrays = [_numpy(row) for row in rows]
     total = max([length or 0, *map(len, arrays)])
-    dtype = np.result_type(*[array.dtype for array in arrays if array.size] or [np.float32])
+    dtype = np.result_type(*[array.dtype for array in arrays if array.size] or [np.dtype(np.float32)])
     padded = np.full((len(arrays), total), value, dtype)
     mask = np.zeros((len(arrays), total), bool)
     for i, array in enumerate(arrays):
@@ -314,15 +262,6 @@ def pad_rows(
 
 
 # %% ../../nbs/data/audio.ipynb #6235c7ef
-def _positive(value: Any, name: str) -> int | None:
-    """Check a number of samples, or None."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of samples, at least 1, or None")
-    return int(value)
-
-
 def plan_lengths(
     lengths: Sequence[int],
     padding: bool | str = False,
@@ -330,39 +269,37 @@ def plan_lengths(
     truncation: bool = False,
     pad_to_multiple_of: int | None = None,
 ) -> list[tuple[int, int]]:
-    """Decide how long each row becomes: how much of it is kept, and how far it is then filled up.
+    """Decide how long each row becomes: `(kept, total)`, how much of it stays, and how far it is then filled up.
 
     Args:
         lengths: samples of each row, `[B]`.
         padding: True or "longest" fills up to the longest row that is left, "max_length" to `max_length`; False or
             "do_not_pad" not at all.
-        max_length: samples, for `truncation` and for `padding="max_length"`.
+        max_length: samples, for `truncation` and for `padding="max_length"`, which cuts nothing by itself.
         truncation: cut the end off rows longer than `max_length`.
         pad_to_multiple_of: round both limits up to a multiple of this.
-
-    Returns:
-        `(kept, total)` for each row. Without truncation, a row longer than `max_length` stays longer.
 
     Raises:
         ValueError: an unknown way of padding, or no `max_length` where one is needed.
     """
-    max_length, multiple = (
-        _positive(max_length, "max_length"),
-        _positive(pad_to_multiple_of, "pad_to_multiple_of") or 1,
-    )
+    for name, number in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+        if number is not None and (not isinstance(number, (int, np.integer)) or number < 1):
+            raise ValueError(f"{name}={number!r} must be a whole number of samples, at least 1, or None")
     if isinstance(padding, bool):
         padding = "longest" if padding else "do_not_pad"
     if padding not in {"longest", "max_length", "do_not_pad"}:
         raise ValueError(f"padding={padding!r} must be True, False, 'longest', 'max_length' or 'do_not_pad'")
     if max_length is None and (truncation or padding == "max_length"):
         raise ValueError(f"max_length is missing, with truncation={truncation} and padding={padding!r}")
-    kept = list(lengths)
-    if truncation and max_length is not None:
-        kept = [min(length, -(-max_length // multiple) * multiple) for length in kept]
+
+    def rounded(number: int) -> int:
+        return -(-number // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+
+    limit = rounded(max_length or 0)
+    kept = [min(length, limit) for length in lengths] if truncation else list(lengths)
     if padding == "do_not_pad":
         return [(length, length) for length in kept]
-    target = max_length if padding == "max_length" and max_length is not None else max(kept)
-    target = -(-target // multiple) * multiple
+    target = limit if padding == "max_length" else rounded(max(kept))
     return [(length, max(length, target)) for length in kept]
 
 
@@ -371,42 +308,31 @@ def _utterance(row: Any, name: str) -> Samples:
     """Bring one utterance to float32 `[S]`, or refuse it by name."""
     audio = as_float(row, name)
     if audio.ndim != 1 or audio.size == 0:
-        reason = (
-            "it is empty" if audio.size == 0 else "one channel, [S], is needed (load_audio mixes channels)"
-        )
-        raise ValueError(f"{name} has shape {audio.shape}: {reason}")
+        raise ValueError(f"{name} has shape {audio.shape}; [S] is needed, one channel, and not empty")
     return audio
 
 
 def _utterances(raw_speech: Any) -> list[Samples]:
     """Sort out whether this is one utterance or several, and bring each to float32 `[S]`."""
+    rows = [raw_speech]
     if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
         shape = tuple(raw_speech.shape)
-        if len(shape) == 2 and (shape[0] == 2 or shape[1] <= MOST_CHANNELS < shape[0]):
+        if len(shape) == 2 and (shape[0] == 2 or shape[1] <= _MOST_CHANNELS < shape[0]):
             axis = 0 if shape[0] == 2 else 1
             raise ValueError(
-                f"raw_speech has shape {shape}, which looks like {shape[axis]} channels of one recording: mix them with "
-                f"raw_speech.mean({axis}); if it is a batch of {shape[0]}, pass list(raw_speech)"
+                f"raw_speech has shape {shape}, which looks like {shape[axis]} channels of one recording: mix them "
+                f"with raw_speech.mean({axis}); if it is a batch of {shape[0]}, pass list(raw_speech)"
             )
-        if len(shape) not in {1, 2}:
-            raise ValueError(
-                f"raw_speech has shape {shape}; [S] is one utterance, [B, S] a batch with one row each"
-            )
-        rows = list(raw_speech) if len(shape) == 2 else [raw_speech]
+        if len(shape) > 2:
+            raise ValueError(f"raw_speech has shape {shape}; [S] is one utterance, [B, S] a batch")
+        rows = list(raw_speech) if len(shape) == 2 else rows
     elif isinstance(raw_speech, (list, tuple)):
-        numbers = (
-            len(raw_speech) > 0
-            and not isinstance(raw_speech[0], (str, list, tuple))
-            and np.ndim(raw_speech[0]) == 0
-        )
-        rows = [raw_speech] if numbers else list(raw_speech)
-    else:
-        rows = [raw_speech]
-    if not rows:
-        raise ValueError("raw_speech is empty: at least one utterance is needed")
-    return [
-        _utterance(row, f"utterance {i}" if len(rows) > 1 else "raw_speech") for i, row in enumerate(rows)
-    ]
+        if len(raw_speech) == 0:
+            raise ValueError("raw_speech is empty: at least one utterance is needed")
+        numbers = not isinstance(raw_speech[0], (str, list, tuple)) and np.ndim(raw_speech[0]) == 0
+        rows = rows if numbers else list(raw_speech)
+    names = [f"utterance {i}" for i in range(len(rows))] if len(rows) > 1 else ["raw_speech"]
+    return list(map(_utterance, rows, names))
 
 
 # %% ../../nbs/data/audio.ipynb #f7950981
@@ -426,13 +352,7 @@ class BatchFeature(dict[str, Any]):
         *,
         non_blocking: bool = False,
     ) -> Self:
-        """Move all tensors to a device and cast the floating ones to a dtype; changes this batch and returns it.
-
-        Args:
-            device: where to; a dtype in its place is taken as such.
-            dtype: a floating type; masks and labels keep their own.
-            non_blocking: do not wait for the copy.
-        """
+        """Move all tensors to a device and cast the floating ones to a dtype; changes this batch and returns it."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None and not dtype.is_floating_point:
@@ -445,44 +365,32 @@ class BatchFeature(dict[str, Any]):
 
 
 def _stack(rows: list[Any], key: str, kind: str) -> Any:
-    """Make one array or tensor of the rows of a batch; what is no number stays a list."""
-    if not all(isinstance(row, (np.ndarray, np.generic)) for row in rows):
+    """Make one array or tensor of a column, float64 as float32; what is no number stays a list."""
+    arrays = [_numpy(row) for row in rows]
+    if any(array.dtype.kind not in "biuf" for array in arrays):
         return rows
-    if len({row.shape for row in rows}) == 1:
-        stacked = np.stack(rows)
-        if kind == "np":
-            return stacked
-        tensor = torch.from_numpy(stacked)
-        return tensor.long() if key == "attention_mask" else tensor  # int64: the documented LongTensor
-    if kind == "pt":
-        sizes = [row.shape[0] if row.ndim else 1 for row in rows]
-        raise ValueError(
-            f"{key} has rows of {min(sizes)} to {max(sizes)} values, which is no tensor: pass padding=True"
-        )
-    ragged = np.empty(len(rows), dtype=object)
-    ragged[:] = [row.copy() for row in rows]
-    return ragged
+    if len({array.shape for array in arrays}) > 1:
+        if kind == "pt":
+            sizes = [array.size for array in arrays]
+            raise ValueError(
+                f"{key} has rows of {min(sizes)} to {max(sizes)} values, no tensor: pass padding=True"
+            )
+        stacked = np.empty(len(arrays), dtype=object)
+        stacked[:] = arrays
+        return stacked
+    stacked = np.stack(arrays)
+    stacked = stacked.astype(np.float32) if stacked.dtype == np.float64 else stacked
+    if kind == "np":
+        return stacked
+    tensor = torch.from_numpy(stacked)
+    return tensor.long() if key == "attention_mask" else tensor  # int64: the documented LongTensor
 
 
 # %% ../../nbs/data/audio.ipynb #e6f8bdc4
-def _plain(value: Any) -> Any:
-    """Bring a number, a list or a tensor to numpy, float64 to float32; leave anything else as it is."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, (str, bytes, Mapping)):
-        return value
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        return value
-    return array.astype(np.float32) if array.dtype == np.float64 else array
-
-
 def _columns(features: Any) -> dict[str, list[Any]]:
     """Bring a dict, or a list of dicts, to lists: key -> one entry per utterance."""
     if isinstance(features, (list, tuple)):
-        if not features or not all(
-            isinstance(row, Mapping) and set(row) == set(features[0]) for row in features
-        ):
+        if len({frozenset(row) if isinstance(row, Mapping) else None for row in features} - {None}) != 1:
             raise ValueError("processed_features must be a dict, or a list of dicts that have the same keys")
         features = {key: [row[key] for row in features] for key in features[0]}
     if not isinstance(features, Mapping) or "input_values" not in features:
@@ -498,137 +406,36 @@ def _columns(features: Any) -> dict[str, list[Any]]:
     return columns
 
 
-# %% ../../nbs/data/audio.ipynb #087fb387
-EXTRACTOR_FILE, PROCESSOR_FILE, NESTED = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "feature_extractor",
-)
-
-
-def _read_settings(name_or_path: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
-    """Find the settings of a checkpoint: inside `processor_config.json`, as newer ones have it, or in a file of their own."""
-    if Path(name_or_path).is_file():
-        content = read_json(Path(name_or_path))
-        return content.get(NESTED, content)
-    revision = pin_revision(name_or_path, EXTRACTOR_FILE, revision=revision)
-    joint = find_file(name_or_path, PROCESSOR_FILE, revision=revision)
-    content = {} if joint is None else read_json(joint)
-    if NESTED in content:
-        return content[NESTED]
-    path = find_file(name_or_path, EXTRACTOR_FILE, revision=revision)
-    if path is None:
-        raise lacks(name_or_path, EXTRACTOR_FILE)
-    return read_json(path)
-
-
-def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the file, and bring the copy inside a `processor_config.json` up to date: it would be read first."""
-    for name in (EXTRACTOR_FILE, PROCESSOR_FILE):
-        content = settings
-        if name == PROCESSOR_FILE:
-            joint = find_file(folder, name)
-            content = {} if joint is None else read_json(joint)
-            if NESTED not in content:
-                return
-            content = {**content, NESTED: settings}
-        write_atomically(folder / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
-
-
-# %% ../../nbs/data/audio.ipynb #7767c19e
-class _Settings:
-    """The knobs of a feature extractor, and their way to a file and back."""
-
-    knobs: ClassVar[tuple[str, ...]] = (
-        "feature_size", "sampling_rate", "padding_value", "return_attention_mask", "do_normalize", "padding_side",
-    )  # fmt: skip
-    model_input_names: ClassVar[list[str]] = ["input_values", "attention_mask"]
-
-    def __init__(
-        self,
-        feature_size: int = 1,
-        sampling_rate: int = 16_000,
-        padding_value: float = 0.0,
-        return_attention_mask: bool = False,
-        do_normalize: bool = True,
-        *,
-        padding_side: str = "right",
-    ) -> None:
-        if feature_size != 1:
-            raise ValueError(f"feature_size={feature_size!r} must be 1: raw sound has one number per sample")
-        if padding_side not in {"right", "left"}:
-            raise ValueError(f"padding_side={padding_side!r} must be 'right' or 'left'")
-        self.feature_size = 1
-        self.sampling_rate = _rate(sampling_rate, "sampling_rate")
-        self.padding_value = padding_value
-        self.return_attention_mask = return_attention_mask
-        self.do_normalize = do_normalize
-        self.padding_side = padding_side
-        self.unknown: dict[str, Any] = {}  # keys of a file that mean nothing here: kept, and written back
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{knob}={getattr(self, knob)!r}' for knob in self.knobs)})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Collect the content of `preprocessor_config.json`, with the keys that other programs put there."""
-        known = {knob: getattr(self, knob) for knob in self.knobs}
-        return {**copy.deepcopy(self.unknown), **known, "feature_extractor_type": "Wav2Vec2FeatureExtractor"}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build from such a dict. Unknown keys are kept; an unknown override is refused.
-
-        Raises:
-            ValueError: the settings of another kind of extractor, or an impossible value.
-        """
-        kind = content.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
-        if kind != "Wav2Vec2FeatureExtractor":
-            raise ValueError(
-                f"feature_extractor_type={kind!r}: this model hears raw sound, so it must be 'Wav2Vec2FeatureExtractor'"
-            )
-        for name in overrides:
-            if name not in cls.knobs:
-                raise ValueError(
-                    f"{name}= is no knob of a feature extractor{nearest(name, dict.fromkeys(cls.knobs))}"
-                )
-        extractor = cls(**{**{knob: content[knob] for knob in cls.knobs if knob in content}, **overrides})
-        known = {*cls.knobs, "feature_extractor_type"}
-        extractor.unknown = {key: copy.deepcopy(value) for key, value in content.items() if key not in known}
-        return extractor
-
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
-    ) -> Self:
-        """Read the settings of a checkpoint: a folder, a hub id, or the JSON file itself.
-
-        Raises:
-            FileNotFoundError: no such folder or checkpoint, or it has no such file.
-            ValueError: not JSON, or the settings of another kind of extractor.
-        """
-        return cls.from_dict(_read_settings(name_or_path, revision), **overrides)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `preprocessor_config.json` (and the copy inside `processor_config.json`, where there is one)."""
-        _write_settings(Path(save_directory), self.to_dict())
-
-
 # %% ../../nbs/data/audio.ipynb #ffea7e85
-class Wav2Vec2FeatureExtractor(_Settings):
+_EXTRACTOR_FILE, _PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
+_NESTED = "feature_extractor"  # the key of the second that holds what is in the first
+
+
+@dataclass(eq=False)
+class Wav2Vec2FeatureExtractor:
     """Make a batch for the model: check, cut, normalise, pad, and say where the padding is.
 
     Equal to the class of the same name in transformers, except where that one goes wrong without a word: each utterance
     is normalised on its own, before padding, whether or not a mask is returned and on whichever side the padding is;
     stereo, NaN, Inf and empty audio are refused; PCM integers are scaled; the mask is int64 as a tensor.
-
-    Args:
-        feature_size: numbers per sample; only 1 exists.
-        sampling_rate: samples per second that the model was trained with.
-        padding_value: what rows are filled up with, after normalisation.
-        return_attention_mask: whether to return `attention_mask`, 1 = a real sample.
-        do_normalize: bring each utterance to mean 0 and variance 1.
-        padding_side: "right", or "left" (which the models here refuse).
     """
+
+    feature_size: int = 1  # numbers per sample; only 1 exists
+    sampling_rate: int = 16_000  # samples per second that the model was trained with
+    padding_value: float = 0.0  # what rows are filled up with, after normalisation
+    return_attention_mask: bool = False  # whether to return `attention_mask`, 1 = a real sample
+    do_normalize: bool = True  # bring each utterance to mean 0 and variance 1
+    _: KW_ONLY
+    padding_side: str = "right"  # or "left", which the models here refuse
+    unknown: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # a file's other keys
+    model_input_names: ClassVar[list[str]] = ["input_values", "attention_mask"]
+
+    def __post_init__(self) -> None:
+        if self.feature_size != 1:
+            raise ValueError(f"feature_size={self.feature_size!r} must be 1: sound has one number per sample")
+        if self.padding_side not in {"right", "left"}:
+            raise ValueError(f"padding_side={self.padding_side!r} must be 'right' or 'left'")
+        self.sampling_rate = _rate(self.sampling_rate, "sampling_rate")
 
     def __call__(  # noqa: PLR0917
         self,
@@ -660,20 +467,28 @@ class Wav2Vec2FeatureExtractor(_Settings):
             ValueError: another sampling rate, stereo, empty audio, NaN or Inf (names the utterance and the sample), or
                 options that do not go together.
         """
-        self._check_rate(sampling_rate)
+        if sampling_rate is None:
+            warnings.warn(
+                f"pass sampling_rate={self.sampling_rate}: at another rate the model hears other sounds",
+                stacklevel=2,
+            )
+        elif sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"sampling_rate={sampling_rate}, and this model was trained with {self.sampling_rate}: "
+                f"use w2vc.data.audio.resample(audio, {sampling_rate}, {self.sampling_rate})"
+            )
         rows = _utterances(raw_speech)
         peak = 0.0 if self.do_normalize else max(float(np.abs(row).max()) for row in rows)
         if peak >= 100:
             warnings.warn(
-                f"the audio goes up to {peak:.4g} and do_normalize=False: floats of -1..1 are usual. If these are 16-bit "
-                "samples, pass them as int16 or divide by 32768",
+                f"the audio goes up to {peak:.4g}: pass 16-bit samples as int16, or divide by 32768",
                 stacklevel=2,
             )
         plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
-        rows = [row[:kept] for row, (kept, _) in zip(rows, plan, strict=True)]
         rows = [
-            normalise(row) if self.do_normalize else row.copy() for row in rows
-        ]  # never the caller's memory
+            normalise(row[:kept]) if self.do_normalize else row
+            for row, (kept, _) in zip(rows, plan, strict=True)
+        ]
         return self._fill({"input_values": rows}, plan, return_attention_mask, return_tensors)
 
     def pad(  # noqa: PLR0917
@@ -686,17 +501,11 @@ class Wav2Vec2FeatureExtractor(_Settings):
         return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """Pad what was extracted earlier, such as the rows of a data set. Nothing is normalised again.
+        """Pad what was extracted earlier, such as the rows of a data set; nothing is normalised again.
 
-        Args:
-            processed_features: a dict with "input_values", `[S]` or several of them, or a list of such dicts. Other
-                keys are kept; "attention_mask" is padded too.
-            padding: as when the extractor is called.
-            max_length: samples, for `truncation` and for `padding="max_length"`.
-            truncation: cut the end off utterances longer than `max_length`.
-            pad_to_multiple_of: round lengths up to a multiple of this.
-            return_attention_mask: None takes the extractor's own setting.
-            return_tensors: "pt" or "np"; None gives tensors for tensors, else arrays.
+        `processed_features` is a dict with "input_values", `[S]` or several of them, or a list of such dicts; other keys
+        are kept, and "attention_mask" is padded too. The options are those of a call; `return_tensors=None` gives tensors
+        for tensors, else arrays.
 
         Raises:
             ValueError: no "input_values", columns of different sizes, or what calling the extractor refuses.
@@ -705,55 +514,81 @@ class Wav2Vec2FeatureExtractor(_Settings):
         if return_tensors is None:
             return_tensors = "pt" if isinstance(columns["input_values"][0], torch.Tensor) else "np"
         rows = [_utterance(row, f"input_values {i}") for i, row in enumerate(columns["input_values"])]
-        plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
-        columns = {
-            key: rows if key == "input_values" else [_plain(v) for v in column]
-            for key, column in columns.items()
-        }
+        columns["input_values"] = rows
         for i, mask in enumerate(columns.get("attention_mask", [])):
             if np.shape(mask) != rows[i].shape:
-                raise ValueError(
-                    f"attention_mask {i} has shape {np.shape(mask)}, its input_values {rows[i].shape}"
-                )
-        for key in {"input_values", "attention_mask"} & set(columns):
-            columns[key] = [row[:kept] for row, (kept, _) in zip(columns[key], plan, strict=True)]
+                raise ValueError(f"attention_mask {i} has shape {np.shape(mask)}, not {rows[i].shape}")
+        plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
         return self._fill(columns, plan, return_attention_mask, return_tensors)
 
     def _fill(
         self,
         columns: dict[str, list[Any]],
         plan: list[tuple[int, int]],
-        return_attention_mask: bool | None,
-        return_tensors: str | None,
+        masked: bool | None,
+        kind: str | None,
     ) -> BatchFeature:
-        """Fill up rows to their planned lengths, and add the mask."""
-        kind = return_tensors
+        """Cut rows, fill them up to their planned lengths, and add the mask."""
         if kind not in {None, "pt", "np"}:
             raise ValueError(f"return_tensors={kind!r} must be 'pt', 'np' or None")
-        wanted = self.return_attention_mask if return_attention_mask is None else return_attention_mask
-        if wanted and "attention_mask" not in columns:
-            columns["attention_mask"] = [np.ones(kept, np.int32) for kept, _ in plan]
         if self.padding_value is None and any(total > kept for kept, total in plan):
             raise ValueError("padding_value is None, and padding is asked for: set one")
+        if (self.return_attention_mask if masked is None else masked) and "attention_mask" not in columns:
+            columns["attention_mask"] = [np.ones(kept, np.int32) for kept, _ in plan]
         for key, value in (("input_values", self.padding_value), ("attention_mask", 0)):
-            for i, row in enumerate(columns.get(key, [])):
-                gap = plan[i][1] - plan[i][0]
-                sides = (gap, 0) if self.padding_side == "left" else (0, gap)
-                columns[key][i] = np.pad(row, sides, constant_values=value) if gap else row
-        return BatchFeature(
-            columns if kind is None else {key: _stack(rows, key, kind) for key, rows in columns.items()}
-        )
+            for i, (kept, total) in enumerate(plan if key in columns else []):
+                columns[key][i] = pad_rows([columns[key][i][:kept]], value, total, self.padding_side)[0][0]
+        return BatchFeature({key: _stack(rows, key, kind) if kind else rows for key, rows in columns.items()})
 
-    def _check_rate(self, sampling_rate: int | None) -> None:
-        """Refuse another rate; warn where none is given."""
-        if sampling_rate is None:
-            warnings.warn(
-                f"pass sampling_rate={self.sampling_rate} with the audio: at any other rate the model hears other sounds, "
-                "and nothing in the numbers shows it",
-                stacklevel=3,
-            )
-        elif sampling_rate != self.sampling_rate:
-            raise ValueError(
-                f"sampling_rate={sampling_rate}, and this model was trained with {self.sampling_rate}: "
-                f"use w2vc.data.audio.resample(audio, {sampling_rate}, {self.sampling_rate})"
-            )
+    def to_dict(self) -> dict[str, Any]:
+        """Collect the content of `preprocessor_config.json`, with the keys that other programs put there."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return {**copy.deepcopy(self.unknown), **known, "feature_extractor_type": "Wav2Vec2FeatureExtractor"}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], **overrides: Any) -> Self:
+        """Build from such a dict. Unknown keys are kept; an unknown override is refused.
+
+        Raises:
+            ValueError: the settings of another kind of extractor, or an impossible value.
+        """
+        kind = content.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
+        if kind != "Wav2Vec2FeatureExtractor":
+            raise ValueError(f"feature_extractor_type={kind!r} must be 'Wav2Vec2FeatureExtractor'")
+        known = {f.name for f in fields(cls) if f.init}
+        for name in overrides:
+            if name not in known:
+                near = nearest(name, dict.fromkeys(known))
+                raise ValueError(f"{name}= is no option of a feature extractor{near}")
+        extractor = cls(**{key: value for key, value in content.items() if key in known} | overrides)
+        others = set(content) - known - {"feature_extractor_type"}
+        extractor.unknown = copy.deepcopy({key: value for key, value in content.items() if key in others})
+        return extractor
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
+    ) -> Self:
+        """Read the settings of a checkpoint: a folder, a hub id, or the JSON file itself.
+
+        Raises:
+            FileNotFoundError: no such folder or checkpoint, or it has no such file.
+            ValueError: not JSON, or the settings of another kind of extractor.
+        """
+        if Path(name_or_path).is_file():
+            content = read_json(Path(name_or_path))
+            return cls.from_dict(content.get(_NESTED, content), **overrides)
+        folder = find_folder(name_or_path, revision, (_EXTRACTOR_FILE, _PROCESSOR_FILE))
+        joint = read_json(folder / _PROCESSOR_FILE) if (folder / _PROCESSOR_FILE).is_file() else {}
+        if _NESTED not in joint and not (folder / _EXTRACTOR_FILE).is_file():
+            raise missing_file(folder, _EXTRACTOR_FILE)
+        return cls.from_dict(joint.get(_NESTED) or read_json(folder / _EXTRACTOR_FILE), **overrides)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json`, and the copy inside `processor_config.json`, which would be read first."""
+        folder, content = Path(save_directory), self.to_dict()
+        files = {folder / _EXTRACTOR_FILE: content}
+        if (folder / _PROCESSOR_FILE).is_file() and _NESTED in (joint := read_json(folder / _PROCESSOR_FILE)):
+            files[folder / _PROCESSOR_FILE] = {**joint, _NESTED: content}
+        for path, value in files.items():
+            write_file(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

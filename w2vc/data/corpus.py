@@ -8,15 +8,17 @@ from __future__ import annotations
 import csv
 import inspect
 import io
+import itertools
 import json
 import os
 import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, overload
@@ -24,7 +26,9 @@ from typing import Any, NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import write_atomically
+from ..files.atomic import read_json, replace_folder
+
+# isort: split
 from .audio import Samples, load_audio
 
 # %% auto #0
@@ -42,16 +46,18 @@ __all__ = [
     "save_speech",
     "load_packed",
     "SpeechUnavailableError",
-    "speech_assets",
     "speech_cache",
     "load_speech",
     "frame_activity",
     "frame_labels",
     "mix",
     "two_speaker_mixes",
+    "mix_splits",
+    "find_audio",
     "load_folder",
-    "AudioDataset",
     "load_dataset",
+    "hub_speech",
+    "open_speech",
 ]
 
 # %% ../../nbs/data/corpus.ipynb #af437434
@@ -156,7 +162,7 @@ class Speech(Sequence[Utterance]):
         utterances: Iterable[Utterance],
         name: str = "",
         split: str = "",
-        about: dict[str, Any] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.utterances = list(utterances)
         self.name, self.split, self.about = name, split, dict(about or {})
@@ -176,7 +182,8 @@ class Speech(Sequence[Utterance]):
 
     def __repr__(self) -> str:
         title = " ".join(part for part in (self.name, self.split) if part) or "without a name"
-        return f"Speech({title}: {len(self)} utterances, {self.seconds / 60:.1f} min, {len(self.speakers)} speakers)"
+        size = f"{len(self)} utterances, {self.seconds / 60:.1f} min, {len(self.speakers)} speakers"
+        return f"Speech({title}: {size})"
 
     def _like(self, utterances: Iterable[Utterance]) -> Speech:
         return Speech(utterances, self.name, self.split, self.about)
@@ -184,12 +191,12 @@ class Speech(Sequence[Utterance]):
     @property
     def speakers(self) -> tuple[str, ...]:
         """The speakers, sorted; both of a mix."""
-        return tuple(sorted({name for utterance in self.utterances for name in utterance.speaker.split("+")}))
+        return tuple(sorted({name for u in self.utterances for name in u.speaker.split("+")}))
 
     @property
     def seconds(self) -> float:
         """Total duration in seconds."""
-        return sum(utterance.seconds for utterance in self.utterances)
+        return sum(u.seconds for u in self.utterances)
 
     def filter(
         self,
@@ -199,20 +206,9 @@ class Speech(Sequence[Utterance]):
         language: str | Iterable[str] | None = None,
         kind: str | Iterable[str] | None = None,
     ) -> Speech:
-        """Keep the utterances that meet every condition given.
-
-        Args:
-            keep: Any test of an utterance.
-            speaker: One speaker or several; a mix is kept when one of its speakers is among them.
-            language: One language code or several.
-            kind: One kind or several.
-        """
+        """Keep the utterances that meet every condition given; a mix is kept when one of its speakers is wanted."""
         wanted = {"speaker": speaker, "language": language, "kind": kind}
-        sets = {
-            key: {value} if isinstance(value, str) else set(value)
-            for key, value in wanted.items()
-            if value is not None
-        }
+        sets = {key: {v} if isinstance(v, str) else set(v) for key, v in wanted.items() if v is not None}
 
         def meets(u: Utterance) -> bool:
             return all(values & {*getattr(u, key).split("+")} for key, values in sets.items())
@@ -224,13 +220,9 @@ class Speech(Sequence[Utterance]):
         by = key if callable(key) else (lambda utterance: getattr(utterance, key))
         return self._like(sorted(self.utterances, key=by, reverse=reverse))
 
-    def to_dataset(self) -> Any:
-        """Return a `datasets.Dataset` with one row per utterance.
-
-        The column "audio" holds `bytes` (a FLAC file in memory) or `path`: plain columns, which need no decoder at
-        hand. `AudioDataset` gives their rows as arrays.
-        """
-        return _to_dataset(self)
+    def to_dataset(self, sampling_rate: int = SAMPLING_RATE) -> Any:
+        """Return a `datasets.Dataset` with one row per utterance; "audio" gives arrays at this rate."""
+        return _to_dataset(self, sampling_rate)
 
 
 # %% ../../nbs/data/corpus.ipynb #65a73495
@@ -243,14 +235,9 @@ def _soundfile() -> Any:
 
 
 @lru_cache(maxsize=64)
-def _decode_whole(path: str, changed: int) -> NDArray[np.int16]:
+def _decode_whole(path: Path, changed: int) -> NDArray[np.int16]:
     """Decode a packed file whole and remember it; 64 files of a minute hold 120 MB."""
-    audio, rate = _soundfile().read(path, dtype="int16")
-    if rate != SAMPLING_RATE or audio.ndim != 1:
-        raise ValueError(
-            f"{path} has {audio.ndim} dimension(s) at {rate} Hz; a packed corpus is mono at {SAMPLING_RATE} Hz"
-        )
-    return audio
+    return _soundfile().read(path, dtype="int16")[0]
 
 
 @dataclass(frozen=True)
@@ -263,167 +250,95 @@ class _Packed:
 
     def read(self) -> Samples:
         """Decode the stretch: FLAC jumps to a sample exactly; Vorbis does not everywhere, so decode it whole."""
+        end = self.start + self.n_samples
         if self.path.suffix == ".flac":
-            with _soundfile().SoundFile(str(self.path)) as file:
-                file.seek(self.start)
-                wave = file.read(self.n_samples, dtype="int16")
+            wave = _soundfile().read(self.path, start=self.start, stop=end, dtype="int16")[0]
         else:
-            whole = _decode_whole(str(self.path), self.path.stat().st_mtime_ns)
-            wave = whole[self.start : self.start + self.n_samples]
+            wave = _decode_whole(self.path, self.path.stat().st_mtime_ns)[self.start : end]
         if len(wave) != self.n_samples:
-            raise ValueError(
-                f"{self.path} is cut short: samples {self.start} to {self.start + self.n_samples} are not in it"
-            )
+            raise ValueError(f"{self.path} is cut short: samples {self.start} to {end} are not in it")
         return wave.astype(np.float32) / np.float32(32768)
 
 
-# %% ../../nbs/data/corpus.ipynb #a701ca97
-def _encode(audio: Samples, format: str = "FLAC", compression: float | None = None) -> bytes:
-    """Encode mono samples `[S]` at 16 kHz as a file in memory."""
-    buffer = io.BytesIO()
-    subtype = "VORBIS" if format == "OGG" else "PCM_16"
-    options = {"format": format, "subtype": subtype, "compression_level": compression}
-    with _soundfile().SoundFile(buffer, "w", SAMPLING_RATE, 1, **options) as file:
-        for start in range(
-            0, len(audio), 4096
-        ):  # one long write overflows the stack of some libsndfile versions
-            file.write(audio[start : start + 4096])
-    return buffer.getvalue()
-
-
-def _sounds_like(path: Path, data: bytes) -> bool:
-    """Say whether a file exists and decodes to the same samples as an encoded file in memory."""
-    read = partial(_soundfile().read, dtype="int16")
-    return path.is_file() and np.array_equal(read(str(path))[0], read(io.BytesIO(data))[0])
-
-
-def _pack_segments(segments: Sequence[Segment]) -> list[Any]:
-    """Return the labels as one string and the times as sample numbers: start, end, start, end, and so on."""
-    times = [round(time * SAMPLING_RATE) for segment in segments for time in (segment.start, segment.end)]
-    return ["|".join(segment.label for segment in segments), times]
-
-
-def _unpack_segments(labels: str, times: list[int]) -> tuple[Segment, ...]:
-    """Undo `_pack_segments`."""
-    if not times:
-        return ()
-    rows = zip(labels.split("|"), times[::2], times[1::2], strict=True)
-    return tuple(Segment(label, start / SAMPLING_RATE, end / SAMPLING_RATE) for label, start, end in rows)
+def _unpack_segments(labels: str, times: list[int]) -> list[Segment]:
+    """Make segments of labels in one string and times as sample numbers: start, end, start, end, and so on."""
+    seconds = [time / SAMPLING_RATE for time in times]
+    return list(map(Segment, labels.split("|"), seconds[::2], seconds[1::2]))
 
 
 # %% ../../nbs/data/corpus.ipynb #7b108eb2
 def save_speech(
     folder: str | Path,
     splits: Mapping[str, Iterable[Utterance]],
-    about: dict[str, Any],
+    about: Mapping[str, Any],
     *,
-    format: str = "FLAC",
+    suffix: str = ".flac",
     compression: float | None = None,
-    seconds_per_file: float = 60.0,
 ) -> None:
-    """Write a corpus as a few audio files and one `speech.json`; `load_speech(folder)` reads it.
+    """Write a corpus as one audio file per speaker and a table, `speech.json`; `load_speech(folder)` reads it.
 
     Args:
-        folder: Where to write. Each file is written whole or not at all, `speech.json` last.
+        folder: Where to write: all of it or nothing.
         splits: The utterances of each split, taken one by one, so generators are welcome.
         about: Facts for the reader: licence, source, speakers, ….
-        format: "FLAC" (exact to 16 bits) or "OGG" (Vorbis, a third of the size, lossy).
+        suffix: ".flac" (exact to 16 bits) or ".ogg" (Vorbis, a third of the size, lossy).
         compression: From 0 (large) to 1 (small); for Vorbis it sets the quality.
-        seconds_per_file: A speaker's next file starts when this one is longer.
     """
-    folder, suffix = Path(folder), format.lower()
-    parts: dict[str, list[Samples]] = {}
-    count: Counter[str] = Counter()
+    files: dict[str, Any] = {}
+    written: Counter[str] = Counter()  # samples of each file
     rows: list[str] = []
-
-    def flush(stem: str) -> None:
-        path, data = (
-            folder / f"{stem}-{count[stem]}.{suffix}",
-            _encode(np.concatenate(parts.pop(stem)), format, compression),
-        )
-        if not _sounds_like(path, data):  # Ogg files hold a random number, so equal sound gives unequal bytes
-            write_atomically(path, data)
-        count[stem] += 1
-
-    for split, utterances in splits.items():
-        for u in utterances:
-            stem = re.sub(r"[^\w-]", "_", u.speaker) or "unknown"
-            audio, start = u.audio, sum(map(len, parts.setdefault(stem, [])))
-            row: dict[str, Any] = {"split": split, "file": f"{stem}-{count[stem]}.{suffix}"}
-            row |= {"start": start, "samples": len(audio)}
+    with replace_folder(Path(folder)) as fresh, ExitStack() as stack:
+        for split, u in ((split, u) for split, utterances in splits.items() for u in utterances):
+            name, audio = re.sub(r"[^\w-]", "_", u.speaker or "unknown") + suffix, u.audio
+            if name not in files:
+                file = _soundfile().SoundFile(
+                    fresh / name, "w", SAMPLING_RATE, 1, compression_level=compression
+                )
+                files[name] = stack.enter_context(file)
+            for k in range(
+                0, len(audio), 4096
+            ):  # one long write overflows the stack of some libsndfile versions
+                files[name].write(audio[k : k + 4096])
+            row = {"split": split, "file": name, "start": written[name], "samples": len(audio)}
             row |= {key: getattr(u, key) for key in ("id", "kind", "speaker", "language", "text")}
-            row |= {key: _pack_segments(getattr(u, key)) for key in ("words", "phones", "turns")}
+            for key in (
+                "words",
+                "phones",
+                "turns",
+            ):  # labels, and times as sample numbers, which no rounding spoils
+                segments = getattr(u, key)
+                times = [round(time * SAMPLING_RATE) for segment in segments for time in segment[1:]]
+                row[key] = ["|".join(segment.label for segment in segments), times]
             rows.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
-            parts[stem].append(audio)
-            if start + len(audio) > seconds_per_file * SAMPLING_RATE:
-                flush(stem)
-    for stem in list(parts):
-        flush(stem)
-    head = json.dumps({"about": about}, ensure_ascii=False, indent=1)[:-2]
-    text = (
-        head + ',\n "utterances": [\n' + ",\n".join(rows) + "\n ]\n}\n"
-    )  # one line per utterance: small diffs
-    write_atomically(folder / "speech.json", text.encode())
+            written[name] += len(audio)
+        head = json.dumps({"about": about}, ensure_ascii=False, indent=1)[:-2]
+        table = head + ',\n "utterances": [\n' + ",\n".join(rows) + "\n ]\n}\n"  # a line each: small diffs
+        (fresh / "speech.json").write_text(table, encoding="utf-8")
 
 
 def load_packed(folder: Path, name: str, split: str) -> Speech:
-    """Read what `save_speech` wrote.
-
-    Args:
-        folder: The folder.
-        name: What to call the set.
-        split: One of its splits, or "all".
-    """
-    table = json.loads((folder / "speech.json").read_text(encoding="utf-8"))
+    """Read one of the splits that `save_speech` wrote, or "all"; `name` is what to call the set."""
+    table = read_json(folder / "speech.json")
     splits = list(dict.fromkeys(row["split"] for row in table["utterances"]))
     if split not in (*splits, "all"):
         raise ValueError(f"split={split!r}: {name} has the splits {splits} and 'all'")
-    utterances = [
-        Utterance(
-            row["id"], _Packed(folder / row["file"], row["start"], row["samples"]), SAMPLING_RATE, row["text"],
-            row["speaker"], row["language"], _unpack_segments(*row["words"]), _unpack_segments(*row["phones"]),
-            kind=row["kind"], turns=_unpack_segments(*row["turns"]),
-        )
-        for row in table["utterances"]
-        if split in (row["split"], "all")
-    ]  # fmt: skip
+    utterances = []
+    for row in table["utterances"]:
+        if split in (row["split"], "all"):
+            facts = {key: row[key] for key in ("id", "kind", "speaker", "language", "text")}
+            timed: Any = {key: _unpack_segments(*row[key]) for key in ("words", "phones", "turns")}
+            audio = _Packed(folder / row["file"], row["start"], row["samples"])
+            utterances.append(Utterance(audio=audio, **facts, **timed))
     return Speech(utterances, name, split, table["about"])
 
 
 # %% ../../nbs/data/corpus.ipynb #71f06e86
-DIGITS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-)  # words of the kind "digits"
-KEYWORDS = (
-    "yes",
-    "no",
-    "up",
-    "down",
-    "left",
-    "right",
-    "on",
-    "off",
-    "stop",
-    "go",
-)  # utterances of the kind "keyword"
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # fmt: skip
+KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")  # fmt: skip
 
 
 class SpeechUnavailableError(RuntimeError):
     """A set's source, or a tool that getting it needs, is missing; the message says what to do."""
-
-
-def speech_assets() -> Path:
-    """Return the folder of the built-in corpora."""
-    return Path(str(resources.files("w2vc"))) / "assets" / "speech"
 
 
 def speech_cache() -> Path:
@@ -431,54 +346,53 @@ def speech_cache() -> Path:
     return Path(os.environ.get("W2VC_CACHE") or "~/.cache/w2vc").expanduser() / "speech"
 
 
-SOURCES: dict[str, Callable[..., Speech]] = {
-    "builtin": lambda split: load_packed(speech_assets() / "english", "builtin", split),
-    "builtin-languages": lambda split: load_packed(speech_assets() / "languages", "builtin-languages", split),
+def _builtin(folder: str, name: str, split: str) -> Speech:
+    return load_packed(Path(str(resources.files("w2vc"))) / "assets" / "speech" / folder, name, split)
+
+
+SOURCES: dict[str, Callable[..., Speech]] = {  # what `load_speech` knows by name: (split, options) -> Speech
+    "builtin": partial(_builtin, "english", "builtin"),
+    "builtin-languages": partial(_builtin, "languages", "builtin-languages"),
 }
 
 
 # %% ../../nbs/data/corpus.ipynb #0ac141d8
 def load_speech(name: str | Path | None = None, split: str = "train", **options: Any) -> Speech:
-    """Load a set of utterances.
+    """Load a set of utterances; nothing is decoded yet.
 
     Args:
         name: "builtin" (English) or "builtin-languages" (six languages), both synthetic with timed words and phones;
             "builtin-mixes" (two speakers at a time); "synthetic" (hours of it, spoken on demand); any other key of
-            `SOURCES`, such as "human" or "librivox" of the recordings chapter; or a folder of recordings. By default what the environment variable W2VC_SPEECH names, or
-            "builtin" (also, with a note, where that source cannot be had).
+            `SOURCES`, such as "human" or "librivox"; or a folder of recordings. By default what the environment
+            variable W2VC_SPEECH names, or "builtin" (also, with a note, where that source cannot be had).
         split: "train", "dev", "test" or "all". A set without splits is all "train".
         **options: For a folder: see `load_folder`; for "synthetic": `hours`.
-
-    Returns:
-        The utterances. Nothing is decoded yet.
 
     Raises:
         ValueError: If there is no such set, split or folder.
         SpeechUnavailableError: If a set is not here and cannot be fetched; the message says what to do.
     """
-    if name is not None:
-        return _load_named(str(name), split, options)
-    name = os.environ.get("W2VC_SPEECH") or "builtin"
-    try:
-        return _load_named(name, split, options)
-    except (SpeechUnavailableError, ImportError) as error:
-        if name == "builtin":
-            raise
-        print(f"Note: W2VC_SPEECH={name}, but {error} The built-in corpus is used instead.")
-        return _load_named("builtin", split, {})
-
-
-def _load_named(name: str, split: str, options: dict[str, Any]) -> Speech:
-    """Find out what a name means."""
-    if name in SOURCES:
+    if name is None:
+        name = os.environ.get("W2VC_SPEECH") or "builtin"
         try:
-            inspect.signature(SOURCES[name]).bind(split, **options)
+            return load_speech(name, split, **options)
+        except (SpeechUnavailableError, ImportError) as error:
+            if name == "builtin":
+                raise
+            print(f"Note: W2VC_SPEECH={name}, but {error} The built-in corpus is used instead.")
+            return load_speech("builtin", split)
+    if str(name) in SOURCES:
+        source = SOURCES[str(name)]
+        try:
+            inspect.signature(source).bind(split, **options)
         except TypeError as error:
             raise ValueError(f"{name!r} takes no such option: {error}") from None
-        return SOURCES[name](split, **options)
-    if Path(name).expanduser().exists():
-        return load_folder(name, split, **options)
-    raise ValueError(f"name={name!r} is no folder here and no known set; known sets: {list(SOURCES)}")
+        return source(split, **options)
+    if not Path(name).expanduser().exists():
+        raise ValueError(
+            f"name={str(name)!r} is no folder here and no known set; known sets: {list(SOURCES)}"
+        )
+    return load_folder(name, split, **options)
 
 
 # %% ../../nbs/data/corpus.ipynb #925e762d
@@ -523,7 +437,11 @@ class _Mix:
     parts: tuple[Utterance, ...]
     starts: tuple[int, ...]  # samples
     gain: float
-    n_samples: int
+
+    @property
+    def n_samples(self) -> int:
+        """Up to the end of the part that ends last."""
+        return max(start + part.n_samples for part, start in zip(self.parts, self.starts, strict=True))
 
     def read(self) -> Samples:
         """Decode the parts and add them up."""
@@ -545,7 +463,7 @@ def mix(
         id: Name of the mix.
 
     Returns:
-        An utterance with `turns` of all speakers, sorted by start. `words` are sorted by start too and may overlap. `phones` are empty.
+        An utterance with the `turns` and the `words` of all, each sorted by start; words may overlap, and `phones` are empty.
     """
     if len(parts) != len(starts) or not parts or min(starts) < 0:
         raise ValueError(
@@ -553,26 +471,30 @@ def mix(
         )
     if {part.sampling_rate for part in parts} != {SAMPLING_RATE}:
         raise ValueError(f"parts must all be at {SAMPLING_RATE} Hz")
-    first = tuple(round(start * SAMPLING_RATE) for start in starts)
-    order = sorted(range(len(parts)), key=lambda i: first[i])
+    samples = tuple(round(start * SAMPLING_RATE) for start in starts)
+    order = sorted(zip(samples, parts, strict=True), key=lambda pair: pair[0])
 
     def moved(key: str) -> list[Segment]:
-        shifted = [(s, first[i] / SAMPLING_RATE) for i in order for s in getattr(parts[i], key)]
+        shifted = ((s, first / SAMPLING_RATE) for first, part in order for s in getattr(part, key))
         return sorted((Segment(s.label, s.start + t, s.end + t) for s, t in shifted), key=lambda s: s.start)
 
-    total = max(start + part.n_samples for part, start in zip(parts, first, strict=True))
     return Utterance(
-        id, _Mix(tuple(parts), first, gain, total), SAMPLING_RATE, " ".join(parts[i].text for i in order),
-        "+".join(sorted({part.speaker for part in parts})), "+".join(sorted({part.language for part in parts})),
-        moved("words"), kind="mix", turns=moved("turns"),
-    )  # fmt: skip
+        id,
+        _Mix(tuple(parts), samples, gain),
+        text=" ".join(part.text for _, part in order),
+        speaker="+".join(sorted({part.speaker for part in parts})),
+        language="+".join(sorted({part.language for part in parts})),
+        words=moved("words"),
+        kind="mix",
+        turns=moved("turns"),
+    )
 
 
 # %% ../../nbs/data/corpus.ipynb #19a92605
 def two_speaker_mixes(
     speech: Speech, count: int, *, turns: int = 4, overlap: float = 0.4, seed: int = 0
 ) -> Speech:
-    """Make conversations of two speakers who take turns, some talking over the other.
+    """Make conversations of two speakers who take turns, some talking over the other; equal arguments, equal mixes.
 
     Args:
         speech: Single-speaker utterances with known turns. Keywords are left out where there is anything longer.
@@ -580,9 +502,6 @@ def two_speaker_mixes(
         turns: Turns per mix.
         overlap: Longest overlap, and longest gap, between two turns, in seconds.
         seed: Another seed, other mixes.
-
-    Returns:
-        The mixes; the same for the same arguments.
     """
     usable = speech.filter(lambda u: bool(u.turns) and "+" not in u.speaker and u.kind != "keyword") or speech
     by_speaker = {s: list(usable.filter(speaker=s)) for s in usable.speakers}
@@ -601,18 +520,16 @@ def two_speaker_mixes(
     return Speech(mixes, f"{speech.name}-mixes", speech.split, speech.about)
 
 
-def _builtin_mixes(split: str) -> Speech:
-    """Mix each split for itself, so that no mix holds speakers of two splits."""
-    counts = {"train": 48, "dev": 16, "test": 24}
+def mix_splits(source: str, counts: Mapping[str, int], split: str, **options: Any) -> Speech:
+    """Mix each split of a set for itself, so that no mix holds speakers of two splits."""
     if split not in (*counts, "all"):
-        raise ValueError(f"split={split!r}: builtin-mixes has the splits {list(counts)} and 'all'")
-    parts = [
-        two_speaker_mixes(load_speech("builtin", s), n) for s, n in counts.items() if split in (s, "all")
-    ]
-    return Speech((u for part in parts for u in part), "builtin-mixes", split, parts[0].about)
+        raise ValueError(f"split={split!r}: {source}-mixes has the splits {list(counts)} and 'all'")
+    names = [name for name in counts if split in (name, "all")]
+    parts = [two_speaker_mixes(load_speech(source, name, **options), counts[name]) for name in names]
+    return Speech(itertools.chain(*parts), f"{source}-mixes", split, parts[0].about)
 
 
-SOURCES["builtin-mixes"] = _builtin_mixes
+SOURCES["builtin-mixes"] = partial(mix_splits, "builtin", {"train": 48, "dev": 16, "test": 24})
 
 # %% ../../nbs/data/corpus.ipynb #e098021c
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
@@ -620,54 +537,69 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".a
 
 @dataclass(frozen=True)
 class _AudioFile:
-    """A file in any format that soundfile reads, at any rate."""
+    """A file in any format that soundfile reads, at any rate: its path, or its bytes."""
 
-    path: Path
+    source: Path | bytes
 
-    @property
+    @cached_property
     def n_samples(self) -> int:
         """From the header alone."""
+        file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         try:
-            info = _soundfile().info(str(self.path))
-        except Exception as error:
-            raise ValueError(f"{self.path} cannot be read as audio: {error}") from error
+            info = _soundfile().info(file)
+        except RuntimeError as error:
+            raise ValueError(f"{file} cannot be read as audio: {error}") from error
         return round(info.frames * SAMPLING_RATE / info.samplerate)
 
     def read(self) -> Samples:
         """Decode, mix to mono, resample."""
-        return load_audio(self.path, SAMPLING_RATE)
+        return load_audio(self.source, SAMPLING_RATE)
 
 
-def _metadata(path: Path) -> dict[Path, dict[str, str]]:
-    """Read a metadata.csv: resolved file -> its row."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if rows and "file_name" not in rows[0]:
-        raise ValueError(
-            f"{path} has the columns {list(rows[0])}; it needs file_name, and text for the transcript"
-        )
-    missing = [row["file_name"] for row in rows if not (path.parent / row["file_name"]).is_file()]
-    if missing:
-        raise ValueError(f"{path} names {len(missing)} file(s) that are not there, such as {missing[:3]}")
-    return {(path.parent / row["file_name"]).resolve(): row for row in rows}
+def _visible_files(folder: Path) -> list[Path]:
+    """List all files in depth, hidden ones left out, sorted by path; a file is a list of one."""
+    paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    return [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
-def _transcripts(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
-    """Collect what is known about audio files from the text files among them."""
+def find_audio(folder: Path) -> list[Path]:
+    """List the audio files of a folder, in depth, hidden ones left out, sorted by path.
+
+    Raises:
+        ValueError: There are none.
+    """
+    files = _visible_files(folder)
+    audio = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
+    if not audio:
+        others = sorted({path.suffix for path in files}) or "nothing"
+        wanted = ", ".join(AUDIO_SUFFIXES)
+        raise ValueError(f"folder={str(folder)!r} holds no audio; looked for {wanted}, found {others}")
+    return audio
+
+
+def _transcripts(folder: Path) -> dict[Path, dict[str, str]]:
+    """Collect what the text files of a folder say about its audio files: resolved file -> facts."""
     known: dict[Path, dict[str, str]] = {}
-    audio = {(p.parent, p.stem): p.resolve() for p in files if p.suffix.lower() in AUDIO_SUFFIXES}
-    for path in files:
+    audio = {path.with_suffix(""): path.resolve() for path in find_audio(folder)}
+    for path in _visible_files(folder):
         if path.name == "metadata.csv":
-            known |= _metadata(path)
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file))
+            if rows and "file_name" not in rows[0]:
+                raise ValueError(f"{path} has the columns {list(rows[0])}; it needs file_name, and text")
+            missing = [row["file_name"] for row in rows if not (path.parent / row["file_name"]).is_file()]
+            if missing:
+                raise ValueError(f"{path} names {len(missing)} file(s) that are not there: {missing[:3]}")
+            known |= {(path.parent / row["file_name"]).resolve(): row for row in rows}
         elif path.name.endswith(".trans.txt"):
             for line in path.read_text(encoding="utf-8").splitlines():
                 key, _, text = line.strip().partition(" ")
-                if (path.parent, key) in audio:
-                    known[audio[path.parent, key]] = {"id": key, "text": text, "speaker": key.split("-")[0]}
-        elif path.suffix == ".txt" and (path.parent, path.stem) in audio:
-            known.setdefault(audio[path.parent, path.stem], {})["text"] = path.read_text(
-                encoding="utf-8"
-            ).strip()
+                if path.parent / key in audio:
+                    facts = {"id": key, "text": text, "speaker": key.split("-")[0]}
+                    known[audio[path.parent / key]] = facts
+        elif path.suffix == ".txt" and path.with_suffix("") in audio:
+            text = path.read_text(encoding="utf-8").strip()
+            known.setdefault(audio[path.with_suffix("")], {})["text"] = text
     return known
 
 
@@ -679,7 +611,7 @@ def load_folder(
 
     Args:
         folder: The folder; searched in depth, hidden files left out, sorted by path.
-        split: A subfolder of that name where there is one ("train", "test", …). Otherwise everything is "train" and "all".
+        split: A subfolder of that name where there is one; otherwise everything is "train" and "all".
         language: Language code of the recordings.
         subfolders: What the name of the folder that a file lies in means: "speaker" (as in VoxCeleb), "text" (as in
             Speech Commands), or "" for nothing.
@@ -701,31 +633,22 @@ def load_folder(
     top = folder / split if (folder / split).is_dir() else folder
     if top == folder and split not in {"train", "all"}:
         raise ValueError(
-            f"split={split!r}: {folder} has no subfolder of that name; without one everything is 'train'"
+            f"split={split!r}: {folder} has no subfolder of that name; without one it is all 'train'"
         )
-    walk = (
-        [folder] if folder.is_file() else (Path(at) / name for at, _, names in os.walk(top) for name in names)
-    )
-    files = sorted(
-        p for p in walk if not any(part.startswith(".") for part in p.relative_to(folder.parent).parts)
-    )
-    audio = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
-    if not audio:
-        others = sorted({path.suffix for path in files}) or "nothing"
-        raise ValueError(
-            f"folder={str(top)!r} holds no audio; looked for {', '.join(AUDIO_SUFFIXES)}, found {others}"
-        )
-    known, utterances = _transcripts(files), []
+    audio, known, utterances = find_audio(top), _transcripts(top), []
     for path in audio:
         row = known.get(path.resolve(), {})
-        parent = {subfolders: path.parent.name} if subfolders else {}
-        text = row.get("text") or row.get("transcription") or row.get("sentence") or parent.get("text", "")
-        speaker = row.get("speaker") or row.get("speaker_id") or parent.get("speaker", "")
-        name = row.get("id") or (
-            path.name if folder.is_file() else path.relative_to(top).with_suffix("").as_posix()
-        )
+        name = path.name if folder.is_file() else path.relative_to(top).with_suffix("").as_posix()
+        text = row.get("text") or row.get("transcription") or row.get("sentence") or ""
+        speaker = row.get("speaker") or row.get("speaker_id") or ""
         utterances.append(
-            Utterance(name, _AudioFile(path), SAMPLING_RATE, text, speaker, row.get("language") or language)
+            Utterance(
+                row.get("id") or name,
+                _AudioFile(path),
+                text=text or (path.parent.name if subfolders == "text" else ""),
+                speaker=speaker or (path.parent.name if subfolders == "speaker" else ""),
+                language=row.get("language") or language,
+            )
         )
     twice = [name for name, count in Counter(u.id for u in utterances).items() if count > 1]
     if twice:
@@ -742,110 +665,64 @@ def _datasets() -> Any:
     return datasets
 
 
-def _to_dataset(speech: Speech) -> Any:
-    """Build the plain rows of `Speech.to_dataset`."""
+def _encode(audio: Samples) -> bytes:
+    """Encode mono samples `[S]` at 16 kHz as a FLAC file in memory."""
+    file = io.BytesIO()
+    _soundfile().write(file, audio, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
 
-    def row(u: Utterance) -> dict[str, Any]:
-        path = str(u._audio.path) if isinstance(u._audio, _AudioFile) else ""
-        audio = {"bytes": None if path else _encode(u.audio), "path": path or f"{u.id}.flac"}
-        facts = {"id": u.id, "text": u.text, "speaker": u.speaker, "language": u.language, "kind": u.kind}
-        timed = {key: [s._asdict() for s in getattr(u, key)] for key in ("words", "phones", "turns")}
-        return {"audio": audio, **facts, **timed}
 
+@cache
+def _audio_column() -> Any:
+    """Make the class of an audio column that soundfile decodes; that of `datasets` needs torchcodec and ffmpeg."""
+    _datasets()
+    import pyarrow
+    from datasets import Audio
+    from datasets.features.features import register_feature
+
+    @dataclass(eq=False)
+    class SoundfileAudio(Audio):  # type: ignore[misc]  # noqa: PLW1641
+        _type: str = field(default="SoundfileAudio", init=False, repr=False)
+
+        def __eq__(self, other: object) -> bool:  # also to its copy in a worker of `map`
+            return repr(self) == repr(other)
+
+        def decode_example(self, value: Any, token_per_repo_id: Any = None) -> dict[str, Any]:
+            array = load_audio(value, self.sampling_rate)
+            return {"path": value.get("path"), "array": array, "sampling_rate": self.sampling_rate}
+
+        def cast_storage(self, storage: Any) -> Any:  # arrays that a function given to `map` passes on
+            if pyarrow.types.is_struct(storage.type) and storage.type.get_field_index("array") >= 0:
+                cells = storage.to_pylist()
+                arrays = [load_audio(cell, SAMPLING_RATE) for cell in cells]
+                storage = pyarrow.array(
+                    [{"bytes": _encode(array), "path": None} for array in arrays], self.pa_type
+                )
+            return super().cast_storage(storage)
+
+    with warnings.catch_warnings():  # it says that it is experimental
+        warnings.simplefilter("ignore", UserWarning)
+        register_feature(SoundfileAudio, "SoundfileAudio")
+    return SoundfileAudio
+
+
+def _to_dataset(speech: Speech, sampling_rate: int) -> Any:
     library = _datasets()
-    segment = [
-        {"label": library.Value("string"), "start": library.Value("float64"), "end": library.Value("float64")}
+    text, number, data = library.Value("string"), library.Value("float64"), library.Value("binary")
+    facts, timed = ("id", "text", "speaker", "language", "kind"), ("words", "phones", "turns")
+    features: dict[str, Any] = {"audio": {"bytes": data, "path": text}} | dict.fromkeys(facts, text)
+    features |= {key: [{"label": text, "start": number, "end": number}] for key in timed}
+    columns: dict[str, list[Any]] = {key: [getattr(u, key) for u in speech] for key in facts}
+    columns |= {key: [[s._asdict() for s in getattr(u, key)] for u in speech] for key in timed}
+    paths = [getattr(u._audio, "source", None) for u in speech]
+    columns["audio"] = [
+        {"bytes": None, "path": str(path)}
+        if isinstance(path, Path)
+        else {"bytes": _encode(u.audio), "path": None}
+        for u, path in zip(speech, paths, strict=True)
     ]
-    audio = {"bytes": library.Value("binary"), "path": library.Value("string")}
-    facts = dict.fromkeys(("id", "text", "speaker", "language", "kind"), library.Value("string"))
-    features = library.Features(
-        {"audio": audio, **facts, **dict.fromkeys(("words", "phones", "turns"), segment)}
-    )
-    rows = [row(u) for u in speech]
-    return library.Dataset.from_dict({key: [r[key] for r in rows] for key in features}, features=features)
-
-
-def _decode_cell(cell: Any, rate: int) -> Any:
-    """Decode one audio cell (`bytes` or `path`); anything else stays as it is."""
-    if not isinstance(cell, dict) or "array" in cell or not {"bytes", "path"} & set(cell):
-        return cell
-    return {"path": cell.get("path"), "array": load_audio(cell, rate), "sampling_rate": rate}
-
-
-def _decode_row(row: dict[str, Any], column: str, rate: int) -> dict[str, Any]:
-    """Decode the audio of a row, or of a batch of rows (a list of cells)."""
-    if column not in row:
-        return row
-    cell = row[column]
-    return {
-        **row,
-        column: [_decode_cell(c, rate) for c in cell] if isinstance(cell, list) else _decode_cell(cell, rate),
-    }
-
-
-def _with_sound(row: dict[str, Any], *more: Any, function: Callable[..., Any], column: str, rate: int) -> Any:
-    """Call a user's function with decoded audio, and keep arrays that it passes through out of the table."""
-    given = _decode_row(row, column, rate)
-    result = function(given, *more)
-    if isinstance(result, dict) and column in result and result[column] is given.get(column):
-        return {key: value for key, value in result.items() if key != column}
-    return result
-
-
-# %% ../../nbs/data/corpus.ipynb #aab2a700
-class AudioDataset:
-    """A `datasets` table whose audio is decoded by soundfile when a row is looked at.
-
-    Everything that `datasets` offers (sort, select, shuffle, train_test_split, …) works on it and gives an `AudioDataset` again.
-
-    Args:
-        rows: A `datasets.Dataset` or `IterableDataset`.
-        sampling_rate: Rate that the arrays are resampled to.
-        column: Name of the audio column.
-    """
-
-    def __init__(self, rows: Any, sampling_rate: int = SAMPLING_RATE, column: str = "audio") -> None:
-        self._rate, self._column = sampling_rate, column
-        if column in (rows.features or {}):
-            rows = rows.cast_column(column, _datasets().Audio(sampling_rate=sampling_rate, decode=False))
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (_decode_row(row, self._column, self._rate) for row in self._rows)
-
-    def __getitem__(self, key: Any) -> Any:
-        if key == self._column and isinstance(key, str):
-            return [_decode_cell(cell, self._rate) for cell in self._rows[key]]
-        found = self._rows[key]
-        return _decode_row(found, self._column, self._rate) if isinstance(found, dict) else found
-
-    def __repr__(self) -> str:
-        return f"AudioDataset at {self._rate} Hz of {self._rows!r}"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        found = getattr(self._rows, name)
-        return partial(self._call, name) if callable(found) else self._wrap(found)
-
-    def _wrap(self, value: Any) -> Any:
-        if isinstance(value, dict) and value and all(hasattr(v, "cast_column") for v in value.values()):
-            return {key: self._wrap(rows) for key, rows in value.items()}
-        return AudioDataset(value, self._rate, self._column) if hasattr(value, "cast_column") else value
-
-    def _call(self, name: str, *arguments: Any, **options: Any) -> Any:
-        if name in {"map", "filter"}:  # the user's function sees arrays
-            function = options.pop("function", None) or arguments[0]
-            arguments = arguments[1:]
-            options["function"] = partial(
-                _with_sound, function=function, column=self._column, rate=self._rate
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # from pyarrow, about how datasets sorts
-            return self._wrap(getattr(self._rows, name)(*arguments, **options))
+    rows = library.Dataset.from_dict({key: columns[key] for key in features}, library.Features(features))
+    return rows.cast_column("audio", _audio_column()(sampling_rate=sampling_rate))
 
 
 # %% ../../nbs/data/corpus.ipynb #9379f60c
@@ -857,7 +734,7 @@ def load_dataset(
     sampling_rate: int = SAMPLING_RATE,
     **options: Any,
 ) -> Any:
-    """Load a published data set through `datasets`, with audio decoded by soundfile.
+    """Load a published data set through `datasets`, with its column "audio" decoded by soundfile.
 
     Args:
         path: A data set's name on the hub, a folder in its released layout, a folder of plain audio files, or the name
@@ -868,19 +745,76 @@ def load_dataset(
         **options: Passed on to `datasets.load_dataset`, such as `streaming=True`.
 
     Returns:
-        An `AudioDataset`, or a dict from split to `AudioDataset`.
+        What `datasets.load_dataset` returns. Cast the column to `datasets.Audio()` before you write files for others.
     """
     plain = Path(path).expanduser()
-    known = str(path) in SOURCES
-    if known or (plain.is_dir() and not _has_tables(plain)):
-        return AudioDataset(load_speech(path, split or "train").to_dataset(), sampling_rate)
+    tables = {".parquet", ".arrow", ".jsonl"}  # of a released data set
+    if str(path) in SOURCES or (
+        plain.is_dir() and not any(file.suffix in tables for file in plain.rglob("*"))
+    ):
+        return load_speech(path, split or "train").to_dataset(sampling_rate)
+    loaded = _datasets().load_dataset(str(path), name, split=split, **options)
+    parts = loaded if isinstance(loaded, dict) else {split: loaded}
+    for key, rows in parts.items():
+        if "audio" in (rows.features or {}):
+            parts[key] = rows.cast_column("audio", _audio_column()(sampling_rate=sampling_rate))
+    return parts if isinstance(loaded, dict) else parts[split]
+
+
+# %% ../../nbs/data/corpus.ipynb #d9255d5a
+def hub_speech(name: str, split: str = "test", limit: int | None = None) -> Speech:
+    """Stream a published data set through `datasets`: one split is fetched, and its files stay compressed in memory.
+
+    Args:
+        name: "REPOSITORY", "REPOSITORY:CONFIGURATION" or "REPOSITORY:CONFIGURATION:SPLIT", such as
+            "openslr/librispeech_asr:clean:test"; a folder in the released layout will do.
+        split: Where the name says none.
+        limit: Take the first rows only.
+    """
     library = _datasets()
-    loaded = library.load_dataset(str(path), name, split=split, **options)
-    if isinstance(loaded, dict):
-        return {key: AudioDataset(rows, sampling_rate) for key, rows in loaded.items()}
-    return AudioDataset(loaded, sampling_rate)
+    repository, config, part = (*name.split(":"), "", "")[:3]
+    rows = library.load_dataset(repository, config or None, split=part or split, streaming=True)
+    rows = rows.cast_column("audio", library.Audio(decode=False))
+    found = []
+    for i, row in enumerate(itertools.islice(rows, limit)):
+
+        def fact(*keys: str, row: Mapping[str, Any] = row) -> str:
+            return next((str(row[key]) for key in keys if row.get(key) not in {None, ""}), "")
+
+        data = row["audio"]["bytes"]
+        audio = _AudioFile(Path(row["audio"]["path"]) if data is None else data)
+        facts: Any = {
+            "text": fact("text", "transcription", "sentence"),
+            "speaker": fact("speaker_id", "speaker"),
+        }
+        facts |= {"language": fact("language"), "kind": fact("kind")}
+        found.append(Utterance(fact("id") or f"row {i}", audio, **facts))
+    return Speech(found, f"{repository}{':' * bool(config)}{config}", part or split)
 
 
-def _has_tables(folder: Path) -> bool:
-    """Say whether a folder holds tables (a released data set) rather than plain audio files."""
-    return any(path.suffix in {".parquet", ".arrow", ".jsonl"} for path in folder.rglob("*"))
+def open_speech(name: str | os.PathLike[str], split: str | None = None, limit: int | None = None) -> Speech:
+    """Open a set to be measured on.
+
+    Args:
+        name: What `load_speech` knows: a set or a folder; or "hf:" and what `hub_speech` knows.
+        split: "test" by default; of a folder without splits all of it.
+        limit: At most so many utterances, drawn once and for all (the first ones, if the set is streamed).
+
+    Raises:
+        ValueError: No such set or split, nothing in it, or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    text = os.fspath(name)
+    if text.startswith("hf:"):
+        speech = hub_speech(text.removeprefix("hf:"), split or "test", limit)
+    else:
+        folder = Path(text).expanduser()
+        splits = (folder / "test").is_dir() or (folder / "speech.json").is_file() or not folder.exists()
+        speech = load_speech(text, split or ("test" if splits else "all"))
+    if not len(speech):
+        raise ValueError(f"{text}: there is no utterance in it")
+    if limit is not None and len(speech) > limit:
+        chosen = sorted(random.Random(0).sample(range(len(speech)), limit))  # every n-th might be one speaker
+        speech = Speech((speech[i] for i in chosen), speech.name, speech.split, speech.about)
+    return speech

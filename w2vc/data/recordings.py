@@ -5,19 +5,19 @@
 # %% ../../nbs/data/recordings.ipynb #fcbd8466
 from __future__ import annotations
 
-import argparse
 import gzip
+import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from .corpus import DIGITS, SAMPLING_RATE, SOURCES, Speech, SpeechUnavailableErr
 from .corpus import load_packed, save_speech, speech_cache
 
 # %% auto #0
-__all__ = ["HUMAN", "spoken_form", "HumanSet", "fetch_speech"]
+__all__ = ["spoken_form", "HumanSet", "fetch_speech"]
 
 
 # %% ../../nbs/data/recordings.ipynb #fcc3b199
@@ -47,7 +47,7 @@ def spoken_form(text: str, language: str = "en") -> str:
 
 
 # %% ../../nbs/data/recordings.ipynb #e86910b7
-class _Found(NamedTuple):
+class _Recording(NamedTuple):
     """A recording of a set, before it is decoded."""
 
     id: str
@@ -62,8 +62,8 @@ class _Found(NamedTuple):
 class HumanSet:
     """A set of recordings of people that a script can fetch."""
 
-    packages: tuple[str, ...]  # Debian packages
-    find: Callable[[Path, str], Iterator[_Found]]  # (unpacked folder, language) -> recordings
+    packages: list[str]  # Debian packages
+    layout: str  # which reader finds its recordings
     language: str
     megabytes: int
     licence: str
@@ -71,27 +71,20 @@ class HumanSet:
     splits: bool = True
 
 
+with (resources.files("w2vc") / "assets" / "speech" / "human.json").open(encoding="utf-8") as _file:
+    HUMAN = {name: HumanSet(**facts) for name, facts in json.load(_file).items()}
+
 # %% ../../nbs/data/recordings.ipynb #c81700f2
-_NO_WORDS = {
-    "ascending-2tone",
-    "descending-2tone",
-    "beep",
-    "beeperr",
-    "tt-monkeys",
-    "confbridge-join",
-    "confbridge-leave",
-}
+_NO_WORDS = {"ascending-2tone", "descending-2tone", "beep", "beeperr", "tt-monkeys"}
+_NO_WORDS |= {"confbridge-join", "confbridge-leave"}
 
 
-def _find_asterisk(root: Path, language: str) -> Iterator[_Found]:
+def _find_asterisk(root: Path, language: str) -> Iterator[_Recording]:
     """Telephone prompts: sounds/<voice>/<key>.g722, with the English texts in core-sounds-en.txt.gz."""
     texts: dict[str, str] = {}
-    for path in root.glob("usr/share/doc/asterisk-core-sounds-*/core-sounds-*.txt.gz"):
-        if path.name == f"core-sounds-{language}.txt.gz":
-            lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
-            texts = {
-                key.strip(): text for key, colon, text in (line.partition(":") for line in lines) if colon
-            }
+    for path in root.glob(f"usr/share/doc/asterisk-core-sounds-*/core-sounds-{language}.txt.gz"):
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        texts = {key.strip(): text for key, colon, text in (line.partition(":") for line in lines) if colon}
     for voice in sorted((root / "usr/share/asterisk/sounds").glob(f"{language}_*")):
         for path in sorted(voice.rglob("*.g722")):
             key = path.relative_to(voice).with_suffix("").as_posix()
@@ -99,28 +92,23 @@ def _find_asterisk(root: Path, language: str) -> Iterator[_Found]:
             silent = key.startswith("silence/") or key in _NO_WORDS or path.stat().st_size == 0
             if silent or (texts and not text):
                 continue
-            folder = key.split("/")[0] if "/" in key else ""
-            kind = {"digits": "digits", "letters": "letter", "phonetic": "keyword"}.get(folder, "prompt")
-            yield _Found(key, path, text, voice.name.split("_")[-1].lower(), kind, text or key)
+            kind = {"digits": "digits", "letters": "letter", "phonetic": "keyword"}.get(
+                key.split("/")[0], "prompt"
+            )
+            yield _Recording(key, path, text, voice.name.split("_")[-1].lower(), kind, text or key)
 
 
-def _find_librivox(root: Path, language: str) -> Iterator[_Found]:
+def _find_librivox(root: Path, language: str) -> Iterator[_Recording]:
     """Sentences of an audio book: <id>.wav and lines "<s> words </s> (id)" in one file."""
     folder = root / "usr/share/pocketsphinx/test/data/librivox"
-    if (folder / "transcription").is_file():
-        for line in (folder / "transcription").read_text(encoding="utf-8").splitlines():
-            if match := re.match(r"(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\((\S+)\)", line):
-                yield _Found(
-                    match[2],
-                    folder / f"{match[2]}.wav",
-                    spoken_form(match[1]),
-                    "austen-reader",
-                    "sentence",
-                    match[2],
-                )
+    lines = (
+        (folder / "transcription").read_text(encoding="utf-8") if (folder / "transcription").is_file() else ""
+    )
+    for text, key in re.findall(r"^(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\((\S+)\)", lines, re.MULTILINE):
+        yield _Recording(key, folder / f"{key}.wav", spoken_form(text), "austen-reader", "sentence", key)
 
 
-def _find_fillets(root: Path, language: str) -> Iterator[_Found]:
+def _find_fillets(root: Path, language: str) -> Iterator[_Recording]:
     """Dialogues of a game: sound/<level>/<language>/<key>.ogg, texts in script/<level or share>/*dialogs_<language>.lua."""
     game = root / "usr/share/games/fillets-ng"
     line = re.compile(
@@ -134,35 +122,12 @@ def _find_fillets(root: Path, language: str) -> Iterator[_Found]:
         level = path.parent.parent.name
         speaker, text = told.get((level, path.stem)) or told.get(("share", path.stem)) or ("", "")
         if speaker:
-            yield _Found(
+            yield _Recording(
                 f"{level}/{path.stem}", path, spoken_form(text, language), speaker, "dialogue", level
             )
 
 
-# %% ../../nbs/data/recordings.ipynb #19401e68
-def _prompts(language: str, licence: str, speakers: str, megabytes: int) -> HumanSet:
-    """Describe one language of the telephone prompts."""
-    packages = (
-        f"asterisk-core-sounds-{language}-g722",
-        *(["asterisk-core-sounds-en"] if language == "en" else []),
-    )
-    return HumanSet(packages, _find_asterisk, language, megabytes, licence, speakers)
-
-
-_DIALOGUE = "GPL-2, ALTAR interactive and the Fish Fillets NG authors; for use on this computer"
-HUMAN = {
-    "asterisk-en": _prompts("en", "CC-BY-SA-3.0, read by Allison Smith, financed by Digium", "1 (f)", 11),
-    "asterisk-es": _prompts("es", "CC-BY-SA-3.0, read by Allison Smith, financed by Digium", "1 (f)", 13),
-    "asterisk-fr": _prompts("fr", "CC-BY-SA-3.0, read by June Wallack, financed by Digium and others", "1 (f)", 11),
-    "asterisk-it": _prompts("it", "CC-BY-3.0, read by Carlo Flora", "1 (m)", 10),
-    "asterisk-ru": _prompts("ru", "CC-BY-3.0, provided by Maxim Topal, ivrvoice.ru", "1 (f)", 11),
-    "librivox": HumanSet(
-        ("pocketsphinx-testdata",), _find_librivox, "en", 2,
-        "BSD-2-Clause, Carnegie Mellon University and Alpha Cephei; the reading is from LibriVox", "1", splits=False,
-    ),
-    "fillets-cs": HumanSet(("fillets-ng-data-cs", "fillets-ng-data"), _find_fillets, "cs", 110, _DIALOGUE, "about 20"),
-    "fillets-nl": HumanSet(("fillets-ng-data-nl", "fillets-ng-data"), _find_fillets, "nl", 104, _DIALOGUE, "2"),
-}  # fmt: skip
+_LAYOUTS = {"asterisk": _find_asterisk, "librivox": _find_librivox, "fillets": _find_fillets}
 
 
 # %% ../../nbs/data/recordings.ipynb #2077a57d
@@ -185,46 +150,40 @@ def _decode(path: Path) -> Samples:
 def _run(*command: str | Path, cwd: Path) -> str:
     """Run a tool; return "" or what it said when it failed."""
     try:
-        done = subprocess.run(
-            [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
-        )
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return (
         ""
         if done.returncode == 0
-        else (done.stderr or done.stdout).strip()[-400:] or f"exit status {done.returncode}"
+        else (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
     )
 
 
 def _unpack_packages(name: str, folder: Path) -> Path:
     """Download a set's Debian packages and unpack them under `folder`, without installing anything."""
-    human = HUMAN[name]
-    by_hand = f"Or unpack the packages {', '.join(human.packages)} by hand and call fetch_speech({name!r}, source=FOLDER)."
+    packages = HUMAN[name].packages
+    by_hand = f"Or unpack the packages {', '.join(packages)} by hand and call fetch_speech({name!r}, source=FOLDER)."
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
             raise SpeechUnavailableError(
                 f"{name} comes as Debian packages and this system has no {tool}. {by_hand}"
             )
-    options = ["-oAPT::Sandbox::User=root", "-oAcquire::Retries=2", "-oAcquire::http::Timeout=30"]
-    failed = _run("apt-get", *options, "download", *human.packages, cwd=folder)
+    apt = ["apt-get", "-oAPT::Sandbox::User=root", "-oAcquire::Retries=2", "-oAcquire::http::Timeout=30"]
+    failed = _run(*apt, "download", *packages, cwd=folder)
     if failed:  # no package lists, or stale ones: make fresh ones of our own, which needs no administrator
-        (folder / "state/lists/partial").mkdir(parents=True)
-        (folder / "cache/archives/partial").mkdir(parents=True)
-        own = [
-            f"-oDir::State={folder}/state",
-            f"-oDir::State::lists={folder}/state/lists",
-            f"-oDir::Cache={folder}/cache",
-            "-oDir::State::status=/var/lib/dpkg/status",
-        ]
-        stale = _run("apt-get", *options, *own, "-oAPT::Update::Error-Mode=any", "update", cwd=folder)
-        failed = _run("apt-get", *options, *own, "download", *human.packages, cwd=folder)
-        failed = failed and (stale or failed)
+        for place in ("state/lists/partial", "cache/archives/partial"):
+            (folder / place).mkdir(parents=True)
+        apt += [f"-oDir::State={folder}/state", f"-oDir::State::lists={folder}/state/lists"]
+        apt += [f"-oDir::Cache={folder}/cache", "-oDir::State::status=/var/lib/dpkg/status"]
+        stale = _run(*apt, "-oAPT::Update::Error-Mode=any", "update", cwd=folder)
+        failed = _run(*apt, "download", *packages, cwd=folder) and (stale or failed)
     for package in sorted(folder.glob("*.deb")):
         failed = failed or _run("dpkg", "-x", package, folder / "root", cwd=folder)
     if failed:
+        reason = failed.splitlines()[-1]
         raise SpeechUnavailableError(
-            f"{name} cannot be downloaded ({failed.splitlines()[-1]}). Try again with a network. {by_hand}"
+            f"{name} cannot be downloaded ({reason}). Try again with a network. {by_hand}"
         )
     return folder / "root"
 
@@ -255,53 +214,41 @@ def fetch_speech(name: str, source: str | Path | None = None) -> Path:
     human, target = HUMAN[name], speech_cache() / name
     if (target / "speech.json").is_file() and source is None:
         return target
-    speech_cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=speech_cache(), prefix=f".{name}-") as temporary:
+    with tempfile.TemporaryDirectory() as folder:
         if source is None:
             print(f"Fetching {name}, {human.megabytes} MB, into the cache. Licence: {human.licence}.")
-        root = _unpack_packages(name, Path(temporary)) if source is None else Path(source).expanduser()
-        found = list(human.find(root, human.language))
+        root = _unpack_packages(name, Path(folder)) if source is None else Path(source).expanduser()
+        found = list(_LAYOUTS[human.layout](root, human.language))
         if not found:
             raise ValueError(
-                f"source={str(root)!r} holds no recording of {name}; it should look like the unpacked {human.packages}"
+                f"source={str(root)!r} holds no recording of {name}, the unpacked {human.packages}"
             )
-        about = {
-            "licence": human.licence,
-            "source": f"Debian packages {', '.join(human.packages)}",
-            "speakers": human.speakers,
-        }
-        save_speech(Path(temporary) / "done", _decode_all(found, human), about)
-        shutil.rmtree(target, ignore_errors=True)
-        try:
-            (Path(temporary) / "done").rename(target)
-        except OSError:  # another process was faster
-            if not (target / "speech.json").is_file():
-                raise
+        # clips of a handy length come first
+        found.sort(key=lambda row: (not 3 <= len(row.text.split()) <= 12, row.kind != "prompt", row.id))
+
+        def spoken(split: str) -> Iterator[Utterance]:
+            for row in found:
+                if split == (_split_of(row.group) if human.splits else "train"):
+                    facts: Any = {"speaker": row.speaker, "language": human.language, "kind": row.kind}
+                    yield Utterance(row.id, _decode(row.path), text=row.text, **facts)
+
+        packages = f"Debian packages {', '.join(human.packages)}"
+        about = {"licence": human.licence, "source": packages, "speakers": human.speakers}
+        save_speech(target, {split: spoken(split) for split in ("train", "dev", "test")}, about)
     print(f"{name}: {len(found)} utterances. Licence: {human.licence}.")
     return target
 
 
-def _decode_all(found: list[_Found], human: HumanSet) -> dict[str, Iterator[Utterance]]:
-    """Decode a set split by split; clips of a handy length come first."""
-
-    def utterances(split: str) -> Iterator[Utterance]:
-        rows = [row for row in found if (_split_of(row.group) if human.splits else "train") == split]
-        for row in sorted(
-            rows, key=lambda row: (not 3 <= len(row.text.split()) <= 12, row.kind != "prompt", row.id)
-        ):
-            yield Utterance(
-                row.id, _decode(row.path), SAMPLING_RATE, row.text, row.speaker, human.language, kind=row.kind
-            )
-
-    return {split: utterances(split) for split in ("train", "dev", "test")}
-
-
 # %% ../../nbs/data/recordings.ipynb #4acf3e43
+def _load_set(name: str, split: str) -> Speech:
+    """Load a set from the cache, or fetch it first."""
+    return load_packed(fetch_speech(name), name, split)
+
+
 def _load_human(split: str) -> Speech:
     """Load the best human set at hand: one that is in the cache, else one that can be fetched."""
-    order = ("asterisk-en", "librivox")
     reasons = []
-    for name in sorted(order, key=lambda name: not (speech_cache() / name / "speech.json").is_file()):
+    for name in sorted(("asterisk-en", "librivox"), key=lambda name: not (speech_cache() / name).is_dir()):
         try:
             return _load_set(name, split if HUMAN[name].splits else "all")
         except (SpeechUnavailableError, ImportError) as error:
@@ -309,39 +256,6 @@ def _load_human(split: str) -> Speech:
     raise SpeechUnavailableError("no human speech can be had here. " + " ".join(reasons))
 
 
-def _load_set(name: str, split: str) -> Speech:
-    """Load a set from the cache, or fetch it first."""
-    return load_packed(fetch_speech(name), name, split)
-
-
 SOURCES.update(
     {name: partial(_load_set, name) for name in HUMAN}, human=_load_human
 )  # load_speech knows them now
-
-
-# %% ../../nbs/data/recordings.ipynb #a9031209
-def _main(arguments: Sequence[str] | None = None) -> None:
-    """Run `python -m w2vc.data.recordings [NAME] [--source DIR]`: fetch a set, or list them all."""
-    parser = argparse.ArgumentParser(
-        prog="python -m w2vc.data.recordings", description="Fetch recordings of people into the cache."
-    )
-    parser.add_argument("name", nargs="?", choices=list(HUMAN), help="the set; without it, all are listed")
-    parser.add_argument("--source", help="folder of the unpacked packages; they are downloaded by default")
-    chosen = parser.parse_args(arguments)
-    if chosen.name is None:
-        for name, human in HUMAN.items():
-            here = (
-                "in the cache"
-                if (speech_cache() / name / "speech.json").is_file()
-                else f"{human.megabytes} MB to fetch"
-            )
-            print(f"{name}: {human.language}, speakers: {human.speakers}; {human.licence}; {here}")
-        return
-    try:
-        print(fetch_speech(chosen.name, chosen.source))
-    except (SpeechUnavailableError, ValueError, ImportError) as error:
-        sys.exit(f"{error}")
-
-
-if __name__ == "__main__" and "__file__" in globals():  # not while the notebook runs
-    _main()

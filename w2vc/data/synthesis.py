@@ -5,56 +5,41 @@
 # %% ../../nbs/data/synthesis.ipynb #6bb126dd
 from __future__ import annotations
 
-import argparse
 import ctypes
 import ctypes.util
 import itertools
+import json
 import random
 import re
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .audio import resample
-from .corpus import DIGITS, KEYWORDS, SAMPLING_RATE, SILENCE, Segment, Utterance
+from .corpus import DIGITS, KEYWORDS, SAMPLING_RATE, SILENCE, SOURCES, Segment, Speech, Utterance
 
 # isort: split
-from .corpus import SOURCES, Speech, load_packed, save_speech, speech_assets, speech_cache
-
-# isort: split
-from .corpus import two_speaker_mixes
+from .corpus import load_packed, load_speech, mix_splits, save_speech, speech_cache
 
 # %% auto #0
 __all__ = [
     "GRAMMAR",
     "TRAIN_VOICES",
     "TEST_VOICES",
-    "PHRASES",
-    "SCRIPTS",
-    "COMMON_WORDS",
-    "DEV_VARIANTS",
-    "TRAIN_VARIANTS",
-    "MAKERS",
     "Voice",
     "synthesize",
     "make_digits",
     "make_sentence",
     "Line",
-    "english_script",
-    "language_script",
-    "build_corpus",
-    "many_voices",
-    "make_words",
     "large_script",
-    "synthetic_speech",
-    "synthetic_mixes",
+    "about_voices",
 ]
 
 
@@ -116,13 +101,25 @@ def _espeak_files() -> tuple[str, bytes | None]:
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path().encode()
 
 
-def _speak(lib: Any, text: str, voice: Voice, seed: int, receive: Any) -> None:
-    """Say a text with a library that has just been loaded."""
-    if (
-        lib.espeak_Initialize(2, 0, _espeak_files()[1], 1 | 2 | 0x8000) != _ESPEAK_RATE
-    ):  # synchronous; phones in IPA
+def _speak(
+    lib: Any, data: bytes | None, text: str, voice: Voice, seed: int
+) -> tuple[NDArray[np.int16], list[_Moment]]:
+    """Say a text with a library that has just been loaded: 22,050 samples per second, and the moments in them."""
+    pieces: list[NDArray[np.int16]] = []
+    moments: list[_Moment] = []
+
+    def receive(wave: Any, count: int, events: Any) -> int:
+        if count > 0:
+            pieces.append(np.ctypeslib.as_array(wave, (count,)).copy())
+        for e in itertools.takewhile(lambda event: event.type, (events[i] for i in itertools.count())):
+            name = e.name.to_bytes(8, sys.byteorder).split(b"\0")[0] if e.type == _PHONE else b""
+            moments.append(_Moment(e.type, e.position, e.length, e.sample, name.decode("utf-8", "replace")))
+        return 0
+
+    if lib.espeak_Initialize(2, 0, data, 1 | 2 | 0x8000) != _ESPEAK_RATE:  # synchronous; phones in IPA
         raise RuntimeError("espeak-ng did not start: its data folder is missing or of another version")
-    lib.espeak_SetSynthCallback(receive)
+    callback = _Receive(receive)  # has to stay alive while the library may call it
+    lib.espeak_SetSynthCallback(callback)
     if lib.espeak_SetVoiceByName(f"{voice.language}+{voice.variant}".encode()) != 0:
         raise ValueError(f"voice: espeak-ng has no language {voice.language!r}")
     for parameter, value in ((1, voice.rate), (3, voice.pitch), (4, voice.range)):
@@ -130,39 +127,27 @@ def _speak(lib: Any, text: str, voice: Voice, seed: int, receive: Any) -> None:
     if hasattr(lib, "espeak_ng_SetRandSeed"):  # since 1.52
         lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
     # Some voices draw their noise from C's rand(), which unloading does not reset.
-    c_library = ctypes.CDLL("ucrtbase") if sys.platform == "win32" else lib
-    c_library.srand(ctypes.c_uint(seed))
-    # Unbreakable spaces, else pairs such as "with the" are reported as one word.
-    raw = text.replace(" ", "\u00a0").encode()
+    (ctypes.CDLL("ucrtbase") if sys.platform == "win32" else lib).srand(ctypes.c_uint(seed))
+    raw = text.replace(
+        " ", "\u00a0"
+    ).encode()  # unbreakable spaces, else pairs such as "with the" become one word
     lib.espeak_Synth(raw, len(raw) + 1, 0, 1, 0, 1 | 0x1000, None, None)  # UTF-8, with a pause at the end
     lib.espeak_Synchronize()
     lib.espeak_Terminate()
+    return np.concatenate(pieces), moments
 
 
 def _espeak(text: str, voice: Voice, seed: int = 0) -> tuple[NDArray[np.int16], list[_Moment]]:
-    """Return 22,050 samples per second and the moments in them, independent of anything said before."""
-    pieces: list[NDArray[np.int16]] = []
-    moments: list[_Moment] = []
-
-    def receive(wave: Any, count: int, events: Any) -> int:
-        if count > 0:
-            pieces.append(np.ctypeslib.as_array(wave, (count,)).copy())
-        i = 0
-        while events[i].type:  # an event of type 0 ends the list
-            e, i = events[i], i + 1
-            name = e.name.to_bytes(8, sys.byteorder).split(b"\0")[0] if e.type == _PHONE else b""
-            moments.append(_Moment(e.type, e.position, e.length, e.sample, name.decode("utf-8", "replace")))
-        return 0
-
+    """Load the library, speak, unload it: the result depends on nothing that was said before."""
+    path, data = _espeak_files()
     with _ONE_AT_A_TIME:
-        lib = ctypes.CDLL(_espeak_files()[0])
+        lib = ctypes.CDLL(path)
         try:
-            _speak(lib, text, voice, seed, _Receive(receive))
+            return _speak(lib, data, text, voice, seed)
         finally:
             import _ctypes
 
             getattr(_ctypes, "FreeLibrary" if sys.platform == "win32" else "dlclose")(lib._handle)
-    return np.concatenate(pieces), moments
 
 
 # %% ../../nbs/data/synthesis.ipynb #e0563852
@@ -170,19 +155,13 @@ _STOPS = frozenset(["p", "b", "t", "d", "k", "ɡ", "tʃ", "dʒ", "q", "c", "ɟ",
 _SIGNS = dict.fromkeys(map(ord, "ˈˌːˑ̩̯͡"))  # stress, length, syllabic and tie marks
 
 
-def _burst_to_closure(wave: NDArray[np.int16], start: int, burst: int, quiet: float) -> int:
-    """Walk back from a stop's burst while the wave is quiet, no further than `start`."""
-    loud = np.flatnonzero(np.abs(wave[start:burst].astype(np.float64)) > quiet)
-    return start + int(loud[-1]) + 1 if len(loud) else start
-
-
-def _marks(
-    wave: NDArray[np.int16], moments: list[_Moment], rate: int
-) -> tuple[list[list[Any]], list[tuple[_Moment, int]]]:
-    """Return the phones as [label, first sample], and each word with the number of its first phone."""
-    quiet, short = 0.01 * float(np.abs(wave.astype(np.float64)).max()), rate // 70
-    marks: list[list[Any]] = []
-    heard: list[tuple[_Moment, int]] = []
+def _phone_starts(
+    wave: NDArray[np.int16], moments: list[_Moment]
+) -> tuple[list[tuple[str, int]], list[tuple[_Moment, int]]]:
+    """Return the phones as (label, first sample), and each word with the number of its first phone."""
+    loud, short = np.abs(wave.astype(np.float64)), _ESPEAK_RATE // 70
+    phones: list[tuple[str, int]] = []
+    words: list[tuple[_Moment, int]] = []
     word: _Moment | None = None
     for m in moments:
         label, start = m.name.translate(_SIGNS) or SILENCE, m.sample
@@ -190,37 +169,40 @@ def _marks(
             word = m
         if m.type != _PHONE or m.name.startswith("("):  # "(en)" announces a change of language
             continue
+        after_silence = bool(phones) and phones[-1][0] == SILENCE
         if label == SILENCE:
-            if not marks or marks[-1][0] != SILENCE:
-                marks.append([SILENCE, start])
+            phones += [] if after_silence else [(SILENCE, start)]
             continue
-        if word is not None and marks and marks[-1][0] == SILENCE and word.sample - marks[-1][1] < short:
-            marks.pop()  # a pause of no length: two vowels meet
-        before = marks[-1][1] if marks else -rate
+        if word is not None and after_silence and word.sample - phones[-1][1] < short:
+            phones.pop()  # a pause of no length: two vowels meet
+        before = phones[-1][1] if phones else -_ESPEAK_RATE
         if (
             word is not None and word.sample - before >= short
         ):  # else the mark belongs to the consonant before
             start = min(start, word.sample)
-        elif label in _STOPS:
-            start = _burst_to_closure(wave, before + 1, start, quiet)
+        elif label in _STOPS:  # from the burst back to the closure, while it is quiet
+            first = before + 1
+            noisy = np.flatnonzero(loud[first:start] > 0.01 * loud.max())
+            start = first + int(noisy[-1]) + 1 if len(noisy) else first
         if word is not None:
-            heard.append((word, len(marks)))
+            words.append((word, len(phones)))
             word = None
-        marks.append([label, max(start, before + 1)])
-    return marks, heard
+        phones.append((label, max(start, before + 1)))
+    return phones, words
 
 
-def _align(
-    text: str, wave: NDArray[np.int16], moments: list[_Moment], rate: int = _ESPEAK_RATE
-) -> tuple[list[Segment], list[Segment]]:
+def _align(text: str, wave: NDArray[np.int16], moments: list[_Moment]) -> tuple[list[Segment], list[Segment]]:
     """Turn moments into words and phones that share boundaries and leave no gap."""
-    marks, heard = _marks(wave, moments, rate)
-    edges = [start for _, start in marks] + [len(wave)]
-    firsts = [first for _, first in heard] + [len(marks)]
-    for i in range(1, len(marks)):  # a dark "l" is said as the end of its vowel: give it the second half
-        if marks[i][0] == "l" and i not in firsts and edges[i + 1] - edges[i] < rate // 50:
+    starts, heard = _phone_starts(wave, moments)
+    edges = [start for _, start in starts] + [len(wave)]
+    firsts = [first for _, first in heard] + [len(starts)]
+    for i in range(1, len(starts)):  # a dark "l" is said as the end of its vowel: give it the second half
+        if starts[i][0] == "l" and i not in firsts and edges[i + 1] - edges[i] < _ESPEAK_RATE // 50:
             edges[i] = (edges[i - 1] + edges[i + 1]) // 2
-    phones = [Segment(label, edges[i] / rate, edges[i + 1] / rate) for i, (label, _) in enumerate(marks)]
+    phones = [
+        Segment(label, start / _ESPEAK_RATE, end / _ESPEAK_RATE)
+        for (label, _), (start, end) in zip(starts, itertools.pairwise(edges), strict=True)
+    ]
     words = []
     for (word, first), last in zip(heard, firsts[1:], strict=True):
         sounding = [phone for phone in phones[first:last] if phone.label != SILENCE]
@@ -250,50 +232,41 @@ def synthesize(text: str, voice: Voice, seed: int = 0, id: str = "", kind: str =
     wave, moments = _espeak(text, voice, seed)
     words, phones = _align(text, wave, moments)
     if not words or [word.label for word in words] != text.split(" "):
-        raise ValueError(
-            f"text={text!r} is read as {[word.label for word in words]}: write numbers and signs as words"
-        )
+        read = [word.label for word in words]
+        raise ValueError(f"text={text!r} is read as {read}: write numbers and signs as words")
     rng = random.Random(f"{id}|{text}|{voice}|{seed}")
-    first, last, lead, tail = words[0].start, words[-1].end, rng.uniform(0.05, 0.15), rng.uniform(0.05, 0.15)
+    first, last = words[0].start, words[-1].end
+    before, after = (np.zeros(round(rng.uniform(0.05, 0.15) * SAMPLING_RATE), np.float32) for _ in range(2))
     spoken = wave[round(first * _ESPEAK_RATE) : round(last * _ESPEAK_RATE)].astype(np.float32) / np.float32(
         32768
     )
     spoken = resample(spoken, _ESPEAK_RATE, SAMPLING_RATE)
-    before, after = (np.zeros(round(pause * SAMPLING_RATE), np.float32) for pause in (lead, tail))
     audio = np.concatenate([before, spoken * np.float32(0.7 / np.abs(spoken).max()), after])
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
 
-    def move(segments: Iterable[Segment]) -> list[Segment]:
-        shift = len(before) / SAMPLING_RATE - first
-        times = (
-            (s.label, round((s.start + shift) * SAMPLING_RATE), round((s.end + shift) * SAMPLING_RATE))
-            for s in segments
-        )
-        return [Segment(label, start / SAMPLING_RATE, end / SAMPLING_RATE) for label, start, end in times]
+    def sample(time: float) -> int:
+        return round((time + (len(before) / SAMPLING_RATE - first)) * SAMPLING_RATE)
 
-    shorter = [Segment(p.label, p.start, min(p.end, last)) for p in phones if first <= p.start < last]
-    phones = [Segment(SILENCE, 0.0, len(before) / SAMPLING_RATE), *move(shorter)]
-    phones.append(Segment(SILENCE, phones[-1].end, len(audio) / SAMPLING_RATE))
-    audio = audio + np.float32(0.003) * noise
+    def moved(segments: Iterable[Segment]) -> list[Segment]:
+        return [
+            Segment(s.label, sample(s.start) / SAMPLING_RATE, sample(s.end) / SAMPLING_RATE) for s in segments
+        ]
+
+    inside = moved(Segment(p.label, p.start, min(p.end, last)) for p in phones if first <= p.start < last)
+    start, end = len(before) / SAMPLING_RATE, inside[-1].end
+    pauses = Segment(SILENCE, 0.0, start), Segment(SILENCE, end, len(audio) / SAMPLING_RATE)
     return Utterance(
-        id, audio, SAMPLING_RATE, text, voice.id, voice.language.split("-")[0], move(words), phones, kind=kind
-    )
+        id, audio + np.float32(0.003) * noise, SAMPLING_RATE, text, voice.id, voice.language.split("-")[0],
+        moved(words), [pauses[0], *inside, pauses[1]], kind=kind,
+    )  # fmt: skip
 
 
 # %% ../../nbs/data/synthesis.ipynb #96f2b6f7
-GRAMMAR = {
-    part: tuple(words.split())
-    for part, words in {
-        "determiner": "a the my your this every",
-        "adjective": "big small red blue green yellow brown old young loud quiet happy thin rough strange long",
-        "noun": "boy girl dog bird fish mouse king nurse judge teacher child house boat chair book shoe toy treasure garage village",
-        "verb": "sees finds likes hears watches follows carries measures chooses opens shows leaves",
-        "article": "a the my",
-        "preposition": "near under behind with beyond over",
-        "place": "river kitchen school beach wall mountain forest bridge",
-        "adverb": "today tonight again slowly twice together",
-    }.items()
-}
+with (resources.files("w2vc") / "assets" / "speech" / "script.json").open(encoding="utf-8") as _file:
+    _SCRIPT = json.load(_file)  # the words of the little grammar, common words, and who speaks
+GRAMMAR: dict[str, list[str]] = _SCRIPT["grammar"]
+TRAIN_VOICES = {row[0]: Voice(*row) for row in _SCRIPT["train voices"]}
+TEST_VOICES = {row[0]: Voice(*row) for row in _SCRIPT["test voices"]}
 
 
 def make_digits(rng: random.Random) -> str:
@@ -313,53 +286,6 @@ def make_sentence(rng: random.Random) -> str:
     return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(words + pick("adverb", 0.3)))
 
 
-# %% ../../nbs/data/synthesis.ipynb #8c44c2ec
-def _voices(table: str) -> dict[str, Voice]:
-    """Read lines of `id language variant pitch range rate`."""
-    rows = [line.split() for line in table.strip().splitlines()]
-    return {row[0]: Voice(row[0], row[1], row[2], *map(int, row[3:])) for row in rows}
-
-
-# f = female, m = male. No near copies, no effects, no strong echo.
-TRAIN_VOICES = _voices("""
-f01 en-us f1      50 50 150
-f02 en    anika   45 40 150
-f03 en-us aunty   55 60 160
-f04 en-us Andrea  50 50 140
-f05 en    f2      50 50 170
-f06 en-us f3      45 60 155
-f07 en    grandma 50 40 145
-m01 en-us m3      50 50 160
-m02 en    m5      45 60 150
-m03 en-us Diogo   50 50 175
-m04 en    paul    55 45 155
-m05 en-us Reed    50 50 165
-m06 en    Mario   50 60 150
-m07 en-us edward  45 50 170
-m08 en    Gene    50 40 160
-m09 en-us Alex    60 60 145
-""")
-TEST_VOICES = _voices("""
-f11 en-us Annie   45 50 155
-f12 en    belinda 50 50 165
-f13 en-us shelby  50 55 150
-f14 en    steph   50 45 160
-m11 en-us m8      55 50 165
-m12 en    quincy  50 60 155
-m13 en-us victor  50 45 150
-m14 en    norbert 55 50 170
-""")
-PHRASES = {
-    "en": "good morning my friend|the train leaves at seven|where is the old bridge|we eat bread and cheese|it will rain tomorrow|the child reads a book",
-    "de": "guten morgen mein freund|der zug fährt um sieben|wo ist die alte brücke|wir essen brot und käse|morgen wird es regnen|das kind liest ein buch",
-    "fr": "bonjour mon cher ami|le train part à sept heures|où est le vieux pont|nous mangeons du pain|demain il va pleuvoir|la petite fille lit un livre",
-    "es": "buenos días mi amigo|el tren sale a las siete|dónde está el puente viejo|comemos pan con queso|mañana va a llover|el niño lee un libro",
-    "it": "buongiorno mio caro amico|il treno parte alle sette|dove si trova il vecchio ponte|mangiamo pane e formaggio|domani pioverà|la bambina legge un libro",
-    "nl": "goedemorgen mijn vriend|de trein vertrekt om zeven uur|waar is de oude brug|wij eten brood met kaas|morgen gaat het regenen|het kind leest een boek",
-}
-
-
-# %% ../../nbs/data/synthesis.ipynb #5cddb48f
 class Line(NamedTuple):
     """One line of a corpus's script."""
 
@@ -374,177 +300,63 @@ class Line(NamedTuple):
         return synthesize(self.text, self.voice, zlib.crc32(self.id.encode()) % 2**31, self.id, self.kind)
 
 
-def english_script() -> list[Line]:
-    """Write the script of "builtin": sentences, digits and keywords in turn, so that neighbours differ in speaker."""
-    lines, used = [], set(KEYWORDS)
-    for split, counts in {"test": (4, 3, 10), "dev": (1, 1, 2), "train": (4, 4, 10)}.items():
-        voices = list((TEST_VOICES if split == "test" else TRAIN_VOICES).values())
-        for kind, count in zip(("sentence", "digits", "keyword"), counts, strict=True):
-            for k in range(count):
-                for i, voice in enumerate(voices):
-                    rng = random.Random(f"{split} {voice.id} {kind} {k}")
-                    text = KEYWORDS[(2 * i + k) % len(KEYWORDS)]
-                    while (
-                        kind != "keyword" and text in used
-                    ):  # no text twice, so none of the test set in training
-                        text = make_digits(rng) if kind == "digits" else make_sentence(rng)
-                    used.add(text)
-                    lines.append(Line(split, f"{split}-{voice.id}-{kind}-{k}", kind, text, voice))
-    return lines
+# %% ../../nbs/data/synthesis.ipynb #38b5f2cf
+_MAKERS: dict[str, tuple[float, Callable[[random.Random], str]]] = {  # kind: (share of the utterances, maker)
+    "sentence": (0.40, make_sentence),
+    "words": (
+        0.35,
+        lambda rng: " ".join(rng.choice(_SCRIPT["common words"]) for _ in range(rng.randint(3, 7))),
+    ),
+    "digits": (0.18, make_digits),
+    "keyword": (0.07, lambda rng: rng.choice(KEYWORDS)),
+}
 
 
-def language_script() -> list[Line]:
-    """Write the script of "builtin-languages": three voices, each in six languages; the test voice says other phrases."""
-    lines = []
-    for split, speaker in (("train", "f05"), ("train", "m01"), ("test", "m11")):
-        voice = {**TRAIN_VOICES, **TEST_VOICES}[speaker]
-        for language, phrases in PHRASES.items():
-            for k, text in list(enumerate(phrases.split("|")))[
-                slice(3, 6) if split == "test" else slice(0, 3)
-            ]:
-                said = replace(voice, language=voice.language if language == "en" else language)
-                lines.append(Line(split, f"{split}-{speaker}-{language}-{k}", "phrase", text, said))
-    return lines
-
-
-# %% ../../nbs/data/synthesis.ipynb #7c2113ab
-SCRIPTS: dict[str, Callable[[], list[Line]]] = {"english": english_script, "languages": language_script}
-
-
-def build_corpus(folder: str | Path | None = None) -> None:
-    """Make the built-in corpora again; needs the extras synth and audio.
-
-    Args:
-        folder: Where to write; the package's own assets by default.
-    """
-    for directory, script in SCRIPTS.items():
-        lines = script()
-        splits: dict[str, list[Line]] = {}
-        for line in lines:
-            splits.setdefault(line.split, []).append(line)
-        spoken = {split: map(Line.speak, part) for split, part in splits.items()}
-        save_speech(
-            (Path(folder) if folder else speech_assets()) / directory,
-            spoken,
-            _about(line.voice for line in lines),
-            format="OGG",
-            compression=0.45,
+def _many_voices(variants: list[str], each: int, seed: str) -> list[Voice]:
+    """Make `each` speakers of every variant, with accents and random pitch, liveliness and rate."""
+    rng, ranges = random.Random(seed), ((38, 62), (35, 65), (140, 185))
+    return [
+        Voice(
+            f"{variant}-{k}",
+            rng.choice(["en-us", "en"]),
+            variant,
+            *(rng.randint(*limits) for limits in ranges),
         )
+        for k in range(each)
+        for variant in variants
+    ]
 
 
-def _about(voices: Iterable[Voice]) -> dict[str, Any]:
+def large_script(split: str) -> Iterator[Line]:
+    """Write an endless script for "train", "dev" or "test", each with its own voices; no text of "builtin" but keywords."""
+    voices = {
+        "train": _many_voices(_SCRIPT["train variants"], 2, "train"),
+        "dev": _many_voices(_SCRIPT["dev variants"], 1, "dev"),
+        "test": list(TEST_VOICES.values()),
+    }[split]
+    taken = {u.text for u in load_speech("builtin", "all")} - set(KEYWORDS)
+    kinds, shares = list(_MAKERS), [share for share, _ in _MAKERS.values()]
+    for k in itertools.count():
+        rng = random.Random(f"large {split} {k}")
+        kind, text = rng.choices(kinds, shares)[0], ""
+        while not text or text in taken:
+            text = _MAKERS[kind][1](rng)
+        yield Line(split, f"{split}-{k:06d}", kind, text, voices[k % len(voices)])
+
+
+# %% ../../nbs/data/synthesis.ipynb #012e18a0
+def about_voices(voices: Iterable[Voice]) -> dict[str, Any]:
     """Say where synthetic speech comes from."""
     return {
         "licence": "Apache-2.0, as w2vc itself: the texts are ours, and the audio is the output of a program",
         "source": "spoken by espeak-ng 1.52.0 (espeakng-loader 0.2.4) with w2vc.data.synthesis",
         "speakers": {
             v.id: f"espeak-ng {v.language}+{v.variant}, pitch {v.pitch}, range {v.range}, {v.rate} words per minute"
-            for v in {voice.id: voice for voice in voices}.values()
+            for v in voices
         },
     }
 
 
-# %% ../../nbs/data/synthesis.ipynb #38b5f2cf
-COMMON_WORDS = tuple(
-    """
-    able about above across act add after again against age ago air all almost alone along already also always among animal
-    answer any appear area arm around arrive art ask away back bad ball bank bar base be bear beat beautiful became because
-    become bed been before began behind being believe below best better between big birth black blow board body bone both bottom
-    box branch break bright bring broad brother brought build burn busy but buy by cake call came camp can capital captain car
-    care carry case cat catch cause cell center century chance change check choose church circle city claim class clean clear
-    climb clock close cloth cloud coast coat cold color come common company complete condition connect consider contain control
-    cook cool copy corn corner correct cost cotton count country course cover cross crowd cry current cut dance danger dark
-    daughter day dead deal dear death decide deep degree describe desert design develop dictionary did die different difficult
-    dinner direct discuss distant divide do doctor does dollar done door double doubt draw dream dress drink drive drop dry
-    during dust duty each early earth ease east easy eat edge effect egg eight electric else empty end energy engine enough enter
-    equal escape even evening event ever every exact example except exercise expect explain express extension eye face fact fall
-    family famous far farm fast father favor fear feed feel feet fell felt few field fight figure fill final fine finger finish
-    fire first fit floor flow flower fly follow food foot force foreign forget form forward found fraction free fresh friend from
-    front fruit full game garden gas gather gave general gentle get give glad glass gold gone good got govern grand grass gray
-    great ground group grow guess guide gun had hair half hand happen hard hat have head health heart heat heavy held help hill
-    history hit hold hole home hope horse hot hour how huge human hundred hunt hurry ice idea if imagine important inch include
-    industry insect instant instead interest invent iron island job join joke joy judge jump just keep key kill kind knew know
-    lady lake land language large last late laugh law lay lead learn least led left length less letter level lie life lift light
-    like line liquid list listen little live log look lost lot love low machine made magnet main major make man many map mark
-    market mass master match material matter may mean measure meat meet men message metal method middle might mile milk million
-    mind mine minute miss mix modern moment money month moon more morning most mother motion move much multiply music must name
-    nation natural near necessary neck need neighbor never new next night noise none noon nor north nose note nothing notice now
-    number object ocean offer office often oil old once only open operate opinion opposite option order original other ought out
-    oxygen page pain paint pair paper paragraph parent part particular party pass past path pattern pay peace people perhaps
-    period person phone phrase pick picture piece place plain plan plane planet plant play please plural poem point poor position
-    possible pound power practice prepare present press pretty price print probable problem process produce product promise proper
-    protect proud prove provide public pull push put quart question quick quiet quite race radio rail rain raise ran range rather
-    reach read ready reason receive record region remember repeat reply represent require rest result rich ride ring rise road
-    rock roll room root rope round row rub rule run safe said sail salt same sand sat save say scale school science score sea
-    search season seat second section see seed seem segment select self sell send sense sentence separate serve service settle
-    several shall shape share sharp sheet shell shine ship shop shore short should shoulder shout side sight sign silent silver
-    similar simple since sing sister sit size skill skin sky sleep slip slow smell smile smoke snow soft soil soldier solution
-    some son song soon sound south space speak special speech speed spell spend spoke spot spread spring square stand star start
-    state station stay steam steel step stick still stone stood story straight strange stranger stream street stretch strong
-    student study subject substance success such sudden suffix sugar suggest suit summer sun supply support sure surface surprise
-    swim symbol system table tail take talk tall teach team teeth tell temperature ten term test than thank that them then there
-    these they thick thing think third those though thought thousand through throw thus tie time tiny tire together told tone too
-    took tool top total touch toward town track trade train transfer travel tree triangle trip trouble truck true trust try tube
-    turn twenty type uncle under unit until usual valley value vary very view village visit voice vowel wait walk wall want war
-    warm wash watch water wave way wear weather week weight welcome well went were west what wheel when which while white whole
-    whose why wide wife wild will wind window wing winter wire wish woman wonder wood word work world would write wrong yard year
-    yet young
-    """.split()  # noqa: SIM905
-)
-DEV_VARIANTS = ("Alicia", "f5", "david", "Hugo", "m6", "robert")
-TRAIN_VARIANTS = tuple(
-    """
-    f1 f2 f3 f4 anika aunty Andrea grandma m1 m2 m3 m4 m5 m7 Diogo paul Reed Mario edward Gene Alex Andy Denis Jacky Lee Marco
-    Michael Mike Storm adam antonio boris caleb ed grandpa ian john kaukovalta klatt klatt3 klatt4 marcelo max michel pablo
-    pedro rob sandro travis zac
-    """.split()  # noqa: SIM905
-)
-
-
-def many_voices(variants: Sequence[str], each: int, seed: str) -> list[Voice]:
-    """Make `each` speakers of every variant, with accents and random pitch, liveliness and rate."""
-    rng = random.Random(seed)
-    return [
-        Voice(
-            f"{variant}-{k}", rng.choice(["en-us", "en"]), variant, rng.randint(38, 62), rng.randint(35, 65), rng.randint(140, 185)
-        )
-        for k in range(each)
-        for variant in variants
-    ]  # fmt: skip
-
-
-# %% ../../nbs/data/synthesis.ipynb #ec967cf8
-def make_words(rng: random.Random) -> str:
-    """Draw three to seven common words, in no order."""
-    return " ".join(rng.choice(COMMON_WORDS) for _ in range(rng.randint(3, 7)))
-
-
-MAKERS: dict[str, tuple[float, Callable[[random.Random], str]]] = {  # kind: (share of the utterances, maker)
-    "sentence": (0.40, make_sentence),
-    "words": (0.35, make_words),
-    "digits": (0.18, make_digits),
-    "keyword": (0.07, lambda rng: rng.choice(KEYWORDS)),
-}
-
-
-def large_script(split: str) -> Iterator[Line]:
-    """Write an endless script for "train", "dev" or "test", each with its own voices; no text of "builtin" but keywords."""
-    voices = {
-        "train": many_voices(TRAIN_VARIANTS, 2, "train"),
-        "dev": many_voices(DEV_VARIANTS, 1, "dev"),
-        "test": list(TEST_VOICES.values()),
-    }[split]
-    taken = {line.text for line in english_script()} - set(KEYWORDS)
-    kinds, shares = list(MAKERS), [share for share, _ in MAKERS.values()]
-    for k in itertools.count():
-        rng = random.Random(f"large {split} {k}")
-        kind, text = rng.choices(kinds, shares)[0], ""
-        while not text or text in taken:
-            text = MAKERS[kind][1](rng)
-        yield Line(split, f"{split}-{k:06d}", kind, text, voices[k % len(voices)])
-
-
-# %% ../../nbs/data/synthesis.ipynb #012e18a0
 def _until(lines: Iterable[Line], hours: float, label: str) -> Iterator[Utterance]:
     """Speak lines until there are enough hours of them, behind a progress bar."""
     try:
@@ -564,16 +376,12 @@ def _until(lines: Iterable[Line], hours: float, label: str) -> Iterator[Utteranc
             yield spoken
 
 
-def synthetic_speech(split: str = "train", hours: float = 5.0) -> Speech:
+def _synthetic(split: str = "train", hours: float = 5.0) -> Speech:
     """Load a large synthetic corpus, spoken on the first call (some minutes per hour) and kept in the cache.
 
     Args:
         split: "train"; "dev" (six other voices); "test" (the eight test voices of "builtin", other texts); or "all".
         hours: Hours of the training split; dev has a tenth, test a fifteenth of it.
-
-    Raises:
-        ImportError: If espeak-ng, soundfile or tqdm is missing.
-        ValueError: If hours is not positive, or there is no such split.
     """
     if not hours > 0:
         raise ValueError(f"hours={hours!r}: allowed is a number above 0")
@@ -584,46 +392,14 @@ def synthetic_speech(split: str = "train", hours: float = 5.0) -> Speech:
         spoken = {
             part: _until(large_script(part), amount, f"{name} {part}") for part, amount in parts.items()
         }
-        voices = [
-            v for part in parts for v in {line.voice for line in itertools.islice(large_script(part), 100)}
-        ]
-        save_speech(folder, spoken, _about(sorted(voices, key=lambda voice: voice.id)))
+        voices = {line.voice for part in parts for line in itertools.islice(large_script(part), 100)}
+        save_speech(folder, spoken, about_voices(sorted(voices, key=lambda voice: voice.id)))
     return load_packed(folder, name, split)
 
 
-def synthetic_mixes(split: str = "train", hours: float = 5.0) -> Speech:
-    """Mix `synthetic_speech` to conversations of two: 1,200 in "train", 60 in "dev", 60 in "test"; none has speakers of two splits.
-
-    Args:
-        split: "train", "dev", "test" or "all".
-        hours: Size of the corpus that they are mixed from.
-
-    Raises:
-        ValueError: There is no such split.
-    """
-    counts = {"train": 1200, "dev": 60, "test": 60}
-    if split not in (*counts, "all"):
-        raise ValueError(f"split={split!r}: synthetic-mixes has the splits {list(counts)} and 'all'")
-    parts = [
-        two_speaker_mixes(synthetic_speech(s, hours), n) for s, n in counts.items() if split in (s, "all")
-    ]
-    return Speech((u for part in parts for u in part), "synthetic-mixes", split, parts[0].about)
+def _mixes(split: str = "train", hours: float = 5.0) -> Speech:
+    """Mix "synthetic" to conversations of two."""
+    return mix_splits("synthetic", {"train": 1200, "dev": 60, "test": 60}, split, hours=hours)
 
 
-SOURCES.update(
-    {"synthetic": synthetic_speech, "synthetic-mixes": synthetic_mixes}
-)  # load_speech knows them now
-
-
-# %% ../../nbs/data/synthesis.ipynb #1192a959
-def _main(arguments: Sequence[str] | None = None) -> None:
-    """Run `python -m w2vc.data.synthesis [--folder DIR]`: make the built-in corpora again."""
-    parser = argparse.ArgumentParser(
-        prog="python -m w2vc.data.synthesis", description="Make the built-in corpora again."
-    )
-    parser.add_argument("--folder", help="where to write; the package's assets by default")
-    build_corpus(parser.parse_args(arguments).folder)
-
-
-if __name__ == "__main__" and "__file__" in globals():  # not while the notebook runs
-    _main()
+SOURCES.update({"synthetic": _synthetic, "synthetic-mixes": _mixes})  # load_speech knows them now

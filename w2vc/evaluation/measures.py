@@ -15,24 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
-from ..data.audio import Samples
-from ..data.corpus import SAMPLING_RATE, Segment
+from ..data.corpus import Segment
 
 # %% auto #0
 __all__ = [
     "Floats",
-    "eval_library",
     "EditCounts",
+    "eval_library",
     "plain_text",
     "count_edits",
     "word_error_rate",
     "character_error_rate",
-    "log_mel_frames",
     "score_pairs",
     "error_curve",
     "OperatingPoint",
@@ -41,26 +38,20 @@ __all__ = [
     "DiarizationErrors",
     "activity_turns",
     "diarization_error_rate",
-    "cross_table",
-    "accuracy",
-    "fit_softmax",
     "Interval",
     "bootstrap",
 ]
 
 
 # %% ../../nbs/evaluation/measures.ipynb #9c515fb9
-def eval_library(name: str) -> Any:
-    """Import a library of the extra `eval`, which is needed for measuring alone."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f'this measure needs {name.partition(".")[0]}: pip install "w2vc[eval]"') from error
+def _rate(errors: float, total: float) -> float:
+    """Errors over the total; without a total 0, or infinite if there are errors."""
+    return errors / total if total else math.inf if errors else 0.0
 
 
 @dataclass(frozen=True)
 class EditCounts:
-    """What turns a reference into what a model wrote, counted; `float(counts)` is the error rate.
+    """Edits between references and hypotheses; counts add up, and `float(counts)` is the error rate.
 
     Attributes:
         hits: Words (or characters) that are right.
@@ -87,7 +78,7 @@ class EditCounts:
     @property
     def rate(self) -> float:
         """Errors per word of the reference; where it is empty 0, or infinite if something was written."""
-        return self.errors / self.length if self.length else math.inf if self.errors else 0.0
+        return _rate(self.errors, self.length)
 
     def __float__(self) -> float:
         return self.rate
@@ -97,10 +88,18 @@ class EditCounts:
 
 
 # %% ../../nbs/evaluation/measures.ipynb #d86dc702
+def eval_library(name: str) -> Any:
+    """Import a library of the extra `eval`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f'this measure needs {name.partition(".")[0]}: pip install "w2vc[eval]"') from error
+
+
 def plain_text(text: str) -> str:
     """Reduce a text to what can be heard: lower case, one kind of apostrophe, no punctuation; hyphens part words.
 
-    Numbers stay as they are: "7" and "seven" differ. Write them out before.
+    Numbers stay as they are: "7" and "seven" differ.
     """
     text = unicodedata.normalize("NFC", text).lower().translate(dict.fromkeys(map(ord, "’ʼ‘`´"), "'"))
     kept = "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
@@ -117,28 +116,18 @@ def count_edits(
 
     Args:
         references: What was said; may be empty.
-        hypotheses: What was written.
+        hypotheses: What was written, one for each reference.
         unit: "word" or "char"; the space between two words is a character.
         normalise: Applied to both sides, such as `plain_text`; None compares as written, but for the number of spaces.
-
-    Returns:
-        The counts of each pair.
-
-    Raises:
-        ValueError: Not one hypothesis for each reference, or another unit.
     """
     if len(references) != len(hypotheses):
-        raise ValueError(
-            f"{len(references)} references and {len(hypotheses)} hypotheses: one for each is needed"
-        )
+        raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses must be pairs")
     if unit not in {"word", "char"}:
         raise ValueError(f"unit={unit!r} must be 'word' or 'char'")
     jiwer = eval_library("jiwer")
-    sides = [
-        [" ".join((normalise(t) if normalise else t).split()) for t in side]
-        for side in (references, hypotheses)
-    ]
-    found = (jiwer.process_words if unit == "word" else jiwer.process_characters)(*sides)
+    process = jiwer.process_words if unit == "word" else jiwer.process_characters
+    clean = normalise or (lambda text: text)
+    found = process(*([" ".join(clean(text).split()) for text in side] for side in (references, hypotheses)))
     counts = []
     for chunks in found.alignments:
         sizes: Counter[str] = Counter()
@@ -149,29 +138,23 @@ def count_edits(
 
 
 # %% ../../nbs/evaluation/measures.ipynb #65b572a8
-def _total_edits(references: Any, hypotheses: Any, unit: str, normalise: Any) -> EditCounts:
-    """Add up the counts of all pairs; a lone text is a pair of its own."""
-    said, written = ([side] if isinstance(side, str) else list(side) for side in (references, hypotheses))
-    return sum(count_edits(said, written, unit, normalise), EditCounts())
-
-
 def word_error_rate(
     references: str | Sequence[str],
     hypotheses: str | Sequence[str],
     *,
     normalise: Callable[[str], str] | None = None,
+    unit: str = "word",
 ) -> EditCounts:
-    """All word edits of a set over all its words: not the mean of the utterances' rates.
+    """All edits of a set over all its words, which can be above 1: not the mean of the utterances' rates.
 
     Args:
         references: One text or many.
         hypotheses: As many.
         normalise: Applied to both sides, such as `plain_text`.
-
-    Returns:
-        Counts with `.rate`, which can be above 1.
+        unit: "word" or "char".
     """
-    return _total_edits(references, hypotheses, "word", normalise)
+    said, written = ([side] if isinstance(side, str) else side for side in (references, hypotheses))
+    return sum(count_edits(said, written, unit, normalise), EditCounts())
 
 
 def character_error_rate(
@@ -181,48 +164,22 @@ def character_error_rate(
     normalise: Callable[[str], str] | None = None,
 ) -> EditCounts:
     """All character edits of a set over all its characters, spaces included; otherwise as `word_error_rate`."""
-    return _total_edits(references, hypotheses, "char", normalise)
+    return word_error_rate(references, hypotheses, normalise=normalise, unit="char")
 
 
 # %% ../../nbs/evaluation/measures.ipynb #5ab269c4
-def log_mel_frames(
-    audio: Samples, *, bands: int = 40, width: int = 400, hop: int = 320, rate: int = SAMPLING_RATE
-) -> NDArray[np.float32]:
-    """Log energies in bands as the ear has them, for windows that lie where the model's frames lie.
-
-    Args:
-        audio: `[S]`.
-        bands: Triangles, evenly spaced on the mel scale (O'Shaughnessy, 1987) up to half the rate.
-        width: Samples in a window.
-        hop: Samples from one window to the next.
-        rate: Samples per second.
-
-    Returns:
-        `[T, bands]`.
-    """
-    size = 2 ** math.ceil(math.log2(width))
-    mel = np.linspace(0, 2595 * math.log10(1 + rate / 2 / 700), bands + 2)
-    edges = 700 * (10 ** (mel / 2595) - 1)  # Hz
-    bins = np.linspace(0, rate / 2, size // 2 + 1)
-    low, peak, high = (edges[i : i + bands, None] for i in range(3))
-    triangles = np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clip(
-        0
-    )  # [bands, bins]
-    windows = np.lib.stride_tricks.sliding_window_view(audio, width)[::hop] * np.hanning(width)
-    power = np.abs(np.fft.rfft(windows, size)) ** 2
-    return np.asarray(np.log(power @ triangles.T + 1e-6), np.float32)
+Floats = NDArray[np.float64]
 
 
-# %% ../../nbs/evaluation/measures.ipynb #569c9664
 def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[Floats, NDArray[np.bool_]]:
     """Compare every utterance with every other one by the cosine of their vectors.
 
     Args:
         embeddings: `[B, D]`.
-        speakers: Who speaks.
+        speakers: Who speaks, B names.
 
     Returns:
-        Two square tables over the utterances: the scores, and whether it is one voice.
+        Two tables `[B, B]`: the scores, and whether it is one voice.
     """
     unit = normalize(embeddings.detach().cpu().double(), dim=1)
     names = np.asarray(speakers)
@@ -230,13 +187,8 @@ def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[Floats, ND
 
 
 # %% ../../nbs/evaluation/measures.ipynb #1e49c93b
-Floats = NDArray[np.float64]
-
-
 def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Floats, Floats]:
-    """Both shares of errors at every threshold that makes a difference.
-
-    "Same" is said from the threshold upwards.
+    """Both shares of errors at every threshold that makes a difference; "same" is said from the threshold upwards.
 
     Args:
         scores: One for each pair; more = more alike.
@@ -252,7 +204,7 @@ def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Floats, Flo
     values, truth = np.asarray(scores, np.float64).ravel(), np.asarray(same).astype(bool).ravel()
     if len(values) != len(truth) or np.isnan(values).any():
         raise ValueError(
-            f"scores: {len(values)}, {np.isnan(values).sum()} of them NaN, for {len(truth)} answers in same"
+            f"scores: {len(values)}, {np.isnan(values).sum()} of them NaN, for {len(truth)} answers"
         )
     if truth.all() or not truth.any():
         raise ValueError(f"same: {truth.sum()} of {len(truth)} pairs are of one voice; both kinds are needed")
@@ -265,16 +217,14 @@ def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Floats, Flo
 
 # %% ../../nbs/evaluation/measures.ipynb #9cc61f41
 class OperatingPoint(NamedTuple):
-    """A figure and the threshold where it is reached; "same" is said from the threshold upwards."""
+    """A figure and the threshold where it is reached."""
 
     value: float
     threshold: float
 
 
 def equal_error_rate(scores: ArrayLike, same: ArrayLike) -> OperatingPoint:
-    """The error rate at the threshold where both kinds of errors are equally frequent.
-
-    Between two neighbouring points of the curve both shares are interpolated linearly (not along the convex hull).
+    """The error rate where misses and false alarms are equally frequent, interpolated linearly on the `error_curve`.
 
     Args:
         scores: One for each pair.
@@ -289,32 +239,18 @@ def equal_error_rate(scores: ArrayLike, same: ArrayLike) -> OperatingPoint:
     return OperatingPoint(float(miss[k - 1] + share * (miss[k] - miss[k - 1])), float(threshold))
 
 
-def min_dcf(
-    scores: ArrayLike,
-    same: ArrayLike,
-    p_target: float = 0.05,
-    *,
-    cost_miss: float = 1.0,
-    cost_alarm: float = 1.0,
-) -> OperatingPoint:
-    """The smallest expected cost over all thresholds: NIST's minimum detection cost, normalised (SRE plan, 2016).
-
-    1 is the cost of giving always the same, cheaper, answer.
+def min_dcf(scores: ArrayLike, same: ArrayLike, p_target: float = 0.05) -> OperatingPoint:
+    """The smallest detection cost over all thresholds (NIST's SRE plan, 2016): 1 costs as much as one answer for all.
 
     Args:
         scores: One for each pair.
         same: Whether it is one voice.
         p_target: Share of same pairs where the system is used, whatever it is among these pairs.
-        cost_miss: Price of a miss.
-        cost_alarm: Price of a false alarm.
     """
-    if not (0 < p_target < 1 and cost_miss > 0 and cost_alarm > 0):
-        raise ValueError(
-            f"p_target={p_target} must lie between 0 and 1, cost_miss={cost_miss}, cost_alarm={cost_alarm} above 0"
-        )
+    if not 0 < p_target < 1:
+        raise ValueError(f"p_target={p_target} must lie between 0 and 1")
     thresholds, miss, alarm = error_curve(scores, same)
-    price_miss, price_alarm = cost_miss * p_target, cost_alarm * (1 - p_target)
-    costs = (price_miss * miss + price_alarm * alarm) / min(price_miss, price_alarm)
+    costs = (p_target * miss + (1 - p_target) * alarm) / min(p_target, 1 - p_target)
     k = int(np.argmin(costs))
     return OperatingPoint(float(costs[k]), float(thresholds[k]))
 
@@ -322,7 +258,7 @@ def min_dcf(
 # %% ../../nbs/evaluation/measures.ipynb #071a2c99
 @dataclass(frozen=True)
 class DiarizationErrors:
-    """Seconds of wrong answers to "who speaks when?"; `float(errors)` is the error rate.
+    """Seconds of wrong answers to "who speaks when?"; they add up, and `float(errors)` is the error rate.
 
     Attributes:
         missed: Speech of somebody that nobody was found for.
@@ -341,8 +277,7 @@ class DiarizationErrors:
     @property
     def rate(self) -> float:
         """Wrong seconds per second of speech; without speech 0, or infinite if some was found."""
-        wrong = self.missed + self.false_alarm + self.confusion
-        return wrong / self.total if self.total else math.inf if wrong else 0.0
+        return _rate(self.missed + self.false_alarm + self.confusion, self.total)
 
     def __float__(self) -> float:
         return self.rate
@@ -352,6 +287,7 @@ class DiarizationErrors:
         return DiarizationErrors(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
+# %% ../../nbs/evaluation/measures.ipynb #ec216c33
 def activity_turns(
     activity: ArrayLike | Tensor,
     labels: Sequence[str] | None = None,
@@ -370,21 +306,15 @@ def activity_turns(
     on = np.asarray(activity).astype(bool)
     if on.ndim != 2:
         raise ValueError(f"activity has shape {on.shape}; (frames, speakers) is needed")
-    names = [str(n) for n in range(on.shape[1])] if labels is None else list(labels)
-    walls = np.zeros((1, on.shape[1]), bool)
-    changes = np.diff(np.concatenate([walls, on, walls]).astype(int), axis=0)
     first = middle - hop / 2
     turns = []
-    for name, column in zip(names, changes.T, strict=True):
-        starts, ends = np.flatnonzero(column == 1), np.flatnonzero(column == -1)
-        turns += [
-            Segment(name, float(first + a * hop), float(first + b * hop))
-            for a, b in zip(starts, ends, strict=True)
-        ]
+    for name, column in zip(labels or map(str, range(on.shape[1])), on.T, strict=True):
+        changes = np.flatnonzero(np.diff(column, prepend=False, append=False))  # on, off, on, off, …
+        turns += [Segment(name, *(first + hop * pair).tolist()) for pair in changes.reshape(-1, 2)]
     return sorted(turns, key=lambda turn: (turn.start, turn.label))
 
 
-# %% ../../nbs/evaluation/measures.ipynb #ec216c33
+# %% ../../nbs/evaluation/measures.ipynb #063a77b3
 def _active(turns: Sequence[Segment], middles: Floats) -> tuple[list[str], NDArray[np.bool_]]:
     """Say who of all speakers is active in the middle of each slice of time."""
     names = list(dict.fromkeys(turn.label for turn in turns))
@@ -399,27 +329,24 @@ def _active(turns: Sequence[Segment], middles: Floats) -> tuple[list[str], NDArr
 def diarization_error_rate(
     reference: Sequence[Segment], hypothesis: Sequence[Segment], *, collar: float = 0.0, overlap: bool = True
 ) -> DiarizationErrors:
-    """Score who spoke when, under the pairing of names that is best for the hypothesis (NIST, RT-09 plan, section 6).
-
-    Time is cut wherever somebody starts or ends; the pairing is found by scipy's `linear_sum_assignment`. Results of
-    several recordings are added.
+    """Score who spoke when, under the best pairing of names (NIST, RT-09 plan, section 6), found by scipy.
 
     Args:
-        reference: The true turns; `activity_turns` makes them of frames.
+        reference: The true turns.
         hypothesis: The turns found; names need not agree with the reference.
         collar: Seconds left out on each side of every boundary of the reference (0.25 in NIST's runs; 0 is strict).
         overlap: False leaves out the time in which several speak in the reference.
     """
-    edges = {t for turn in (*reference, *hypothesis) for t in (turn.start, turn.end)}
-    fences = np.array([t for turn in reference for t in (turn.start, turn.end)])
-    times = np.array(sorted(edges | {f + side for f in fences.tolist() for side in (-collar, collar)}))
-    middles, lengths = (times[1:] + times[:-1]) / 2, np.diff(times)
+    edges = [t for turn in reference for t in (turn.start, turn.end)]
+    others = [t for turn in hypothesis for t in (turn.start, turn.end)]
+    times = np.unique([*edges, *others, *(t + side for t in edges for side in (-collar, collar))])
+    middles, lengths = (times[1:] + times[:-1]) / 2, np.diff(times)  # between two boundaries nothing changes
     true_names, true = _active(reference, middles)
     found_names, found = _active(hypothesis, middles)
-    scored = np.ones(len(middles), bool) if overlap else true.sum(0) <= 1
-    if collar > 0 and len(fences):
-        scored &= np.abs(middles[:, None] - fences).min(1) > collar
-    lengths = lengths * scored
+    if not overlap:
+        lengths = lengths * (true.sum(0) <= 1)
+    if collar > 0 and edges:
+        lengths = lengths * (np.abs(middles[:, None] - np.array(edges)).min(1) > collar)
     together = (true * lengths) @ found.T.astype(np.float64)  # seconds of each pair of names
     pairs = eval_library("scipy.optimize").linear_sum_assignment(together, maximize=True)
     n_true, n_found = true.sum(0), found.sum(0)
@@ -432,67 +359,6 @@ def diarization_error_rate(
     )
 
 
-# %% ../../nbs/evaluation/measures.ipynb #ac5fc1e8
-def cross_table(
-    rows: ArrayLike, columns: ArrayLike, shape: tuple[int, int] | None = None
-) -> NDArray[np.int64]:
-    """Count pairs of numbers: a confusion matrix (truth, answer), or codes and phones.
-
-    Args:
-        rows: Whole numbers from 0.
-        columns: As many.
-        shape: Of the table; by default as large as the numbers need.
-    """
-    a, b = np.asarray(rows, np.int64).ravel(), np.asarray(columns, np.int64).ravel()
-    if len(a) != len(b) or (len(a) and min(a.min(), b.min()) < 0):
-        raise ValueError(
-            f"rows and columns hold {len(a)} and {len(b)} numbers; as many, and none below 0, are needed"
-        )
-    height, width = shape or (int(a.max(initial=-1)) + 1, int(b.max(initial=-1)) + 1)
-    if len(a) and (a.max() >= height or b.max() >= width):
-        raise ValueError(f"shape={(height, width)} is too small for numbers up to {a.max()} and {b.max()}")
-    return np.bincount(a * width + b, minlength=height * width).reshape(height, width)
-
-
-def accuracy(table: NDArray[np.int64]) -> float:
-    """Share of right answers in a square `cross_table`; NaN without answers."""
-    return float(np.trace(table) / table.sum()) if table.sum() else math.nan
-
-
-# %% ../../nbs/evaluation/measures.ipynb #ca6d5df3
-def fit_softmax(
-    features: Tensor, classes: Tensor, n_classes: int, *, penalty: float = 1.0, steps: int = 100
-) -> Tensor:
-    """Fit a linear classifier: softmax regression by L-BFGS from zero, so always with the same result.
-
-    Args:
-        features: `[frames, D]`, of mean 0 and deviation 1.
-        classes: `[frames]` long.
-        n_classes: How many there are.
-        penalty: Half of it times the squared weights is added to the summed loss.
-        steps: Most rounds.
-
-    Returns:
-        Weights `[n_classes, D + 1]`, the last column the bias.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        inputs = torch.cat([features, features.new_ones(len(features), 1)], 1)
-        weights = inputs.new_zeros(n_classes, inputs.shape[1]).requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [weights], max_iter=steps, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
-        )
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            pull = penalty / 2 / len(inputs) * weights[:, :-1].square().sum()
-            loss = cross_entropy(inputs @ weights.T, classes) + pull
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
-
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return weights.detach()
-
-
 # %% ../../nbs/evaluation/measures.ipynb #eba761ce
 class Interval(NamedTuple):
     """A figure, and the range in which it would lie if other utterances had been drawn."""
@@ -502,6 +368,7 @@ class Interval(NamedTuple):
     high: float
 
 
+# %% ../../nbs/evaluation/measures.ipynb #280addee
 def bootstrap(
     values: ArrayLike,
     statistic: Callable[[Any], float] = np.mean,
@@ -512,13 +379,11 @@ def bootstrap(
     level: float = 0.95,
     centred: bool = False,
 ) -> Interval:
-    """Draw the test set anew from itself, many times, and see how much a figure moves (Efron, 1979).
-
-    The percentile interval, drawn by scipy.
+    """Draw the test set anew from itself, many times, and see how much a figure moves (Efron, 1979): percentiles.
 
     Args:
         values: One row for each utterance.
-        statistic: Computes the figure from rows.
+        statistic: Computes the figure from rows; draws whose figure is NaN do not count.
         groups: Whom each row belongs to, such as its speaker: groups are drawn as a whole. None: rows are drawn.
         n: Draws.
         seed: For the draws.
@@ -527,43 +392,27 @@ def bootstrap(
             rows repeat, such as an entropy of counts.
 
     Returns:
-        The figure and its interval, which is NaN where there is only one row or group. Draws whose figure is NaN do not count.
-
-    Raises:
-        ValueError: No values, not a group for each of them, or an impossible level.
+        The figure and its interval, which is NaN where there is only one row or group.
     """
     rows = np.asarray(values)
-    owners = (
-        np.arange(len(rows))
-        if groups is None
-        else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
-    )
+    owners = np.unique(range(len(rows)) if groups is None else np.asarray(groups), return_inverse=True)[
+        1
+    ].ravel()
     if not len(rows) or len(owners) != len(rows) or not 0 < level < 1 or n < 1:
-        raise ValueError(
-            f"{len(rows)} values, {len(owners)} groups, n={n}, level={level}: values, a group for each, n above 0 and a level between 0 and 1 are needed"
-        )
-    members = [np.flatnonzero(owners == g) for g in range(int(owners.max()) + 1)]
-    value = float(statistic(rows))
-    if len(members) < 2:
+        raise ValueError(f"{len(rows)} values, {len(owners)} groups, n={n}, level={level} make no interval")
+    value, n_groups = float(statistic(rows)), int(owners.max()) + 1
+    if n_groups < 2:
         return Interval(value, math.nan, math.nan)
-
-    def again(chosen: NDArray[Any]) -> float:
-        return float(statistic(rows[np.concatenate([members[int(g)] for g in chosen])]))
-
-    options: Any = {
-        "n_resamples": n,
-        "vectorized": False,
-        "method": "percentile",
-        "random_state": np.random.default_rng(seed),
-    }
+    members = [np.flatnonzero(owners == g) for g in range(n_groups)]
+    rng = np.random.default_rng(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # draws without a figure
-        drawn = (
-            eval_library("scipy.stats")
-            .bootstrap((np.arange(len(members)),), again, **options)
-            .bootstrap_distribution
-        )
-        low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]) - centred * (
-            np.nanmean(drawn) - value
-        )
-    return Interval(value, float(low), float(high))
+        drawn = [
+            float(
+                statistic(rows[np.concatenate([members[g] for g in rng.integers(n_groups, size=n_groups)])])
+            )
+            for _ in range(n)
+        ]
+        low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        shift = np.nanmean(drawn) - value if centred else 0.0
+    return Interval(value, float(low - shift), float(high - shift))

@@ -5,36 +5,26 @@
 # %% ../../nbs/explore/attention.ipynb #bd98c601
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from struct import pack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import refuse, write_atomically
-from ..data.audio import load_audio, normalise
-from ..data.corpus import Segment, Utterance, frame_labels
+from ..config import refuse
+from ..data.audio import normalise
+from ..data.corpus import frame_labels
 from ..files.pretrained import PreTrainedModel, eval_mode
 from ..model.attention import SelfAttention
 from ..model.fast import plain_forms
-from ..model.features import receptive_field
+from ..model.features import FrameClock
 from ..model.positions import RelativePositions
-from .viz import Picture, Sound, figure, plot_matrix, render, timeline
+from .page import Explorer, as_utterance, clip_data, gray_png, root_bytes
+from .viz import figure, plot_matrix, render, timeline
 
 # %% auto #0
 __all__ = [
-    "LOOK",
-    "TOOLS",
-    "as_utterance",
-    "frame_clock",
     "attention_maps",
     "attention_distance",
     "attention_entropy",
@@ -44,50 +34,22 @@ __all__ = [
     "offset_profile",
     "head_summary",
     "plot_heads",
-    "scope_css",
-    "save_page",
-    "Explorer",
-    "squeeze_map",
-    "gray_png",
-    "sound_uri",
-    "clip_data",
-    "spectrogram_bytes",
-    "slider",
     "attention_explorer",
     "position_profile",
 ]
 
 
 # %% ../../nbs/explore/attention.ipynb #56b1dd95
-def as_utterance(
-    audio: Any, segments: Mapping[str, Sequence[Segment]] | Sequence[Segment] | None = None
-) -> Utterance:
-    """Make an `Utterance` of whatever sound is given, with its words and phones if they are known.
-
-    Args:
-        audio: An `Utterance`, or anything that `load_audio` reads: a path, samples `[S]` at 16 kHz, ….
-        segments: `{"words": …, "phones": …}`, or one sequence of segments, taken as phones; None: those of the utterance.
-    """
-    if isinstance(audio, Utterance):
-        known, samples = {"words": audio.words, "phones": audio.phones}, audio.audio
-        text, name, rate = audio.text, audio.id, audio.sampling_rate
-    else:
-        known, text, rate = {"words": (), "phones": ()}, "", 16_000
-        samples = load_audio(audio, source_rate=rate if hasattr(audio, "__array__") else None)
-        name = Path(audio).stem if isinstance(audio, str | Path) else "recording"
-    if segments is not None:
-        given = segments if isinstance(segments, Mapping) else {"phones": segments}
-        if wrong := set(given) - {"words", "phones"}:
-            raise refuse("segments", sorted(wrong), 'the keys "words" and "phones"')
-        known = {row: tuple(Segment(*segment) for segment in given.get(row, ())) for row in known}
-    return Utterance(name, samples, rate, text, words=known["words"], phones=known["phones"])
-
-
-# %% ../../nbs/explore/attention.ipynb #f8548c44
-def frame_clock(model: PreTrainedModel, rate: int = 16_000) -> tuple[float, float]:
-    """Say when a frame is: seconds from one frame to the next, and the middle of frame 0 in seconds."""
-    width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
-    return hop / rate, width / 2 / rate
+def _choice(name: str, wanted: Sequence[int] | None, n: int) -> list[int]:
+    """The layers or heads asked for, of `n`; all of them for None."""
+    chosen = list(range(n) if wanted is None else wanted)
+    if (
+        not chosen
+        or any(type(x) is not int or not 0 <= x < n for x in chosen)
+        or len(set(chosen)) < len(chosen)
+    ):
+        raise refuse(name, wanted, f"different whole numbers from 0 to {n - 1}")
+    return chosen
 
 
 def attention_maps(
@@ -97,25 +59,21 @@ def attention_maps(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Tensor:
-    """Let a model listen to one recording, and keep what every head looked at.
+    """Capture the attention weights of one recording: `[L, H, T, T]` float32; row `i` holds the weights of frame `i` on every frame.
 
     Args:
-        model: The bare model, or one with a head on top.
-        audio: An `Utterance`, a path, samples `[S]`, …, as for `as_utterance`; brought to mean 0 and variance 1.
-        layers: Which layers, counted from 0; None: all.
-        heads: Which heads of each, counted from 0; None: all.
-
-    Returns:
-        `[L, H, T, T]` float32 on the CPU: row `i` of a map holds the weights with which frame `i` takes in every frame.
+        model: With any head or none; it runs in eval mode.
+        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …; brought to mean 0 and variance 1.
+        layers: Counted from 0; None: all.
+        heads: Counted from 0; None: all.
 
     Raises:
         ValueError: No such layer or head.
     """
-    base = model.base_model
-    config = model.config
+    base, config = model.base_model, model.config
     layers, heads = (
-        _choose("layers", layers, config.num_hidden_layers),
-        _choose("heads", heads, config.num_attention_heads),
+        _choice("layers", layers, config.num_hidden_layers),
+        _choice("heads", heads, config.num_attention_heads),
     )
     samples = torch.from_numpy(normalise(as_utterance(audio).audio))[None].to(
         model.device, model.dtype
@@ -125,51 +83,25 @@ def attention_maps(
     return torch.stack([maps[layer][0, heads].float().cpu() for layer in layers])
 
 
-def _choose(name: str, wanted: Sequence[int] | None, n: int) -> list[int]:
-    """Check a choice of layers or heads."""
-    if wanted is None:
-        return list(range(n))
-    chosen = list(wanted) if isinstance(wanted, Sequence) else [wanted]
-    good = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < n for x in chosen)
-    if not chosen or not good or len(set(chosen)) < len(chosen):
-        raise refuse(name, wanted, f"different whole numbers from 0 to {n - 1}: the model has {n}")
-    return chosen
-
-
 # %% ../../nbs/explore/attention.ipynb #803ac80e
 def attention_distance(maps: Tensor, hop: float = 0.02) -> Tensor:
     """Measure how far away a head looks, on average: `[..., T, T]` to `[...]`, in milliseconds.
 
-    Equal weights on T frames have a mean distance of `(T² - 1) / 3T` frames, about a third of the recording.
-
-    Args:
-        maps: Rows sum to one.
-        hop: Seconds from one frame to the next.
+    Equal weights on T frames have a mean distance of `(T² - 1) / 3T` frames, about a third of the recording. `hop`:
+    seconds from one frame to the next.
     """
     frames = torch.arange(maps.shape[-1], device=maps.device)
     far = (frames[:, None] - frames).abs()  # [T, T] frames
     return (maps * far).sum(-1).mean(-1) * (1000 * hop)
 
 
-def attention_entropy(maps: Tensor, relative: bool = True) -> Tensor:
-    """Measure how widely a head spreads its weights: `[..., T, T]` to `[...]`.
-
-    Args:
-        maps: Rows sum to one.
-        relative: Divide by the entropy of equal weights, log T: 1 = equal on all frames, 0 = all on one frame. False
-            gives nats.
-    """
-    nats = torch.special.entr(maps).sum(-1).mean(-1)
-    return nats / max(np.log(maps.shape[-1]), 1e-9) if relative else nats
+def attention_entropy(maps: Tensor) -> Tensor:
+    """Measure how widely a head spreads its weights, relative to log T: `[..., T, T]` to `[...]`; 1 = equal on all frames, 0 = all on one."""
+    return torch.special.entr(maps).sum(-1).mean(-1) / max(np.log(maps.shape[-1]), 1e-9)
 
 
 def diagonality(maps: Tensor, reach: int = 2) -> Tensor:
-    """Measure the share of its weight that a head keeps near: `[..., T, T]` to `[...]`.
-
-    Args:
-        maps: Rows sum to one.
-        reach: Near is at most so many frames away; 2 is 40 ms back and ahead.
-    """
+    """Measure the share of its weight that a head keeps within `reach` frames (2: 40 ms back and ahead): `[..., T, T]` to `[...]`."""
     return maps.triu(-reach).tril(reach).sum(-1).mean(-1)
 
 
@@ -182,15 +114,12 @@ def same_label_share(maps: Tensor, labels: Sequence[str]) -> Tensor:
         labels: T labels, as from `frame_labels`; frames with the label "" are looked at, but do not look themselves.
 
     Raises:
-        ValueError: If there are not T labels, or all are "".
+        ValueError: Not T labels, or all are "".
     """
-    n_frames = maps.shape[-1]
     known = [i for i, label in enumerate(labels) if label]
-    if len(labels) != n_frames or not known:
+    if len(labels) != (n_frames := maps.shape[-1]) or not known:
         raise refuse(
-            "labels",
-            f"{len(labels)} labels, {len(known)} not empty",
-            f"{n_frames} labels, one per frame, some not empty",
+            "labels", f"{len(labels)} labels, {len(known)} not empty", f"{n_frames} labels, some not empty"
         )
     same = torch.tensor(
         [[mine == other for other in labels] for mine in labels], device=maps.device
@@ -199,10 +128,7 @@ def same_label_share(maps: Tensor, labels: Sequence[str]) -> Tensor:
 
 
 def distance_only(maps: Tensor) -> Tensor:
-    """Make the maps that heads with the same habits of distance would have, were they deaf to content: `[..., T, T]`.
-
-    Every weight becomes the mean weight of its distance (its diagonal of the map); then rows sum to one again.
-    """
+    """Give every weight the mean of its distance (its diagonal), rows summing to one again: a head deaf to content, `[..., T, T]`."""
     n_frames = maps.shape[-1]
     profile = offset_profile(maps, n_frames - 1)  # [..., 2T-1]
     frames = torch.arange(n_frames, device=maps.device)
@@ -211,856 +137,69 @@ def distance_only(maps: Tensor) -> Tensor:
 
 
 def offset_profile(maps: Tensor, reach: int = 50) -> Tensor:
-    """Average a map along its diagonals: mean weight `[..., 2 reach + 1]` of the frame so many frames later.
-
-    Entry `reach + o` is offset o; the mean is over the frames for which there is a frame o later.
+    """Average a map along its diagonals: entry `reach + o` of `[..., 2 reach + 1]` is the mean weight of the frame o frames later.
 
     Raises:
-        ValueError: If reach is not in 0..T-1.
+        ValueError: reach is not in 0..T-1.
     """
-    n_frames = maps.shape[-1]
-    if not 0 <= reach < n_frames:
-        raise refuse("reach", reach, f"0 to {n_frames - 1}, for maps of {n_frames} frames")
-    means = [maps.diagonal(o, -2, -1).mean(-1) for o in range(-reach, reach + 1)]
-    return torch.stack(means, dim=-1)
+    if not 0 <= reach < maps.shape[-1]:
+        raise refuse("reach", reach, f"0 to {maps.shape[-1] - 1}, for maps of {maps.shape[-1]} frames")
+    return torch.stack([maps.diagonal(o, -2, -1).mean(-1) for o in range(-reach, reach + 1)], dim=-1)
 
 
 # %% ../../nbs/explore/attention.ipynb #67b1018a
-def head_summary(
-    maps: Tensor, labels: Sequence[str] | None = None, hop: float = 0.02, reach: int = 2
-) -> dict[str, Tensor]:
-    """Sum every head up: `distance` (ms), `entropy` (1 = equal weights), `near`, `same` and `by_chance`, each `[L, H]`.
-
-    `same` is the share of weight on frames with the same label, `by_chance` that of `distance_only(maps)`: what the
-    habits of distance give without hearing anything.
+def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float = 0.02) -> dict[str, Tensor]:
+    """Sum every head up: `distance` (ms), `entropy` (1 = equal weights), `near` (share within 2 frames), `same`, `by_chance`, each `[L, H]`.
 
     Args:
         maps: `[L, H, T, T]`, from `attention_maps`.
-        labels: T labels as for `same_label_share`; without them, `same` and `by_chance` are left out.
+        labels: T labels as for `same_label_share`. `same` is the share of weight on frames with the same label,
+            `by_chance` that of `distance_only(maps)`; without labels both are left out.
         hop: Seconds from one frame to the next.
-        reach: Near is at most so many frames away.
     """
     found = {
         "distance": attention_distance(maps, hop),
         "entropy": attention_entropy(maps),
-        "near": diagonality(maps, reach),
+        "near": diagonality(maps),
     }
     if labels is not None and any(labels):
-        found["same"], found["by_chance"] = (
-            same_label_share(maps, labels),
-            same_label_share(distance_only(maps), labels),
-        )
+        found |= {
+            "same": same_label_share(maps, labels),
+            "by_chance": same_label_share(distance_only(maps), labels),
+        }
     return found
 
 
 def plot_heads(
     summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
 ) -> Any:
-    """Draw `head_summary` as one picture: one small table per number, one row a layer, one column a head.
-
-    Args:
-        summary: From `head_summary`.
-        layers: Names of the rows; None: counted from 0.
-        heads: Names of the columns.
-
-    Returns:
-        The figure, for `show`.
-    """
-    titles = {
-        "distance": "mean distance (ms)",
-        "entropy": "entropy (1 = equal weights)",
-        "near": "share of weight near (%)",
-        "excess": "same label, above chance (points)",
-    }
-    tables = {
-        name: summary[name] * (100 if name == "near" else 1) for name in ("distance", "entropy", "near")
-    }
+    """Draw `head_summary` as small tables, one row a layer and one column a head, by their names or counted from 0; returns the figure."""
+    tables = [
+        ("mean distance (ms)", summary["distance"], ".0f"), ("entropy (1 = equal weights)", summary["entropy"], ".2f"),
+        ("share of weight near (%)", 100 * summary["near"], ".1f"),
+    ]  # fmt: skip
     if "same" in summary:
-        tables["excess"] = 100 * (summary["same"] - summary["by_chance"])
-    n_layers, n_heads = tables["distance"].shape
+        tables.append(
+            ("same label, above chance (points)", 100 * (summary["same"] - summary["by_chance"]), ".1f")
+        )
+    n_layers, n_heads = summary["distance"].shape
     fig, axes = figure(2, 2, height=1.2 + 2 * (0.5 + 0.3 * n_layers))
-    for ax, (name, table) in zip(axes.flat, tables.items(), strict=False):
-        form = ".2f" if name == "entropy" else ".0f" if name == "distance" else ".1f"
+    for ax, (title, table, form) in zip(axes.flat, tables, strict=False):
         plot_matrix(
-            table,
-            ax,
-            "head",
-            "layer",
-            title=titles[name],
-            values=form,
-            center=0 if name == "excess" else None,
+            table, ax, "head", "layer", title=title, values=form, center=0 if "above" in title else None
         )
         ax.set_xticks(range(n_heads), list(heads or range(n_heads)))
         ax.set_yticks(range(n_layers), list(layers or range(n_layers)))
-    if "same" not in summary:
-        axes[1, 1].set_axis_off()
+    for ax in axes.flat[len(tables) :]:
+        ax.set_axis_off()
     return fig
 
 
-# %% ../../nbs/explore/attention.ipynb #0df85f5c
-LOOK = """
-& { --ink:#1b222c; --soft:#56606e; --paper:#fff; --panel:#f4f6f8; --line:#c6ccd4; --edge:#7d8693; --accent:#0072b2;
-  --mark:#d55e00; --mark-ink:#a84a00; --tint-a:#dceaf5; --tint-b:#f6e8d0; --bar:#0072b2; --shade:rgba(0,114,178,.14);
-  color:var(--ink); background:var(--paper); border:1px solid var(--line); border-radius:10px; padding:14px 16px 10px;
-  margin:6px 0; max-width:980px; box-sizing:border-box; font:14px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; }
-@dark { --ink:#e9ecf0; --soft:#a8b1bd; --paper:#14181d; --panel:#1d2228; --line:#3b434d; --edge:#8993a0; --accent:#6cc0ef;
-  --mark:#f2a33a; --mark-ink:#f2a33a; --tint-a:#1f4058; --tint-b:#55441e; --bar:#56b4e9; --shade:rgba(86,180,233,.2);
-  color-scheme:dark; }
-& *, & *::before { box-sizing:border-box; }
-& [hidden] { display:none; }
-& .title { font-size:16px; font-weight:650; margin:0 0 8px; line-height:1.3; }
-& .foot { font-size:12px; color:var(--soft); margin:8px 0 0; }
-& img { max-width:100%; height:auto; background:#fff; border-radius:6px; }
-& canvas { display:block; width:100%; outline-offset:2px; border-radius:4px; }
-& button, & select { font:inherit; color:var(--ink); background:var(--panel); border:1px solid var(--edge); border-radius:6px;
-  padding:3px 9px; min-height:28px; cursor:pointer; }
-& button:hover, & select:hover { border-color:var(--accent); }
-& button[aria-pressed=true], & button[aria-checked=true] { background:var(--accent); color:var(--paper); border-color:var(--accent); }
-& :focus-visible { outline:3px solid var(--mark); outline-offset:2px; }
-& audio { width:100%; max-width:420px; height:34px; display:block; }
-& label { color:var(--soft); font-size:13px; }
-& dt, & dd { float:none; width:auto; margin:0; padding:0; }
-& .read { background:var(--panel); border-left:4px solid var(--mark); border-radius:4px; padding:7px 11px; margin:8px 0;
-  min-height:2.4em; font-variant-numeric:tabular-nums; }
-@media (max-width:520px) { & { padding:10px 8px 8px; border-radius:6px; } }
-"""
-_DARK = (
-    'body[data-theme="dark"] &, body[data-jp-theme-light="false"] &, body.vscode-dark &',
-    'body:not([data-theme="light"]):not([data-jp-theme-light="true"]):not(.vscode-light) &',
-)
-
-
-def scope_css(css: str, name: str) -> str:
-    """Let rules apply to one object only: `&` becomes its class, `@dark {…}` its dark look, however that is asked for.
-
-    Dark is asked for by the site (`data-theme`), by JupyterLab (`data-jp-theme-light`), or else by the system.
-    """
-    before, found, after = css.partition("@dark {")
-    if found:
-        rules, _, rest = after.partition("}")
-        dark = f"{_DARK[0]} {{{rules}}}\n@media (prefers-color-scheme: dark) {{ {_DARK[1]} {{{rules}}} }}"
-        return scope_css(before, name) + dark.replace("&", f".{name}") + scope_css(rest, name)
-    return css.replace("&", f".{name}")
-
-
-# %% ../../nbs/explore/attention.ipynb #20efa99d
-TOOLS = r"""
-function tools(box, live, table) {
-  const w = {}, redraws = new Set();
-  const later = () => redraws.forEach((draw) => draw());
-  new MutationObserver(later).observe(document.body, {attributes: true});
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", later);
-  // An element: w.el("button", {class: "x", onclick: f}, "text", child)
-  w.el = (tag, attributes = {}, ...children) => {
-    const node = document.createElement(tag);
-    for (const [key, value] of Object.entries(attributes)) {
-      if (key.startsWith("on")) node.addEventListener(key.slice(2), value); else node.setAttribute(key, value);
-    }
-    node.append(...children);
-    return node;
-  };
-  w.find = (selector) => live.querySelector(selector);
-  // A colour of LOOK by its name, right for light and dark: w.color("ink")
-  w.color = (name) => getComputedStyle(box).getPropertyValue("--" + name).trim();
-  w.font = (size, weight = 400) => `${weight} ${size}px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif`;
-  // A sharp canvas as wide as its holder: draw(context, width, height) in CSS pixels; height a number or f(width).
-  w.canvas = (holder, height, draw, label = "") => {
-    const canvas = w.el("canvas", label ? {role: "img", "aria-label": label} : {});
-    holder.append(canvas);
-    let asked = 0;
-    const paint = () => {
-      asked = 0;
-      const width = Math.floor(holder.clientWidth), ratio = window.devicePixelRatio || 1;
-      if (width < 2) return;
-      const high = Math.round(typeof height === "function" ? height(width) : height);
-      const [columns, rows] = [Math.round(width * ratio), Math.round(high * ratio)];
-      if (canvas.width !== columns || canvas.height !== rows) { canvas.width = columns; canvas.height = rows; }
-      canvas.style.height = high + "px";
-      const context = canvas.getContext("2d");
-      context.setTransform(columns / width, 0, 0, rows / high, 0, 0);
-      context.clearRect(0, 0, width, high);
-      draw(context, width, high);
-    };
-    const redraw = () => { if (!asked) asked = requestAnimationFrame(paint); };
-    redraws.add(redraw);
-    new ResizeObserver(redraw).observe(holder);
-    redraw();
-    return {canvas, redraw};
-  };
-  // Numbers out of an 8-bit PNG: {width, height, values}, row after row
-  w.pixels = async (uri) => {
-    const image = new Image();
-    image.src = uri;
-    await image.decode();
-    const canvas = w.el("canvas");
-    [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-    const context = canvas.getContext("2d", {willReadFrequently: true});
-    context.drawImage(image, 0, 0);
-    const rgba = context.getImageData(0, 0, canvas.width, canvas.height).data;
-    const values = new Uint8Array(canvas.width * canvas.height);
-    for (let i = 0; i < values.length; i++) values[i] = rgba[4 * i];
-    return {width: canvas.width, height: canvas.height, values};
-  };
-  // The same numbers as a picture in cividis, to be drawn with drawImage
-  w.tint = ({width, height, values}) => {
-    const canvas = w.el("canvas");
-    [canvas.width, canvas.height] = [width, height];
-    const context = canvas.getContext("2d"), image = context.createImageData(width, height);
-    for (let i = 0; i < values.length; i++) {
-      const v = 3 * values[i];
-      image.data.set([table[v], table[v + 1], table[v + 2], 255], 4 * i);
-    }
-    context.putImageData(image, 0, 0);
-    return canvas;
-  };
-  w.heat = (byte) => `rgb(${table[3 * byte]},${table[3 * byte + 1]},${table[3 * byte + 2]})`;
-  // A labelled player; w.play(audio, start, end) plays a stretch (to the end without `end`)
-  w.player = (label, uri) => w.el("audio", {controls: "", preload: "auto", "aria-label": label, src: uri});
-  w.play = (audio, start = 0, end = Infinity) => {
-    const turn = audio.turn = (audio.turn || 0) + 1;
-    const watch = () => {
-      if (audio.turn !== turn || audio.paused) return;
-      if (audio.currentTime >= end) audio.pause(); else requestAnimationFrame(watch);
-    };
-    const go = () => { audio.currentTime = start; audio.play().then(watch, () => {}); };
-    if (audio.readyState > 0) go(); else { audio.addEventListener("loadedmetadata", go, {once: true}); audio.load(); }
-  };
-  // The read-out for everybody, screen readers too
-  w.say = (text) => { const line = w.find(".read"); if (line && line.textContent !== text) line.textContent = text; };
-  w.s = (seconds, digits = 2) => seconds.toFixed(digits) + " s";
-  // Text that fits into `room` pixels, or nothing
-  w.fit = (context, text, x, y, room, size = 12) => {
-    for (let s = size; s >= 8.5; s -= 0.5) {
-      context.font = w.font(s);
-      if (context.measureText(text).width <= room - 3) {
-        context.textAlign = "center"; context.textBaseline = "middle";
-        context.fillText(text, x, y);
-        return true;
-      }
-    }
-    return false;
-  };
-  // Rows of one clip, where x(seconds) gives the pixel
-  w.wave = (context, clip, x, top, height) => {
-    const columns = clip.wave.length / 2, middle = top + height / 2, half = height / 2 / 100;
-    const step = clip.seconds / columns, wide = Math.max(x(step) - x(0), 0.7);
-    context.fillStyle = w.color("bar");
-    for (let i = 0; i < columns; i++) {
-      const [low, high] = [clip.wave[2 * i], clip.wave[2 * i + 1]];
-      context.fillRect(x(i * step), middle - high * half, wide, Math.max((high - low) * half, 0.7));
-    }
-  };
-  w.segments = (context, segments, x, top, height) => {
-    segments.forEach(([label, start, end], i) => {
-      const [left, right] = [x(start), x(end)];
-      context.fillStyle = w.color(i % 2 ? "tint-b" : "tint-a");
-      context.fillRect(left, top, right - left, height);
-      context.strokeStyle = w.color("edge"); context.lineWidth = 0.6;
-      context.strokeRect(left, top, right - left, height);
-      context.fillStyle = w.color("ink");
-      w.fit(context, label, (left + right) / 2, top + height / 2 + 0.5, right - left);
-    });
-  };
-  w.axis = (context, x, seconds, top) => {
-    const wide = x(seconds) - x(0), step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 30].find((s) => wide * s / seconds >= 46) || 60;
-    context.font = w.font(11); context.textAlign = "center"; context.textBaseline = "top";
-    context.fillStyle = w.color("soft"); context.strokeStyle = w.color("edge"); context.lineWidth = 1;
-    for (let t = 0; t <= seconds + 1e-6; t += step) {
-      context.beginPath(); context.moveTo(x(t), top); context.lineTo(x(t), top + 4); context.stroke();
-      const text = (step < 1 ? t.toFixed(1) : t.toFixed(0)) + (t + step > seconds ? " s" : "");
-      const edge = context.canvas.width / context.getTransform().a - context.measureText(text).width / 2 - 1;
-      context.fillText(text, Math.min(x(t), edge), top + 6);
-    }
-  };
-  return w;
-}
-"""
-
-
-# %% ../../nbs/explore/attention.ipynb #f5a6a476
-def _script(value: Any) -> str:
-    """Write a value so that it can stand in a script of a page."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, sort_keys=True)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _uri(kind: str, data: bytes) -> str:
-    """Write bytes as an address that holds them."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _cividis_table() -> str:
-    """The 256 colours of cividis, three bytes each, as base64."""
-    from matplotlib import colormaps
-
-    colours = np.asarray(colormaps["cividis"](np.arange(256), bytes=True))[:, :3]
-    return base64.b64encode(np.ascontiguousarray(colours).tobytes()).decode("ascii")
-
-
-_START = """(function () {
-"use strict";
-const name = %(name)s, body = %(body)s, data = %(data)s;
-const table = Uint8Array.from(atob(%(table)s), (c) => c.charCodeAt(0));
-%(tools)s
-async function start(root, data, w) {
-%(script)s
-}
-for (const box of document.querySelectorAll("." + name + ":not([data-ready])")) {
-  box.setAttribute("data-ready", "starting");
-  const still = box.querySelector(".still"), live = box.querySelector(".live");
-  live.innerHTML = body;
-  // JupyterLab takes arrow keys for itself, unless the element in focus asks it not to
-  live.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
-  live.hidden = false;
-  still.hidden = true;
-  start(live, data, tools(box, live, table)).then(
-    () => box.setAttribute("data-ready", "yes"),
-    (error) => { box.setAttribute("data-ready", "failed"); live.hidden = true; still.hidden = false; console.error(error); });
-}
-})();"""
-
-
-def save_page(path: str | Path, parts: Sequence[Explorer | str], *, title: str) -> Path:
-    """Write explorers, and pieces of HTML between them, as one page that needs nothing else.
-
-    Args:
-        path: Where to; replaced if there.
-        parts: Explorers, or HTML such as `"<h2>Codes</h2>"`.
-        title: Title of the page.
-    """
-    inside = "\n".join(part if isinstance(part, str) else part._repr_html_() for part in parts)
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>:root{{color-scheme:light dark}}body{{margin:0 auto;max-width:1010px;padding:8px;"
-        "font:16px/1.5 system-ui,sans-serif;background:#fff;color:#1b222c}@media (prefers-color-scheme:dark){body{background:#0e1115;"
-        f"color:#e9ecf0}}}}</style></head>\n<body>\n<main>\n{inside}\n</main>\n</body></html>\n"
-    )
-    write_atomically(path, page.encode())
-    return Path(path)
-
-
-# %% ../../nbs/explore/attention.ipynb #34472812
-class Explorer:
-    """One thing to play with on a page: HTML, a script, its data and sound, and a picture where scripts may not run.
-
-    It needs no server and loads nothing. A notebook shows it as the value of a cell, `save` writes a page of its own.
-    The picture stands in the HTML, and the script puts `body` in its place; where scripts are stripped, it stays.
-    Equal content gives equal HTML: its class name is a hash of the content, so that several share a page.
-
-    Args:
-        title: Heading, and the name that screen readers give to the whole.
-        body: HTML that the script works on. An element of class `read` is the read-out of `w.say`; give it
-            `aria-live="polite"`.
-        script: Body of a JavaScript function of `(root, data, w)`, may `await`: `root` holds `body`, `w` are the tools
-            of `TOOLS`.
-        data: What the script gets; anything that JSON can say, such as `clip_data(…)`.
-        fallback: The picture, with its description: `w2vc.explore.viz.render(fig, alt)`.
-        css: Rules; `&` stands for this object. Colours are the variables of `LOOK`.
-        note: A line below, such as how the data were rounded.
-
-    Raises:
-        ValueError: If the title, or a description of the picture of 25 characters or more, is missing.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        body: str,
-        script: str,
-        data: Any,
-        *,
-        fallback: Picture,
-        css: str = "",
-        note: str = "",
-    ) -> None:
-        if not title.strip():
-            raise refuse("title", title, "a few words that name what can be explored")
-        if len(fallback.alt.strip()) < 25:
-            raise refuse("fallback.alt", fallback.alt, "a description of 25 characters or more")
-        self.title, self.fallback, self.note = title, fallback, note
-        parts = (title, body, script, css, note, _script(data), fallback.alt, LOOK, TOOLS)
-        self.name = "w2vc-" + hashlib.sha256("\0".join(parts).encode() + fallback.png).hexdigest()[:10]
-        self._code = _START % {
-            "name": _script(self.name), "body": _script(body), "data": _script(data), "table": _script(_cividis_table()),
-            "tools": TOOLS, "script": script,
-        }  # fmt: skip
-        self._css = scope_css(LOOK + css, self.name)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the HTML."""
-        return len(self._repr_html_().encode())
-
-    def __repr__(self) -> str:
-        """Return the title and the size."""
-        return f"[explorer: {self.title}, {_weight(self.size)}]"
-
-    def _repr_html_(self) -> str:
-        """Return everything as a piece of a page."""
-        image = f'<img alt="{html.escape(self.fallback.alt)}" width="{self.fallback.width}" src="{_uri("image/png", self.fallback.png)}">'
-        before = (
-            f'<div class="w2vc-explorer {self.name}" role="group" aria-label="{html.escape(self.title)}"><style>{self._css}</style>'
-            f'<p class="title">{html.escape(self.title)}</p><div class="still">{image}'
-            '<p class="foot">This picture comes alive where scripts may run; in JupyterLab, trust the notebook.</p></div>'
-            '<div class="live" hidden></div>'
-        )
-        after = f"<script>{self._code}</script></div>"
-        note = f"{html.escape(self.note)} " if self.note else ""
-        return f'{before}<p class="foot">{note}{_weight(len((before + after + note).encode()) + 60)}, nothing is loaded.</p>{after}'
-
-    def save(self, path: str | Path) -> Path:
-        """Write a page that holds only this, and return its path."""
-        return save_page(path, [self], title=self.title)
-
-
-def _weight(size: int) -> str:
-    """Write a number of bytes for people."""
-    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{round(size / 1000)} kB"
-
-
-# %% ../../nbs/explore/attention.ipynb #2964048a
-def squeeze_map(weights: Tensor) -> tuple[np.ndarray, float]:
-    """Round a map to 8 bits: `[T, T]` to bytes `[T, T]` and the largest weight; `largest * (byte / 255)²` is about the weight.
-
-    Bytes grow with the square root of the weight, so that small weights keep some of their digits: the error is at most
-    1/255 of the largest weight at the top, and less below.
-    """
-    largest = max(float(weights.max()), 1e-12)
-    return np.round(255 * np.sqrt(weights.double().clamp(min=0).numpy() / largest)).astype(np.uint8), largest
-
-
-# %% ../../nbs/explore/attention.ipynb #339c6f62
-def gray_png(values: np.ndarray) -> str:
-    """Pack numbers 0..255 into an 8-bit gray PNG, as a data address; `w.pixels` in the page gets them back exactly.
-
-    Args:
-        values: `[rows, columns]` uint8.
-    """
-    if values.dtype != np.uint8 or values.ndim != 2 or not values.size:
-        raise refuse(
-            "values", f"{values.dtype} {list(values.shape)}", "a uint8 array [rows, columns], not empty"
-        )
-    rows, columns = values.shape
-    lines = min((zlib.compress(_png_lines(values, paeth), 9) for paeth in (False, True)), key=len)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return pack(">I", len(data)) + kind + data + pack(">I", zlib.crc32(kind + data))
-
-    head = pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)
-    packed = chunk(b"IHDR", head) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
-    return _uri("image/png", b"\x89PNG\r\n\x1a\n" + packed)
-
-
-def _png_lines(values: np.ndarray, paeth: bool) -> bytes:
-    """Write the lines of a PNG: as they are, or as differences from the best of three neighbours (Paeth's filter)."""
-    if paeth:
-        near = np.pad(values, ((1, 0), (1, 0))).astype(np.int16)
-        left, above, corner = near[1:, :-1], near[:-1, 1:], near[:-1, :-1]
-        by_left, by_above, by_corner = (np.abs(left + above - corner - x) for x in (left, above, corner))
-        rest = np.where(by_above <= by_corner, above, corner)
-        values = (values - np.where((by_left <= by_above) & (by_left <= by_corner), left, rest)).astype(
-            np.uint8
-        )
-    return np.insert(values, 0, 4 if paeth else 0, axis=1).tobytes()
-
-
-def sound_uri(audio: np.ndarray, rate: int = 16_000) -> str:
-    """Pack samples `[S]` as a data address for an `<audio>` element: FLAC where soundfile is installed, else WAV."""
-    return _uri(*Sound(np.asarray(audio, np.float64), rate, "sound").encoded())
-
-
-def clip_data(utterance: Utterance) -> dict[str, Any]:
-    """Pack a recording for the page: `seconds`, `wave`, `sound`, `spectrogram`, `top` (kHz), `words`, `phones`.
-
-    `wave` holds the lowest and highest sample of each of up to 1000 stretches in hundredths of the loudest; `sound` and
-    `spectrogram` are data addresses; words and phones are `[label, start, end]`. The tools draw it: `w.wave(context, clip, x, top, height)`,
-    `w.segments(context, clip.phones, x, top, height)`, `w.tint(await w.pixels(clip.spectrogram))`.
-    """
-    audio, rate = utterance.audio, utterance.sampling_rate
-    step = -(-audio.size // 1000)
-    pieces = np.pad(audio, (0, -audio.size % step), mode="edge").reshape(-1, step)
-    loudest = max(float(np.abs(audio).max()), 1e-6)
-    wave = np.stack([pieces.min(1), pieces.max(1)], axis=1) * (100 / loudest)
-    data: dict[str, Any] = {
-        "id": utterance.id, "text": utterance.text, "rate": rate, "seconds": round(audio.size / rate, 4), "top": rate / 2000,
-        "wave": np.round(wave).astype(int).ravel().tolist(), "sound": sound_uri(audio, rate),
-        "spectrogram": gray_png(spectrogram_bytes(audio, rate)),
-    }  # fmt: skip
-    for row in ("words", "phones"):
-        data[row] = [
-            [str(s.label), round(float(s.start), 3), round(float(s.end), 3)] for s in getattr(utterance, row)
-        ]
-    return data
-
-
-def spectrogram_bytes(
-    audio: np.ndarray, rate: int, *, hop: float = 0.008, decibels: float = 60
-) -> np.ndarray:
-    """Measure loudness over time and frequency: `[128, columns]` uint8, high frequencies on top, 255 = the loudest.
-
-    Args:
-        audio: Samples `[S]`.
-        rate: Samples per second.
-        hop: Seconds from column to column.
-        decibels: What is weaker than the loudest spot by this much becomes 0; one step in four is kept (about 1 dB).
-    """
-    width, step = round(0.025 * rate), max(round(hop * rate), 1)
-    padded = np.pad(np.asarray(audio, np.float64), (width // 2, width))
-    starts = np.arange(0, max(audio.size, 1), step)
-    pieces = padded[starts[:, None] + np.arange(width)] * np.hanning(width)  # [columns, width]
-    power = np.abs(np.fft.rfft(pieces, n=max(512, width))) ** 2  # [columns, frequencies]
-    power = power[:, : power.shape[1] // 2 * 2].reshape(len(starts), -1, 2).mean(-1).T[::-1]
-    decibel = 10 * np.log10(np.maximum(power, 1e-12))
-    level = np.clip((decibel - decibel.max()) / decibels + 1, 0, 1) * 255
-    rounded: np.ndarray = (level.astype(np.uint8) // 4) * 4 + 3
-    return rounded
-
-
-# %% ../../nbs/explore/attention.ipynb #b94394c8
-_SLIDE_BODY = '<p class="slide"><label><span></span> <input type="range" min="0" step="1"></label> <output></output></p><img class="shown" alt="">'
-_SLIDE_CSS = """
-& .slide { display:flex; flex-wrap:wrap; gap:4px 12px; align-items:center; margin:0 0 8px; }
-& .slide label { display:flex; gap:10px; align-items:center; flex:1 1 260px; } & .slide input { flex:1 1 160px; min-height:28px; accent-color:var(--accent); cursor:pointer; }
-& output { font-weight:650; min-width:5em; font-variant-numeric:tabular-nums; }
-"""
-_SLIDE_JS = r"""
-const {label, pages} = data, input = w.find("input"), image = w.find("img");
-w.find("span").textContent = label;
-const turn = () => {
-  const [name, src, alt, width] = pages[+input.value];
-  [image.src, image.alt, image.width] = [src, alt, width];
-  w.find("output").textContent = name;
-  input.setAttribute("aria-valuetext", `${name}. ${alt}`);
-};
-input.max = pages.length - 1;
-input.value = data.start;
-input.addEventListener("input", turn);
-turn();
-"""
-
-
-def slider(title: str, label: str, pictures: Mapping[str, Picture], *, start: int = 0) -> Explorer:
-    """Make a slider over pictures that were drawn beforehand; it works on any page, and by keys.
-
-    Args:
-        title: Heading.
-        label: What the slider changes, such as "layer"; stands beside it.
-        pictures: Value -> picture with its description, `w2vc.explore.viz.render(fig, alt)`; in the order of the slider.
-        start: Number of the picture to begin with, which also stands where scripts may not run.
-
-    Raises:
-        ValueError: Fewer than two pictures, no label, or no such start.
-    """
-    if len(pictures) < 2 or not label.strip():
-        raise refuse(
-            "pictures",
-            f"{len(pictures)} pictures, label {label!r}",
-            "two pictures or more, and a label for the slider",
-        )
-    if not 0 <= start < len(pictures):
-        raise refuse("start", start, f"0 to {len(pictures) - 1}")
-    pages = [
-        [name, _uri("image/png", picture.png), picture.alt, picture.width]
-        for name, picture in pictures.items()
-    ]
-    data = {"label": label, "pages": pages, "start": start}
-    return Explorer(
-        title, _SLIDE_BODY, _SLIDE_JS, data, fallback=list(pictures.values())[start], css=_SLIDE_CSS
-    )
-
-
 # %% ../../nbs/explore/attention.ipynb #cbf16c56
-_PICK_CSS = """
-& .pick { display:flex; flex-wrap:wrap; gap:6px 22px; align-items:flex-start; margin-bottom:8px; }
-& .maps { display:grid; gap:4px; justify-content:start; max-height:260px; overflow:auto; padding:4px; flex:none; max-width:100%; }
-& .maps span { font-size:11px; color:var(--soft); align-self:center; justify-self:center; line-height:1; }
-& .maps button { padding:0; min-height:0; width:46px; height:46px; border-radius:5px; overflow:hidden; border:1px solid var(--edge);
-  background:var(--panel); display:block; }
-& .maps.many button { width:28px; height:28px; }
-& .maps button canvas { width:100%; height:100%; border-radius:4px; }
-& .maps button[aria-checked=true] { border-color:var(--paper); box-shadow:0 0 0 3px var(--mark); }
-& .side { flex:1 1 300px; min-width:0; }
-& .head { margin:2px 0 0; }
-& .head b { font-size:15px; }
-& .facts { display:grid; grid-template-columns:auto 1fr; gap:0 10px; margin:4px 0 0; font-size:13px; font-variant-numeric:tabular-nums; }
-& .facts dt { color:var(--soft); font-weight:400; }
-& .stage { cursor:crosshair; touch-action:pan-y; border-radius:6px; user-select:none; -webkit-user-select:none; }
-& .side .read { min-height:6.1em; }
-& .play { display:flex; flex-wrap:wrap; gap:6px 12px; align-items:center; margin:6px 0 2px; }
-& .play audio { flex:1 1 220px; }
-& .play label { display:inline-flex; gap:5px; align-items:center; cursor:pointer; }
-& .keys { font-size:12px; color:var(--soft); margin:6px 0 0; }
-& kbd { font:inherit; border:1px solid var(--line); border-radius:3px; padding:0 4px; background:var(--panel); }
-@media (max-width:520px) { & .maps button { width:40px; height:40px; } & .pick { gap:2px; } & .side { flex-basis:100%; } & .side .read { min-height:9.6em; } }
-"""
-_PICK_BODY = """
-<div class="pick"><div class="maps" role="radiogroup" aria-label="Layer and head"></div>
-<div class="side"><p class="head"></p><dl class="facts"></dl><p class="read" aria-live="polite"></p></div></div>
-<div class="stage" tabindex="0" role="slider" aria-label="Selected frame"></div>
-<div class="play"><button type="button" class="here">Hear from here</button><button type="button" class="there">Hear where it looks</button>
-<label><input type="checkbox" class="follow" checked>follow the sound</label><label><input type="checkbox" class="spot" checked>light up what it looks at</label></div>
-<p class="keys"><kbd>←</kbd> <kbd>→</kbd> one frame, with <kbd>Shift</kbd> one phone, <kbd>Space</kbd> plays and stops, <kbd>L</kbd> plays where it looks. A click plays from there. Dashed: equal weights on all frames. In the map, each row is a frame that looks, and columns lie on the time axis.</p>
-"""
-
-
-_PICK_JS = r"""
-const {clip, hop, middle, frames, layers, heads, maps} = data, sums = data.summary;
-const stage = w.find(".stage"), grid = w.find(".maps"), audio = w.player("the whole recording", clip.sound);
-w.find(".play").append(audio);
-const packed = await Promise.all(maps.map((map) => w.pixels(map.png)));
-const tints = packed.map(w.tint), sound = w.tint(await w.pixels(clip.spectrogram));
-const percent = (share) => (share >= 0.0995 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + " %";
-let at = data.start, frame = Math.min(data.frame, frames - 1), other = null, row = [], peaks = [];
-
-// ---- what the selected frame looks at
-const rowOf = (map, i) => {
-  const bytes = packed[map].values, out = new Float64Array(frames), scale = maps[map].largest / 65025;
-  let sum = 0;
-  for (let j = 0; j < frames; j++) sum += out[j] = scale * bytes[i * frames + j] ** 2;
-  return out.map((v) => v / (sum || 1));
-};
-const peaksOf = (weights) => {
-  const rest = Float64Array.from(weights), found = [];
-  while (found.length < 3) {
-    let best = 0;
-    for (let j = 1; j < frames; j++) if (rest[j] > rest[best]) best = j;
-    const top = rest[best];
-    if (top < 1.5 / frames) break;
-    let first = best, last = best, share = 0;
-    while (first > 0 && rest[first - 1] >= top / 2) first--;
-    while (last < frames - 1 && rest[last + 1] >= top / 2) last++;
-    for (let j = first; j <= last; j++) { share += rest[j]; rest[j] = 0; }
-    found.push({first, last, best, share});
-  }
-  return found.sort((a, b) => b.share - a.share);
-};
-const inside = (segments, t) => segments.find(([, start, end]) => t >= start && t < end);
-const place = (j) => {
-  const t = j * hop + middle, phone = inside(clip.phones, t), word = inside(clip.words, t);
-  if (phone && phone[0] === "sil") return "silence";
-  return [phone && phone[0], word && "“" + word[0] + "”"].filter(Boolean).join(" of ");
-};
-const stretch = (p) => `${(p.first * hop).toFixed(2)}–${w.s((p.last + 1) * hop)}`;
-const words = () => {
-  const where = place(frame);
-  const list = peaks.map((p) => `${stretch(p)}${place(p.best) ? " (" + place(p.best) + ")" : ""}, ${percent(p.share)}`);
-  const pair = other === null ? "" : ` To frame ${other}, ${w.s(other * hop)}${place(other) ? ", in " + place(other) : ""}: ${percent(row[other])}.`;
-  return `Frame ${frame}, ${w.s(frame * hop)}${where ? ", in " + where : ""}: ` +
-    (list.length ? `looks most at ${list.join("; then ")}.` : "spreads its weight almost equally.") + pair;
-};
-
-// ---- choosing a layer and a head
-grid.classList.toggle("many", heads.length > 8 || layers.length > 6);
-grid.style.gridTemplateColumns = `auto repeat(${heads.length}, auto)`;
-grid.append(w.el("span", {"aria-hidden": "true"}, ""), ...heads.map((h) => w.el("span", {"aria-hidden": "true"}, heads.length > 8 ? h : "head " + h)));
-const buttons = maps.map((_, i) => {
-  const [l, h] = [Math.floor(i / heads.length), i % heads.length];
-  const small = w.el("canvas"), ratio = Math.min(window.devicePixelRatio || 1, 2);
-  small.width = small.height = 46 * ratio;
-  const context = small.getContext("2d");
-  context.imageSmoothingQuality = "high";
-  context.drawImage(tints[i], 0, 0, small.width, small.height);
-  const button = w.el("button", {type: "button", role: "radio", "aria-label": `layer ${layers[l]}, head ${heads[h]}`,
-    title: `layer ${layers[l]}, head ${heads[h]}`, onclick: () => choose(i)}, small);
-  button.addEventListener("keydown", (event) => {
-    const step = {ArrowLeft: h > 0 ? -1 : 0, ArrowRight: h < heads.length - 1 ? 1 : 0, ArrowUp: -heads.length, ArrowDown: heads.length}[event.key];
-    if (step === undefined) return;
-    event.preventDefault();
-    if (maps[i + step]) { choose(i + step); buttons[i + step].focus(); }
-  });
-  if (h === 0) grid.append(w.el("span", {"aria-hidden": "true"}, heads.length > 8 ? layers[l] : "layer " + layers[l]));
-  grid.append(button);
-  return button;
-});
-const choose = (i) => {
-  at = i;
-  buttons.forEach((b, j) => { b.setAttribute("aria-checked", j === i); b.tabIndex = j === i ? 0 : -1; });
-  const [l, h] = [Math.floor(i / heads.length), i % heads.length], get = (name) => sums[name] && sums[name][l][h];
-  w.find(".head").replaceChildren(w.el("b", {}, `Layer ${layers[l]}, head ${heads[h]}`));
-  const facts = [["looks on average", `${get("distance").toFixed(0)} ms away`], ["weight within 40 ms".replace("40", Math.round(2000 * hop)), percent(get("near"))],
-    ["spread (entropy)", `${get("entropy").toFixed(2)} (0 one frame, 1 all alike)`]];
-  if (sums.same) facts.push(["on the same phone", `${percent(get("same"))} (${percent(get("by_chance"))} by distance alone)`]);
-  w.find(".facts").replaceChildren(...facts.flatMap(([term, value]) => [w.el("dt", {}, term), w.el("dd", {}, value)]));
-  select(frame, null, true);
-};
-
-// ---- choosing a frame
-const select = (i, column = null, force = false) => {
-  i = Math.max(0, Math.min(frames - 1, i));
-  if (!force && i === frame && column === other) return;
-  const changed = force || i !== frame;
-  [frame, other] = [i, column];
-  if (changed) { row = rowOf(at, frame); peaks = peaksOf(row); }
-  const text = words();
-  w.say(text);
-  stage.setAttribute("aria-valuenow", frame);
-  stage.setAttribute("aria-valuetext", text.split(":")[0]);
-  view.redraw();
-};
-stage.setAttribute("aria-valuemin", 0);
-stage.setAttribute("aria-valuemax", frames - 1);
-
-// ---- drawing: what stays is drawn once, what moves on top of it
-const size = (width) => {
-  const slim = width < 560, left = slim ? 44 : 68, right = width - 10, long = right - left;
-  const rows = [["wave", slim ? 36 : 48], ["sound", slim ? 62 : 84]];
-  if (clip.words.length) rows.push(["words", 20]);
-  if (clip.phones.length) rows.push(["phones", 20]);
-  rows.push(["bars", slim ? 84 : 104], ["axis", 24], ["map", Math.round(Math.min(long, Math.max(230, long * 0.55)))]);
-  const box = {left, right, long, slim};
-  let top = 12;
-  for (const [name, height] of rows) { box[name] = [top, height]; top += height + (name === "words" ? 0 : 5); }
-  box.all = top + 20;
-  return box;
-};
-const gutter = (c, text, x, y) => { c.font = w.font(box.slim ? 10 : 11); c.fillStyle = w.color("soft"); c.textAlign = "right"; c.textBaseline = "middle"; c.fillText(text, x, y); };
-let still = null, stillKey = "", box = null, x = (t) => t;
-const drawStill = (width, height, ratio) => {
-  still = still || w.el("canvas");
-  [still.width, still.height] = [Math.round(width * ratio), Math.round(height * ratio)];
-  const c = still.getContext("2d");
-  c.setTransform(still.width / width, 0, 0, still.height / height, 0, 0);
-  w.wave(c, clip, x, ...box.wave);
-  c.drawImage(sound, box.left, box.sound[0], box.long, box.sound[1]);
-  if (box.words) w.segments(c, clip.words, x, ...box.words);
-  if (box.phones) w.segments(c, clip.phones, x, ...box.phones);
-  w.axis(c, x, clip.seconds, box.axis[0]);
-  const [top, high] = box.map, wide = x(frames * hop) - box.left;
-  c.imageSmoothingEnabled = frames > wide * ratio;
-  c.drawImage(tints[at], box.left, top, wide, high);
-  w.axis(c, x, clip.seconds, top + high);
-  const mid = ([t, h]) => t + h / 2, edge = box.left - 7;
-  for (const name of ["words", "phones"]) if (box[name]) gutter(c, name, edge, mid(box[name]));
-  gutter(c, box.slim ? "wave" : "waveform", edge, mid(box.wave));
-  gutter(c, `${clip.top} kHz`, edge, box.sound[0] + 7);
-  gutter(c, "0", edge, box.sound[0] + box.sound[1] - 5);
-  const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 30].find((s) => high * s / clip.seconds >= 34) || 60;
-  for (let t = step; t < frames * hop; t += step) gutter(c, step < 1 ? t.toFixed(1) : t.toFixed(0), edge - 5, top + high * t / (frames * hop));
-  gutter(c, box.slim ? "looking" : "looking (s)", edge, top + 7);
-};
-const drawBars = (c) => {
-  const [top, high] = box.bars, base = top + high, peak = Math.max(...row);
-  const full = [0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.75, 1].find((v) => v >= peak) || 1;
-  const room = high - 18, wide = Math.max((x(hop) - x(0)) * 0.86, 1), y = (v) => base - room * v / full;
-  c.strokeStyle = w.color("line"); c.lineWidth = 1;
-  for (const v of [full, full / 2]) { c.beginPath(); c.moveTo(box.left, y(v)); c.lineTo(box.right, y(v)); c.stroke(); }
-  gutter(c, percent(full).replace(".0", ""), box.left - 7, y(full));
-  gutter(c, "weight", box.left - 7, y(full / 2));
-  gutter(c, "0", box.left - 7, base - 4);
-  c.fillStyle = w.color("bar");
-  for (let j = 0; j < frames; j++) c.fillRect(x(j * hop), y(row[j]), wide, base - y(row[j]));
-  c.strokeStyle = w.color("ink"); c.setLineDash([3, 3]);
-  c.beginPath(); c.moveTo(box.left, y(1 / frames)); c.lineTo(box.right, y(1 / frames)); c.stroke(); c.setLineDash([]);
-  c.font = w.font(11, 600); c.fillStyle = w.color("ink"); c.textBaseline = "bottom";
-  const taken = [];
-  for (const p of peaks) {
-    const phone = inside(clip.phones, p.best * hop + middle), text = (phone ? phone[0] + " " : "") + percent(p.share);
-    const half = c.measureText(text).width / 2 + 2;
-    const middleX = Math.max(box.left + half, Math.min(box.right - half, x((p.first + p.last + 1) * hop / 2)));
-    if (taken.some(([a, b]) => middleX + half > a && middleX - half < b)) continue;
-    taken.push([middleX - half, middleX + half]);
-    c.textAlign = "center"; c.fillText(text, middleX, y(row[p.best]) - 2);
-  }
-};
-const drawMarks = (c) => {
-  const [mapTop, mapHigh] = box.map, mark = w.color("mark"), mine = x((frame + 0.5) * hop), step = mapHigh / frames;
-  if (w.find(".spot").checked) {
-    const peak = Math.max(...row), [top, high] = box.sound;
-    for (let j = 0; j < frames; j++) {
-      c.fillStyle = `rgba(6,10,16,${(0.8 * (1 - Math.sqrt(row[j] / peak))).toFixed(3)})`;
-      c.fillRect(x(j * hop), top, x((j + 1) * hop) - x(j * hop), high);
-    }
-    c.fillStyle = "rgba(6,10,16,.8)"; c.fillRect(x(frames * hop), top, box.right - x(frames * hop), high);
-  }
-  c.strokeStyle = c.fillStyle = mark; c.lineWidth = 2;
-  for (const [from, to] of [[10, box.sound[0] + box.sound[1]], [box.bars[0], box.bars[0] + box.bars[1]]]) {
-    c.beginPath(); c.moveTo(mine, from); c.lineTo(mine, to); c.stroke();
-  }
-  for (const name of ["words", "phones"]) {
-    const part = box[name] && inside(clip[name], frame * hop + middle);
-    if (part) c.strokeRect(x(part[1]), box[name][0], x(part[2]) - x(part[1]), box[name][1]);
-  }
-  c.beginPath(); c.moveTo(mine - 6, 0); c.lineTo(mine + 6, 0); c.lineTo(mine, 10); c.fill();
-  const y = mapTop + frame * step;
-  c.lineWidth = 1.5;
-  c.strokeRect(box.left - 1, y - 1.5, x(frames * hop) - box.left + 2, step + 3);
-  c.beginPath(); c.moveTo(box.left - 9, y + step / 2 - 6); c.lineTo(box.left - 9, y + step / 2 + 6); c.lineTo(box.left - 1, y + step / 2); c.fill();
-  if (other !== null) {
-    c.strokeStyle = w.color("mark"); c.lineWidth = 1.5; c.setLineDash([4, 3]);
-    const column = x((other + 0.5) * hop);
-    c.beginPath(); c.moveTo(column, box.bars[0]); c.lineTo(column, mapTop + mapHigh); c.stroke(); c.setLineDash([]);
-  }
-};
-const view = w.canvas(stage, (width) => size(width).all, (c, width, height) => {
-  box = size(width);
-  x = (t) => box.left + box.long * t / clip.seconds;
-  const ratio = window.devicePixelRatio || 1, key = [width, ratio, at, w.color("ink")].join();
-  if (key !== stillKey) { drawStill(width, height, ratio); stillKey = key; }
-  c.drawImage(still, 0, 0, width, height);
-  drawBars(c);
-  drawMarks(c);
-});
-w.find(".spot").addEventListener("change", view.redraw);
-
-// ---- pointer, keys, sound
-const pointed = (event) => {
-  const area = view.canvas.getBoundingClientRect(), [px, py] = [event.clientX - area.left, event.clientY - area.top];
-  const column = Math.max(0, Math.min(frames - 1, Math.floor((px - box.left) / box.long * clip.seconds / hop)));
-  const line = Math.floor((py - box.map[0]) / box.map[1] * frames);
-  return line >= 0 ? [Math.min(line, frames - 1), column] : [column, null];
-};
-const moving = () => !audio.paused && w.find(".follow").checked && audio.dataset.goal !== "there";
-let press = null;
-stage.addEventListener("pointermove", (event) => { if (!moving()) select(...pointed(event)); });
-stage.addEventListener("pointerdown", (event) => { press = [event.clientX, event.clientY]; if (!moving()) select(...pointed(event)); });
-stage.addEventListener("click", (event) => {
-  if (press && Math.hypot(event.clientX - press[0], event.clientY - press[1]) > 8) return;
-  select(...pointed(event));
-  here();
-});
-const here = () => { audio.dataset.goal = "here"; w.play(audio, frame * hop); };
-const there = () => {
-  const p = peaks[0] || {first: frame, last: frame}, centre = (p.first + p.last + 1) / 2 * hop, half = Math.max((p.last + 1 - p.first) * hop / 2, 0.1);
-  audio.dataset.goal = "there";
-  w.play(audio, Math.max(0, centre - half), Math.min(clip.seconds, centre + half));
-};
-w.find(".here").addEventListener("click", () => (audio.paused ? here() : audio.pause()));
-w.find(".there").addEventListener("click", there);
-const label = () => { w.find(".here").textContent = audio.paused ? "Hear from here" : "Stop"; w.find(".read").setAttribute("aria-live", audio.paused ? "polite" : "off"); };
-audio.addEventListener("pause", () => { label(); audio.dataset.goal = ""; });
-audio.addEventListener("play", () => {
-  label();
-  const follow = () => {
-    if (audio.paused) return;
-    if (moving()) select(Math.floor(audio.currentTime / hop));
-    requestAnimationFrame(follow);
-  };
-  follow();
-});
-stage.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const side = {ArrowRight: 1, ArrowUp: 1, PageUp: 1, ArrowLeft: -1, ArrowDown: -1, PageDown: -1}[event.key];
-  const far = event.shiftKey || event.key.startsWith("Page");
-  if (side) {
-    const starts = clip.phones.map(([, start]) => Math.max(0, Math.ceil((start - middle) / hop - 1e-6)));
-    const next = starts.length ? (side > 0 ? starts.find((s) => s > frame) : starts.filter((s) => s < frame).pop()) : frame + 10 * side;
-    select(far ? (next === undefined ? (side > 0 ? frames - 1 : 0) : next) : frame + side);
-  } else if (event.key === "Home") select(0);
-  else if (event.key === "End") select(frames - 1);
-  else if (event.key === " " || event.key === "Enter") { if (audio.paused) here(); else audio.pause(); }
-  else if (event.key === "l" || event.key === "L") there();
-  else return;
-  event.preventDefault();
-});
-choose(at);
-"""
-
-# %% ../../nbs/explore/attention.ipynb #c63d426a
 _MOST_PIXELS = 24_000_000  # of all maps of one page together; about 20 MB
 
 
-def attention_explorer(model: PreTrainedModel, audio: Any, *, segments: Mapping[str, Sequence[Segment]] | Sequence[Segment] | None = None,
-                       layers: Sequence[int] | None = None, heads: Sequence[int] | None = None,
+def attention_explorer(model: PreTrainedModel, audio: Any, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None,
                        start: tuple[int, int] | None = None) -> Explorer:  # fmt: skip
     """Make a page to look around in the attention of one recording.
 
@@ -1069,117 +208,78 @@ def attention_explorer(model: PreTrainedModel, audio: Any, *, segments: Mapping[
 
     Args:
         model: Any model of this package, trained or not.
-        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …, as for `as_utterance`; some seconds long.
-        segments: `{"words": …, "phones": …}`; None takes those of the utterance.
-        layers: Which layers, counted from 0; None: all. Large models give large pages.
-        heads: Which heads, counted from 0; None: all.
+        audio: An `Utterance` (with words and phones, where they are known), a path, samples `[S]` at 16 kHz, …; some seconds long.
+        layers: Counted from 0; None: all. The page grows with layers x heads x T².
+        heads: Counted from 0; None: all.
         start: Layer and head to begin with; the first ones by default.
-
-    Returns:
-        The explorer; its `size` in bytes grows with layers x heads x T².
 
     Raises:
         ValueError: No such layer or head, or more maps than a page should hold.
     """
-    utterance = as_utterance(audio, segments)
-    config = model.config
+    u = as_utterance(audio)
+    config, clock = model.config, FrameClock.of(model.config, u.sampling_rate)
     layers, heads = (
-        _choose("layers", layers, config.num_hidden_layers),
-        _choose("heads", heads, config.num_attention_heads),
+        _choice("layers", layers, config.num_hidden_layers),
+        _choice("heads", heads, config.num_attention_heads),
     )
-    hop, middle = frame_clock(model, utterance.sampling_rate)
-    pixels = round(utterance.seconds / hop) ** 2 * len(layers) * len(heads)
-    if pixels > _MOST_PIXELS:
+    if round(u.seconds / clock.step) ** 2 * len(layers) * len(heads) > _MOST_PIXELS:
+        came = f"{u.seconds:.1f} s x {len(layers)} layers x {len(heads)} heads"
         raise refuse(
-            "audio",
-            f"{utterance.seconds:.1f} s x {len(layers)} layers x {len(heads)} heads",
-            "a shorter recording, or fewer layers= and heads=: this would be a page of over 20 MB",
+            "audio", came, "shorter, or with fewer layers= and heads=: this would be a page of over 20 MB"
         )
-    start = start or (layers[0], heads[0])
-    if start[0] not in layers or start[1] not in heads:
+    layer, head = start or (layers[0], heads[0])
+    if layer not in layers or head not in heads:
         raise refuse("start", start, f"a layer of {layers} and a head of {heads}")
-    maps = attention_maps(model, utterance, layers=layers, heads=heads)
-    first = layers.index(start[0]), heads.index(start[1])
-    data = _pack_maps(maps, utterance, hop, middle) | {
-        "layers": layers,
-        "heads": heads,
-        "start": first[0] * len(heads) + first[1],
-    }
-    title = f"Attention: {utterance.text or utterance.id}"
-    note = "Maps are 8-bit images: a weight is the largest of its map times (byte / 255)². Brightness is the byte, so it grows with the root of the weight."
-    return Explorer(
-        title,
-        _PICK_BODY,
-        _PICK_JS,
-        data,
-        fallback=_still(maps[first], utterance, hop, start),
-        css=_PICK_CSS,
-        note=note,
-    )
-
-
-def _pack_maps(maps: Tensor, utterance: Utterance, hop: float, middle: float) -> dict[str, Any]:
-    """Write maps, their summary and the recording for the page."""
-    n_frames = maps.shape[-1]
-    labels = [
-        "" if label == "sil" else label for label in frame_labels(utterance.phones, n_frames, hop, middle)
-    ]
-    summary = head_summary(maps, labels, hop)
-    squeezed = [squeeze_map(each) for each in maps.flatten(0, 1)]
-    return {
-        "clip": clip_data(utterance), "hop": hop, "middle": middle, "frames": n_frames, "frame": n_frames // 2,
-        "maps": [{"png": gray_png(values), "largest": round(largest, 6)} for values, largest in squeezed],
+    maps = attention_maps(model, u, layers=layers, heads=heads)  # [L, H, T, T]
+    shown, n_frames, middle = (layers.index(layer), heads.index(head)), maps.shape[-1], float(clock.middle(0))
+    phones = frame_labels(u.phones, n_frames, clock.step, middle)
+    summary = head_summary(maps, ["" if phone == "sil" else phone for phone in phones], clock.step)
+    packed = [root_bytes(weights) for weights in maps.flatten(0, 1)]
+    data = {
+        "clip": clip_data(u), "hop": clock.step, "middle": middle, "frames": n_frames, "frame": n_frames // 2,
+        "layers": layers, "heads": heads, "start": shown[0] * len(heads) + shown[1],
+        "maps": [{"png": gray_png(values), "largest": round(largest, 6)} for values, largest in packed],
         "summary": {name: [[round(v, 4) for v in row] for row in table.tolist()] for name, table in summary.items()},
     }  # fmt: skip
-
-
-def _still(weights: Tensor, utterance: Utterance, hop: float, head: tuple[int, int]) -> Picture:
-    """Draw one map under its sound, for where scripts do not run."""
-    rows = {name: part for name, part in (("words", utterance.words), ("phones", utterance.phones)) if part}
-    fig = timeline(
-        utterance.audio,
-        utterance.sampling_rate,
-        segments=rows or None,
-        attention={f"layer {head[0]}, head {head[1]}": weights.sqrt()},
-        hop=hop,
-        spectrogram=False,
+    note = "A weight is the largest of its map times (byte / 255)²; brightness is the byte, so it grows with the root of the weight."
+    still = render(
+        _still(u, maps[shown], layer, head, clock.step),
+        f"Waveform and attention map of layer {layer}, head {head} for {u.text or u.id}, on one time axis; bright is a large weight.",
     )
-    text = f"“{utterance.text}”" if utterance.text else f"the recording {utterance.id}"
-    return render(
-        fig,
-        f"Waveform and attention map of layer {head[0]}, head {head[1]} for {text}, on one time axis; bright is a large weight.",
+    return Explorer(f"Attention: {u.text or u.id}", "attention", data, still, note)
+
+
+def _still(u: Any, weights: Tensor, layer: int, head: int, hop: float) -> Any:
+    """Draw one map under its sound, for where scripts do not run."""
+    rows = {name: part for name, part in (("words", u.words), ("phones", u.phones)) if part}
+    named = {f"layer {layer}, head {head}": weights.sqrt()}
+    return timeline(
+        u.audio, u.sampling_rate, segments=rows or None, attention=named, hop=hop, spectrogram=False
     )
 
 
 # %% ../../nbs/explore/attention.ipynb #6e6811aa
 def position_profile(model: PreTrainedModel, reach: int = 50) -> Tensor:
-    """Compute the weights that the position parameters alone give to every offset: `[L, H, 2 reach + 1]`.
+    """Compute the weights that the position parameters alone give to the offsets -reach to reach: `[L, H, 2 reach + 1]`.
 
-    Of the four terms of a score, (d) asks the same of a distance at every frame: a learned vector per head times the key
-    of the distance (with the bias of the query, which does not depend on content either). Its softmax is what the middle frame of `2 reach + 1` would attend to, had no
-    sound anything to say.
-
-    Source: Transformer-XL (Dai et al., 2019), section 3.3, term (d).
-
-    Args:
-        model: With relative positions; other kinds have no such term.
-        reach: Offsets from -reach to reach frames.
+    Of the four terms of a score, (d) asks the same of a distance at every frame: a learned vector per head (and the bias of
+    the query) times the key of the distance. Its softmax is what the middle frame of `2 reach + 1` would attend to, had no
+    sound anything to say. Source: Transformer-XL (Dai et al., 2019), section 3.3, term (d).
 
     Raises:
-        ValueError: For a model without relative positions.
+        ValueError: A model without relative positions.
     """
-    config = model.config
-    if config.position_embeddings_type != "relative":
+    if (kind := model.config.position_embeddings_type) != "relative":
         raise refuse(
             "model",
-            f"position_embeddings_type={config.position_embeddings_type!r}",
+            f"position_embeddings_type={kind!r}",
             '"relative", the only kind with position parameters',
         )
-    table = RelativePositions(config)(reach + 1, model.device, torch.float32)  # [2 reach + 1, D]
+    table = RelativePositions(model.config)(reach + 1, model.device, torch.float32)  # [2 reach + 1, D]
     profiles = []
     for attention in (part for part in model.base_model.modules() if isinstance(part, SelfAttention)):
-        asking = (attention.pos_bias_v.flatten() + attention.linear_q.bias).detach().float()  # [D]
+        query = (attention.pos_bias_v.flatten() + attention.linear_q.bias).detach().float()  # [D]
         keys = table @ attention.linear_pos.weight.detach().float().T  # [2 reach + 1, D]
-        scores = (keys * asking).unflatten(-1, (attention.heads, -1)).sum(-1)  # [2 reach + 1, H]
+        scores = (keys * query).unflatten(-1, (attention.heads, -1)).sum(-1)  # [2 reach + 1, H]
         profiles.append((scores * attention.pos_bias_v.shape[-1] ** -0.5).softmax(0).T)
     return torch.stack(profiles).cpu()

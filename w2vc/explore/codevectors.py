@@ -5,10 +5,6 @@
 # %% ../../nbs/explore/codevectors.ipynb #95a65cdd
 from __future__ import annotations
 
-import base64
-import importlib
-import io
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,31 +14,28 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ..data.audio import Samples, Wav2Vec2FeatureExtractor
-from ..data.corpus import SAMPLING_RATE, SILENCE, Segment, Speech, frame_labels
-from ..evaluation.measures import cross_table, log_mel_frames
-from ..evaluation.reports import CodeMeasures, code_phone_report, phone_rows, utterance_batches
+from ..data.corpus import SAMPLING_RATE, Segment, Speech, frame_labels
+from ..evaluation.probes import CodeMeasures, code_phone_report, cross_table, log_mel_frames
 from ..files.pretrained import eval_mode
 from ..model.fast import plain_forms
-from ..model.features import receptive_field, valid_lengths
+from ..model.features import FrameClock, conv_output_lengths
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..training.monitoring import perplexity
-from .attention import Explorer, gray_png
-from .viz import OKABE_ITO, Sound, figure, plot_matrix, render
+from .page import Explorer, clip_data, gray_png
+from .viz import OKABE_ITO, Picture, figure, plot_matrix, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = [
-    "PHONE_CLASSES",
-    "CLASS_SIGNS",
     "CodeFrames",
     "collect_codes",
     "target_shares",
     "CodeUsage",
     "code_usage",
     "plot_code_usage",
-    "phone_class",
+    "phone_counts",
     "main_phones",
     "CodeTable",
     "order_together",
@@ -54,16 +47,13 @@ __all__ = [
     "code_segments",
     "hear_segments",
     "mean_patch",
-    "plot_mean_patch",
     "code_directions",
     "flatten_to_plane",
-    "plot_code_map",
     "nearest_codes",
     "Neighbour",
     "code_targets",
     "nearest_segments",
     "cover_codes",
-    "pack_sound",
     "codevector_explorer",
 ]
 
@@ -81,8 +71,7 @@ class CodeFrames:
         phones: `[frames]`, the phone in the middle of the frame; "" = unknown.
         mel: `[frames, bands]`, log-mel bands of the same stretch of sound.
         soft: `[G, V]`, the probabilities of the codes, summed over the frames.
-        vectors: `[G, V, proj_codevector_dim]`, each code's share of what the loss compares: its code vector through its
-            columns of `project_q`.
+        vectors: `[G, V, proj_codevector_dim]`, each code's share of what the loss compares (`target_shares`).
         bias: `[proj_codevector_dim]`, that of `project_q`.
         hop: Seconds from one frame to the next.
         width: Seconds that a frame hears.
@@ -124,75 +113,46 @@ class CodeFrames:
 
 # %% ../../nbs/explore/codevectors.ipynb #b1fabbc1
 def collect_codes(
-    model: Wav2Vec2ConformerForPreTraining,
-    speech: Speech,
-    extractor: Wav2Vec2FeatureExtractor | None = None,
-    *,
-    batch_seconds: float = 60.0,
+    model: Wav2Vec2ConformerForPreTraining, speech: Speech, extractor: Wav2Vec2FeatureExtractor | None = None
 ) -> CodeFrames:
     """Let the quantizer choose codes for all frames, without noise and without a mask; no conformer block is run.
 
-    Args:
-        model: With a quantizer.
-        speech: Utterances of different names.
-        extractor: The model's feature extractor.
-        batch_seconds: Rows times the longest row stay below this.
+    Utterances that are too short for a frame are passed over.
 
     Raises:
-        ValueError: Two utterances of one name, or none that is long enough for a frame.
+        ValueError: None is long enough.
     """
-    place = {u.id: i for i, u in enumerate(speech)}
-    if len(place) < len(speech):
-        raise ValueError(
-            f"speech: {len(speech)} utterances have only {len(place)} names; give each its own id"
-        )
-    width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
-    base, quantizer = model.wav2vec2_conformer, model.quantizer
-    found: dict[int, tuple[Any, ...]] = {}
-    with plain_forms(model), eval_mode(model):
-        for batch in utterance_batches(model, speech, extractor, batch_seconds=batch_seconds):
-            sound = batch["input_values"]
-            latent = base.feature_extractor(sound, valid_lengths(batch["attention_mask"]))
-            B, T = latent.shape[:2]
-            logits = quantizer.logits(base.feature_projection(latent)[1])
-            scores = logits.view(B, T, *logits.shape[1:])  # [B, T, G, V]
-            waves = sound.cpu().numpy()
-            for row, (u, n, size) in enumerate(
-                zip(batch["utterances"], batch["n_frames"], batch["lengths"], strict=True)
-            ):
-                one = scores[row, :n]
-                names = np.array(phone_rows(u, n, model.config), dtype=str)
-                bands = log_mel_frames(waves[row, :size], width=width, hop=hop)[:n]
-                soft = one.softmax(-1).double().sum(0).cpu().numpy()
-                found[place[u.id]] = (one.argmax(-1).cpu().numpy(), names, bands, soft)
-    if not found:
-        raise ValueError(f"{speech!r}: no utterance gives a frame")
-    order = sorted(found)
-    columns = [[found[i][k] for i in order] for k in range(4)]
-    sizes = [len(codes) for codes in columns[0]]
-    codes, phones, mel = (np.concatenate(column) for column in columns[:3])
-    steps = np.concatenate([np.arange(n) for n in sizes])
-    seconds = (hop / SAMPLING_RATE, width / SAMPLING_RATE)
-    return CodeFrames(
-        speech,
-        codes,
-        np.repeat(order, sizes),
-        steps,
-        phones,
-        mel,
-        np.sum(columns[3], 0),
-        *target_shares(model),
-        *seconds,
+    extractor, config, clock = (
+        extractor or Wav2Vec2FeatureExtractor(),
+        model.config,
+        FrameClock.of(model.config),
     )
+    base, quantizer = model.wav2vec2_conformer, model.quantizer
+    rows, soft = [], np.zeros((quantizer.num_groups, quantizer.num_vars))
+    with plain_forms(model), eval_mode(model):
+        for i, u in enumerate(speech):
+            T = conv_output_lengths(u.n_samples, config.conv_kernel, config.conv_stride)
+            if T == 0:
+                continue
+            sound = extractor(u.audio, sampling_rate=u.sampling_rate, return_tensors="pt")[
+                "input_values"
+            ]  # [1, S]
+            latent = base.feature_projection(base.feature_extractor(sound.to(model.device, model.dtype)))[1]
+            scores = quantizer.logits(latent)  # [T, G, V]
+            phones = np.array(frame_labels(u.phones, T, clock.step, clock.middle()), dtype=str)
+            mel = log_mel_frames(sound[0].numpy(), width=clock.width, hop=clock.hop)
+            soft += scores.softmax(-1).double().sum(0).cpu().numpy()
+            rows.append((scores.argmax(-1).cpu().numpy(), np.full(T, i), np.arange(T), phones, mel))
+    if not rows:
+        raise ValueError(f"{speech!r}: no utterance gives a frame")
+    codes, owner, steps, names, mels = (np.concatenate(column) for column in zip(*rows, strict=True))
+    hop, width = clock.step, clock.width / clock.rate
+    return CodeFrames(speech, codes, owner, steps, names, mels, soft, *target_shares(model), hop, width)
 
 
 @torch.no_grad()
 def target_shares(model: Wav2Vec2ConformerForPreTraining) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What each code adds to the target of the loss: `project_q(e_1, e_2) = share_1 + share_2 + bias`.
-
-    Returns:
-        Shares `[G, V, proj_codevector_dim]` and the bias.
-    """
+    """What each code adds to the target of the loss, `[G, V, proj_codevector_dim]`, and the bias: `project_q(e_1, e_2) = share_1 + share_2 + bias`."""
     quantizer, project = model.quantizer, model.project_q
     table = quantizer.codevectors.float().view(quantizer.num_groups, quantizer.num_vars, -1)  # [G, V, d]
     columns = project.weight.float().view(project.out_features, quantizer.num_groups, -1)  # [P, G, d]
@@ -219,9 +179,7 @@ class CodeUsage(NamedTuple):
 def code_usage(frames: CodeFrames) -> CodeUsage:
     """Count the choices, and measure in two ways how many codes are in use."""
     counts = frames.counts
-    hard, soft = (
-        perplexity(torch.from_numpy(np.asarray(x, np.float64))).tolist() for x in (counts, frames.soft)
-    )
+    hard, soft = (perplexity(torch.from_numpy(x.astype(np.float64))).tolist() for x in (counts, frames.soft))
     return CodeUsage(counts, hard, soft, [np.flatnonzero(row == 0).tolist() for row in counts])
 
 
@@ -230,68 +188,34 @@ def plot_code_usage(frames: CodeFrames, group: int, ax: Axes | None = None) -> A
     ax = figure(height=2.2)[1] if ax is None else ax
     usage = code_usage(frames)
     counts = np.sort(usage.counts[group])[::-1]
-    ax.bar(
-        np.arange(len(counts)),
-        100 * counts / counts.sum(),
-        width=1,
-        color=OKABE_ITO.sky,
-        edgecolor="black",
-        linewidth=0.4,
-    )
-    ax.axhline(
-        100 / len(counts), color=OKABE_ITO.vermillion, linestyle="--", linewidth=1, label="all used alike"
-    )
-    dead = len(usage.dead[group])
-    ax.set(
-        xlabel="code, the commonest first", ylabel="share of frames (%)",
-        title=f"group {group}: perplexity hard {usage.hard[group]:.1f}, soft {usage.soft[group]:.1f} of {len(counts)}; {dead} dead",
-    )  # fmt: skip
-    ax.title.set_fontsize(9.5)
+    shares, n = 100 * counts / counts.sum(), len(counts)
+    ax.bar(np.arange(n), shares, width=1, color=OKABE_ITO.sky, edgecolor="black", linewidth=0.4)
+    ax.axhline(100 / n, color=OKABE_ITO.vermillion, linestyle="--", linewidth=1, label="all used alike")
+    ax.set(xlabel="code, the commonest first", ylabel="share of frames (%)")
+    perplexities = f"perplexity hard {usage.hard[group]:.1f}, soft {usage.soft[group]:.1f} of {n}"
+    ax.set_title(f"group {group}: {perplexities}; {len(usage.dead[group])} dead", fontsize=9.5)
     ax.legend(frameon=False, fontsize=9)
     return ax
 
 
-# %% ../../nbs/explore/codevectors.ipynb #2f1e08b5
-PHONE_CLASSES: dict[str, str] = {
-    "vowel": "a e i o u y æ ɐ ɑ ɒ ɔ ə ɘ ɚ ɛ ɜ ɝ ɞ ɤ ɨ ɪ ɯ ɵ ø œ ɶ ʉ ʊ ʌ ʏ ᵻ ᵊ",
-    "approximant": "l ɫ ɭ ʎ r ɹ ɻ ɾ ʁ ʀ w ʍ j ɥ ɰ",
-    "nasal": "m n ŋ ɲ ɳ ɱ ɴ",
-    "fricative": "f v s z ʃ ʒ θ ð h ɦ x ɣ ç ʝ ɕ ʑ ʂ ʐ χ ħ ʕ ɸ β",
-    "affricate": "tʃ dʒ ts dz pf tɕ dʑ ʧ ʤ",
-    "stop": "p b t d k ɡ g q ʔ c ɟ ʈ ɖ",
-    "silence": SILENCE,
-}
-
-
-_CLASS_OF = {phone: name for name, phones in PHONE_CLASSES.items() for phone in phones.split()}
-
-
-def phone_class(phone: str) -> str:
-    """Say how a phone of the international alphabet is made: "vowel", "stop", …; "other" for unknown signs.
-
-    A long label is judged by its first sound: "aɪ" is a vowel, "tʃ" an affricate.
-    """
-    return next((_CLASS_OF[phone[:n]] for n in (len(phone), 2, 1) if phone[:n] in _CLASS_OF), "other")
+# %% ../../nbs/explore/codevectors.ipynb #d33abe5c
+def phone_counts(frames: CodeFrames, group: int) -> tuple[NDArray[np.int64], list[str]]:
+    """Count frames per code and phone, `[V, phones]`, where the phone is known; and name the phones."""
+    known = frames.phones != ""
+    names, numbers = np.unique(frames.phones[known], return_inverse=True)
+    shape = frames.soft.shape[1], len(names)
+    return cross_table(frames.codes[known, group], numbers, shape), names.tolist()
 
 
 def main_phones(frames: CodeFrames, group: int) -> list[str]:
     """The phone that chooses each code most often, `V` names; "" for a code without a known phone."""
-    known = frames.phones != ""
-    met: list[Counter[str]] = [Counter() for _ in range(frames.soft.shape[1])]
-    for code, phone in zip(frames.codes[known, group].tolist(), frames.phones[known].tolist(), strict=True):
-        met[code][phone] += 1
-    return [max(sorted(c), key=c.__getitem__) if c else "" for c in met]
+    counts, names = phone_counts(frames, group)
+    return [names[int(row.argmax())] if row.any() else "" for row in counts]
 
 
 # %% ../../nbs/explore/codevectors.ipynb #f021c88d
 class CodeTable(NamedTuple):
-    """How often the codes of a group meet the phones, in an order that shows what belongs together.
-
-    Attributes:
-        counts: `[codes, phones]`, frames.
-        codes: The code of each row.
-        phones: The phone of each column.
-    """
+    """How often the codes of a group meet the phones: frames `[codes, phones]`, and the names of its rows and columns."""
 
     counts: NDArray[np.int64]
     codes: list[int]
@@ -299,13 +223,10 @@ class CodeTable(NamedTuple):
 
 
 def order_together(table: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Order rows and columns so that those that meet often lie near each other: spectral co-clustering.
-
-    The table, divided by what chance would give, is split by its strongest pair of singular vectors; their entries are
-    the places on a line (Dhillon, 2001; the same line is the first axis of correspondence analysis).
+    """Order rows and columns so that those that meet often lie near each other: spectral co-clustering (Dhillon, 2001).
 
     Args:
-        table: Counts `[rows, columns]`, none of them empty.
+        table: Counts `[rows, columns]`, no row and no column empty.
 
     Returns:
         The order of the rows and that of the columns; the heaviest column lies in the last half.
@@ -314,9 +235,8 @@ def order_together(table: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.i
     rows, columns = shares.sum(1), shares.sum(0)
     if not (rows.all() and columns.all()):
         raise ValueError("table: each row and each column needs a count above 0")
-    left, _, right = np.linalg.svd(
-        shares / np.sqrt(np.outer(rows, columns)) - np.sqrt(np.outer(rows, columns))
-    )
+    root = np.sqrt(np.outer(rows, columns))
+    left, _, right = np.linalg.svd(shares / root - root)
     x, y = left[:, 0] / np.sqrt(rows), right[0] / np.sqrt(columns)
     sign = 1 if (y <= y[columns.argmax()]).mean() > 0.5 else -1
     return np.argsort(sign * x, kind="stable"), np.argsort(sign * y, kind="stable")
@@ -324,27 +244,20 @@ def order_together(table: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.i
 
 # %% ../../nbs/explore/codevectors.ipynb #35e4b792
 def code_phone_table(frames: CodeFrames, group: int, *, least: int = 1) -> CodeTable:
-    """Count codes against phones, and order both.
-
-    Args:
-        frames: As collected.
-        group: Which codebook.
-        least: Leave out phones and codes with fewer frames.
+    """Count codes against phones, without those of fewer than `least` frames, and order both.
 
     Raises:
         ValueError: No phones are known.
     """
-    known = frames.phones != ""
-    if not known.any():
+    counts, names = phone_counts(frames, group)
+    if not names:
         raise ValueError(f"no phones are known in {frames.speech!r}")
-    names, numbers = np.unique(frames.phones[known], return_inverse=True)
-    counts = cross_table(frames.codes[known, group], numbers, (frames.soft.shape[1], len(names)))
-    columns = np.flatnonzero(counts.sum(0) >= least)
-    codes = np.flatnonzero(counts[:, columns].sum(1) >= max(least, 1))
-    counts = counts[codes][:, columns]
-    columns, counts = columns[counts.sum(0) > 0], counts[:, counts.sum(0) > 0]
-    by_code, by_phone = order_together(counts)
-    return CodeTable(counts[by_code][:, by_phone], codes[by_code].tolist(), names[columns[by_phone]].tolist())
+    phones = np.flatnonzero(counts.sum(0) >= least)
+    codes = np.flatnonzero(counts[:, phones].sum(1) >= max(least, 1))
+    phones = phones[counts[np.ix_(codes, phones)].sum(0) > 0]
+    by_code, by_phone = order_together(counts[np.ix_(codes, phones)])
+    codes, phones = codes[by_code], phones[by_phone]
+    return CodeTable(counts[np.ix_(codes, phones)], codes.tolist(), [names[p] for p in phones])
 
 
 def plot_code_table(table: CodeTable, ax: Axes | None = None) -> Axes:
@@ -367,50 +280,41 @@ def plot_code_table(table: CodeTable, ax: Axes | None = None) -> Axes:
 # %% ../../nbs/explore/codevectors.ipynb #16ce2f95
 def phone_thirds(frames: CodeFrames) -> NDArray[np.str_]:
     """Say for each frame whether its middle lies in the first, middle or last third of its phone; "" = unknown."""
-    parts = []
-    for i in np.unique(frames.owner):
+    parts: list[str] = []
+    for i, n in zip(*np.unique(frames.owner, return_counts=True), strict=True):
         thirds = [
             Segment(name, p.start + k * (p.end - p.start) / 3, p.start + (k + 1) * (p.end - p.start) / 3)
-            for p in frames.speech[i].phones
+            for p in frames.speech[int(i)].phones
             for k, name in enumerate(("first", "middle", "last"))
         ]
-        n = int((frames.owner == i).sum())
-        parts.append(np.array(frame_labels(thirds, n, frames.hop, frames.width / 2), dtype=str))
-    return np.concatenate(parts)
+        parts += frame_labels(thirds, int(n), frames.hop, frames.width / 2)
+    return np.array(parts, dtype=str)
 
 
 def code_information(
     frames: CodeFrames, codes: ArrayLike | None = None, *, seed: int = 0
 ) -> dict[str, dict[str, CodeMeasures]]:
-    """Ask the codes of all frames with a known phone for the phone, the third of the phone, and the speaker.
+    """Ask codes for the phone, the third of the phone, and the speaker, on all frames with a known phone.
 
     Args:
         frames: As collected.
         codes: Other numbers to be asked, `[frames, groups]`, such as clusters; None: the codes of the model.
-        seed: For the shuffles.
+        seed: For the shuffles that give the `chance` beside what is `known`.
 
     Returns:
-        Question -> what `evaluation.code_phone_report` finds: "group 0", …, "joint" -> measures, with the shuffled
-        `chance` beside what is `known`.
+        Question -> what `evaluation.probes.code_phone_report` finds: "group 0", …, "joint" -> measures.
     """
     known = frames.phones != ""
     labels = {"phone": frames.phones, "third of the phone": phone_thirds(frames), "speaker": frames.speakers}
-    asked = np.asarray(frames.codes if codes is None else codes)[known]
+    chosen = np.asarray(frames.codes if codes is None else codes)[known]
     return {
-        name: code_phone_report(asked, values[known].tolist(), seed=seed) for name, values in labels.items()
+        name: code_phone_report(chosen, values[known].tolist(), seed=seed) for name, values in labels.items()
     }
 
 
 # %% ../../nbs/explore/codevectors.ipynb #10027e1f
 class CodeSegment(NamedTuple):
-    """Frames in a row with the same code, in one utterance.
-
-    Attributes:
-        utterance: Its place in the speech.
-        start: Seconds, where the first frame begins to hear.
-        end: Seconds, where the last frame ends.
-        phone: In the middle; "" = unknown.
-    """
+    """Frames in a row with the same code: the place of the utterance, seconds from the first frame's start to the last one's end, and the phone in the middle ("" = unknown)."""
 
     utterance: int
     start: float
@@ -421,24 +325,12 @@ class CodeSegment(NamedTuple):
 def code_segments(
     frames: CodeFrames, group: int, code: int, *, n: int | None = None, seed: int = 0
 ) -> list[CodeSegment]:
-    """List the stretches of sound that chose a code.
-
-    Args:
-        frames: As collected.
-        group: Which codebook.
-        code: Which of its codes.
-        n: Draw so many of them by lot, not the best; None: all.
-        seed: For the lot.
-
-    Returns:
-        In the order of the utterances and of time.
-    """
+    """List the stretches of sound that chose a code, in the order of the utterances and of time; or `n` of them, drawn by lot."""
     hits = np.flatnonzero(frames.codes[:, group] == code)
     new = (np.diff(hits, prepend=-2) > 1) | (np.diff(frames.owner[hits], prepend=-1) != 0)
     runs = np.split(hits, np.flatnonzero(new)[1:]) if len(hits) else []
     if n is not None and n < len(runs):
-        drawn = np.random.default_rng(seed).choice(len(runs), n, replace=False)
-        runs = [runs[i] for i in sorted(drawn)]
+        runs = [runs[i] for i in sorted(np.random.default_rng(seed).choice(len(runs), n, replace=False))]
     return [_segment(frames, int(run[0]), int(run[-1])) for run in runs]
 
 
@@ -453,43 +345,33 @@ def _segment(frames: CodeFrames, first: int, last: int) -> CodeSegment:
 def hear_segments(
     frames: CodeFrames, segments: Sequence[CodeSegment], *, context: float = 0.08, pause: float = 0.15
 ) -> Samples:
-    """Join stretches of sound, with silence between them.
+    """Join stretches of sound, brought to one loudness, to samples `[S]` at 16 kHz.
 
     Args:
         frames: Where the segments come from.
         segments: What to hear.
         context: Seconds before and after each: a single frame is a mere click.
         pause: Seconds of silence after each.
-
-    Returns:
-        Samples `[S]` at 16 kHz; all pieces are brought to one loudness.
     """
-    pieces: list[Samples] = []
+    pieces = [np.zeros(0, np.float32)]
     for segment in segments:
         u = frames.speech[segment.utterance]
         piece = u.cut(max(segment.start - context, 0.0), min(segment.end + context, u.seconds))
-        fade = np.minimum(
-            1, np.minimum(np.arange(len(piece)), np.arange(len(piece))[::-1]) / (0.01 * SAMPLING_RATE)
-        )
+        steps = np.arange(len(piece)) / (0.01 * SAMPLING_RATE)
+        fade = np.minimum(1, np.minimum(steps, steps[::-1]))
         loud = 0.6 / max(float(np.abs(piece).max(initial=0)), 0.02)  # silence is not blown up
         pieces += [
             (piece * fade * loud).astype(np.float32),
             np.zeros(round(pause * SAMPLING_RATE), np.float32),
         ]
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    return np.concatenate(pieces)
 
 
 # %% ../../nbs/explore/codevectors.ipynb #26e4e238
 def mean_patch(
     frames: CodeFrames, group: int, code: int | None = None, *, reach: int = 6
 ) -> NDArray[np.float32]:
-    """Average the log-mel bands around the frames of a code.
-
-    Args:
-        frames: As collected.
-        group: Which codebook.
-        code: Which of its codes; None: around all frames, the background to compare with.
-        reach: Frames before and after.
+    """Average the log-mel bands around the frames of a code; None: around all frames, the background to compare with.
 
     Returns:
         `[2 * reach + 1, bands]`, the code's own frame in the middle; NaN where no utterance reaches.
@@ -497,128 +379,33 @@ def mean_patch(
     hits = np.arange(len(frames)) if code is None else np.flatnonzero(frames.codes[:, group] == code)
     rows = np.full((2 * reach + 1, frames.mel.shape[1]), np.nan, np.float32)
     for k in range(-reach, reach + 1):
-        near = hits + k
-        inside = (near >= 0) & (near < len(frames))
-        near, own = near[inside], frames.owner[hits[inside]]
-        near = near[frames.owner[near] == own]
+        inside = hits[(hits + k >= 0) & (hits + k < len(frames))]
+        near = inside[frames.owner[inside + k] == frames.owner[inside]] + k
         if len(near):
             rows[k + reach] = frames.mel[near].mean(0)
     return rows
 
 
-def plot_mean_patch(
-    frames: CodeFrames, group: int, code: int, ax: Axes | None = None, *, reach: int = 6
-) -> Axes:
-    """Draw what the sound around a code has more or less of than the average sound of this speech, in decibels."""
-    ax = figure(height=2.4, width=3.5)[1] if ax is None else ax
-    patch = (
-        (mean_patch(frames, group, code, reach=reach) - mean_patch(frames, group, reach=reach))
-        * 10
-        / np.log(10)
-    )
-    half = (reach + 0.5) * frames.hop
-    plot_matrix(
-        patch.T[::-1],
-        ax,
-        "time from the frame (s)",
-        "mel band",
-        center=0.0,
-        colorbar="dB",
-        extent=(-half, half, 0, patch.shape[1]),
-    )
-    return ax
-
-
 # %% ../../nbs/explore/codevectors.ipynb #e4640a67
 def code_directions(frames: CodeFrames, group: int) -> NDArray[np.float32]:
     """Vectors of length 1 of a group's codes `[V, proj_codevector_dim]`, around their average: the loss compares directions."""
-    vectors = frames.vectors[group] - frames.vectors[group].mean(0)
+    return _unit(frames.vectors[group] - frames.vectors[group].mean(0))
+
+
+def _unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows of length 1."""
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-8), np.float32)
 
 
-def flatten_to_plane(
-    vectors: ArrayLike, method: str = "pca", *, seed: int = 0
-) -> tuple[NDArray[np.float32], str]:
-    """Lay vectors on a plane, to be looked at.
-
-    Args:
-        vectors: `[V, width]`.
-        method: "pca", the two directions along which they spread most; or "umap", which keeps neighbours together
-            (McInnes et al., 2018), where umap-learn is installed.
-        seed: For UMAP.
-
-    Returns:
-        Points `[V, 2]`, and a note that says what the picture keeps.
-    """
-    if method not in {"pca", "umap"}:
-        raise ValueError(f"method={method!r}: allowed are 'pca' and 'umap'")
+def flatten_to_plane(vectors: ArrayLike) -> tuple[NDArray[np.float32], str]:
+    """Lay vectors `[V, width]` on a plane along the two directions in which they spread most (PCA): points `[V, 2]`, and what is kept."""
     points = np.asarray(vectors, np.float64)
-    note = ""
-    if method == "umap":
-        try:
-            reducer = importlib.import_module("umap").UMAP(
-                n_neighbors=min(8, len(points) - 1), metric="cosine", random_state=seed
-            )
-            return np.asarray(
-                reducer.fit_transform(points), np.float32
-            ), "UMAP: near points are near, far ones tell little"
-        except ImportError:
-            note = " (umap-learn is not installed)"
     left, spread, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
-    share = float((spread[:2] ** 2).sum() / (spread**2).sum())
     flat = left[:, :2] * spread[:2]
-    flat *= np.where(
-        flat[np.abs(flat).argmax(0), [0, 1]] < 0, -1, 1
-    )  # the sign of a singular vector is arbitrary
-    return flat.astype(np.float32), f"PCA: the plane keeps {100 * share:.0f} % of the spread{note}"
-
-
-# %% ../../nbs/explore/codevectors.ipynb #06512359
-CLASS_SIGNS: dict[str, tuple[str, str]] = {  # class -> name of its colour in OKABE_ITO, sign of matplotlib
-    "vowel": ("blue", "o"), "approximant": ("sky", "D"), "nasal": ("green", "s"), "fricative": ("vermillion", "^"),
-    "affricate": ("purple", "P"), "stop": ("orange", "v"), "silence": ("black", "X"), "other": ("yellow", "*"),
-}  # fmt: skip
-
-
-def plot_code_map(
-    frames: CodeFrames, group: int, ax: Axes | None = None, *, method: str = "pca", seed: int = 0
-) -> Axes:
-    """Draw the used codes as points; sign and colour tell the class of the phone that uses them most, the text which it is."""
-    ax = figure(height=4.6)[1] if ax is None else ax
-    points, note = flatten_to_plane(code_directions(frames, group), method, seed=seed)
-    phones, counts = main_phones(frames, group), frames.counts[group]
-    kinds = [phone_class(p) for p in phones]
-    for kind, (color, sign) in CLASS_SIGNS.items():
-        here = [v for v, k in enumerate(kinds) if k == kind and counts[v]]
-        if here:
-            size = 30 + 250 * np.sqrt(counts[here] / counts.max())
-            ax.scatter(
-                points[here, 0],
-                points[here, 1],
-                s=size,
-                marker=sign,
-                color=getattr(OKABE_ITO, color),
-                edgecolor="black",
-                linewidth=0.6,
-                alpha=0.85,
-                label=kind,
-            )
-    for v in np.flatnonzero(counts):
-        ax.annotate(
-            phones[v], points[v], xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center"
-        )
-    ax.set(
-        xlabel="first direction",
-        ylabel="second direction",
-        title=f"group {group}. {note}",
-        xticks=[],
-        yticks=[],
-    )
-    ax.title.set_fontsize(9.5)
-    legend: Any = ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    for handle in legend.legend_handles:
-        handle.set_sizes([45])
-    return ax
+    # the sign of a singular vector is arbitrary
+    flat *= np.where(flat[np.abs(flat).argmax(0), [0, 1]] < 0, -1, 1)
+    share = 100 * (spread[:2] ** 2).sum() / (spread**2).sum()
+    return flat.astype(np.float32), f"PCA: the plane keeps {share:.0f} % of the spread"
 
 
 # %% ../../nbs/explore/codevectors.ipynb #27ca1763
@@ -641,8 +428,8 @@ class Neighbour(NamedTuple):
 
 def code_targets(frames: CodeFrames) -> NDArray[np.float32]:
     """What the loss would compare with at each frame, as vectors of length 1: `[frames, proj_codevector_dim]`."""
-    whole = np.sum([frames.vectors[g, column] for g, column in enumerate(frames.codes.T)], 0) + frames.bias
-    return np.asarray(whole / np.linalg.norm(whole, axis=1, keepdims=True).clip(1e-8), np.float32)
+    shares = [frames.vectors[g, column] for g, column in enumerate(frames.codes.T)]
+    return _unit(np.sum(shares, 0) + frames.bias)
 
 
 def nearest_segments(
@@ -662,41 +449,33 @@ def nearest_segments(
         ValueError: The stretch holds no frame's middle.
     """
     middles = frames.steps * frames.hop + frames.width / 2
-    asked = np.flatnonzero((frames.owner == utterance) & (middles >= start) & (middles < end))
-    if not len(asked):
-        raise ValueError(
-            f"utterance={utterance}, start={start}, end={end}: the middle of no frame lies there"
-        )
-    targets, size = code_targets(frames), len(asked)
-    cosines = targets[asked] @ targets.T  # [size, frames]
-    places = np.arange(len(frames) - size + 1)
+    query = np.flatnonzero((frames.owner == utterance) & (middles >= start) & (middles < end))
+    if not (size := len(query)):
+        raise ValueError(f"start={start}, end={end}: the middle of no frame lies there")
+    targets, places = code_targets(frames), np.arange(len(frames) - size + 1)
+    cosines = targets[query] @ targets.T  # [size, frames]
     scores = np.mean([cosines[k, places + k] for k in range(size)], 0)
-    speakers = frames.speakers
     fit = (frames.owner[places] == frames.owner[places + size - 1]) & (frames.owner[places] != utterance)
     if other_speakers:
-        fit &= speakers[places] != speakers[asked[0]]
+        fit &= frames.speakers[places] != frames.speakers[query[0]]
     best: dict[int, int] = {}
     for i in places[fit][np.argsort(-scores[fit], kind="stable")].tolist():
         best.setdefault(int(frames.owner[i]), i)
-        if len(best) == n:
-            break
-    return [Neighbour(_segment(frames, i, i + size - 1), float(scores[i])) for i in best.values()]
+    return [Neighbour(_segment(frames, i, i + size - 1), float(scores[i])) for i in [*best.values()][:n]]
 
 
 # %% ../../nbs/explore/codevectors.ipynb #8e5973c4
-def cover_codes(frames: CodeFrames, per_code: int = 6, most: int | None = None) -> list[int]:
+def cover_codes(frames: CodeFrames, per_code: int = 6) -> list[int]:
     """Choose few utterances in which every code is heard several times: always the one that adds most per second.
 
     Args:
         frames: As collected.
         per_code: So many stretches of each code are wanted, at most two of them from one utterance.
-        most: At most so many utterances.
 
     Returns:
         Places in the speech, the most useful first.
     """
-    G, V = frames.soft.shape
-    owners = np.unique(frames.owner).tolist()
+    owners, (G, V) = np.unique(frames.owner).tolist(), frames.soft.shape
     runs = np.zeros((len(owners), G, V))
     for row, i in enumerate(owners):
         codes = frames.of(i)
@@ -706,435 +485,76 @@ def cover_codes(frames: CodeFrames, per_code: int = 6, most: int | None = None) 
     wanted = np.minimum(runs.sum(0), per_code)
     seconds = np.array([frames.speech[i].seconds for i in owners])
     chosen: list[int] = []
-    while wanted.any() and len(chosen) < (len(owners) if most is None else most):
-        gain = np.minimum(runs, wanted).sum((1, 2)) / seconds
-        best = int(gain.argmax())
+    while wanted.any() and len(chosen) < len(owners):
+        best = int((np.minimum(runs, wanted).sum((1, 2)) / seconds).argmax())
         wanted = (wanted - runs[best]).clip(0)
         runs[best] = 0
         chosen.append(owners[best])
     return chosen
 
 
-# %% ../../nbs/explore/codevectors.ipynb #cfc88a5e
-def _ogg_checksum(page: bytes | bytearray) -> int:
-    """The checksum of a page of an Ogg file: 32 bits, polynomial 0x04C11DB7 (RFC 3533)."""
-    total = 0
-    for byte in page:
-        total = (total << 8) & 0xFFFFFFFF ^ _OGG_TABLE[total >> 24 ^ byte]
-    return total
-
-
-def _ogg_table() -> list[int]:
-    """The checksums of single bytes."""
-    table = [i << 24 for i in range(256)]
-    for _ in range(8):
-        table = [(x << 1) & 0xFFFFFFFF ^ (0x04C11DB7 if x >> 31 else 0) for x in table]
-    return table
-
-
-_OGG_TABLE = _ogg_table()
-
-
-def pack_sound(audio: Samples) -> tuple[str, bytes]:
-    """Pack speech at 16 kHz small, for a page: Opus at about 4 kB a second where soundfile is installed, else as `Sound` does.
-
-    An Ogg file has a random serial number; it is set to 1 here, so that equal sound gives equal bytes.
-
-    Returns:
-        The media type and the bytes.
-    """
-    try:
-        soundfile = importlib.import_module("soundfile")
-        buffer = io.BytesIO()
-        with soundfile.SoundFile(buffer, "w", SAMPLING_RATE, 1, format="OGG", subtype="OPUS") as file:
-            for start in range(0, len(audio), 4096):
-                file.write(audio[start : start + 4096])
-    except (ImportError, ValueError, RuntimeError):  # a libsndfile without Opus
-        return Sound(np.asarray(audio, np.float64), SAMPLING_RATE, "sound").encoded()
-    data, at = bytearray(buffer.getvalue()), 0
-    while at < len(data):
-        size = 27 + data[at + 26] + sum(data[at + 27 : at + 27 + data[at + 26]])
-        data[at + 14 : at + 18], data[at + 22 : at + 26] = (1).to_bytes(4, "little"), bytes(4)
-        data[at + 22 : at + 26] = _ogg_checksum(data[at : at + size]).to_bytes(4, "little")
-        at += size
-    return "audio/ogg", bytes(data)
-
-
-# %% ../../nbs/explore/codevectors.ipynb #c69ab206
-def _clip(frames: CodeFrames, utterance: int, sound: tuple[str, bytes]) -> dict[str, Any]:
-    """What a page needs of an utterance: sound, waveform, phones and codes."""
-    u = frames.speech[utterance]
-    step = -(-u.n_samples // 300)
-    pieces = np.pad(u.audio, (0, -u.n_samples % step), mode="edge").reshape(-1, step)
-    wave = np.stack([pieces.min(1), pieces.max(1)], 1) * (100 / max(float(np.abs(pieces).max()), 1e-6))
-    return {
-        "id": u.id, "who": u.speaker, "text": u.text, "seconds": round(u.seconds, 3), "wave": np.round(wave).astype(int).ravel().tolist(),
-        "phones": [[p.label, round(p.start, 3), round(p.end, 3)] for p in u.phones], "codes": frames.of(utterance).T.tolist(),
-        "words": [[w.label, round(w.start, 3), round(w.end, 3)] for w in u.words],
-        "sound": f"data:{sound[0]};base64,{base64.b64encode(sound[1]).decode('ascii')}",
-    }  # fmt: skip
-
-
+# %% ../../nbs/explore/codevectors.ipynb #9156ec01
 def _group_data(frames: CodeFrames, group: int, usage: CodeUsage, reach: int) -> dict[str, Any]:
     """What a page needs of a group: its table, usage, nearest codes and mean spectrograms."""
     if (frames.phones != "").any():
         table = code_phone_table(frames, group)
     else:
-        used = np.flatnonzero(usage.counts[group])
-        used = used[np.argsort(-usage.counts[group][used], kind="stable")]
-        table = CodeTable(usage.counts[group][used][:, None], used.tolist(), ["any sound"])
-    patches = np.stack(
-        [mean_patch(frames, group, code, reach=reach).T[::-1] for code in table.codes]
-    )  # [codes, bands, time]
+        counts = usage.counts[group]
+        order = [v for v in np.argsort(-counts, kind="stable").tolist() if counts[v]]
+        table = CodeTable(counts[order][:, None], order, ["any sound"])
+    # [codes, bands, time]
+    patches = np.stack([mean_patch(frames, group, code, reach=reach).T[::-1] for code in table.codes])
     low, high = np.percentile(frames.mel, [2, 99.5])
     level = (np.nan_to_num(patches, nan=low).clip(low, high) - low) / max(float(high - low), 1e-6)
-    rows = np.round(level * 63).astype(np.uint8).reshape(-1, 2 * reach + 1) * 4
     return {
         "hard": round(usage.hard[group], 1), "soft": round(usage.soft[group], 1), "dead": usage.dead[group],
         "codes": table.codes, "phones": table.phones, "counts": table.counts.tolist(),
         "frames": usage.counts[group][table.codes].tolist(),
         "runs": [len(code_segments(frames, group, code)) for code in table.codes],
         "near": [[[c, round(x, 2)] for c, x in nearest_codes(frames, group, code, 4)] for code in table.codes],
-        "patches": gray_png(rows),
+        "patches": gray_png(np.round(level * 63).astype(np.uint8).reshape(-1, 2 * reach + 1) * 4),
     }  # fmt: skip
 
 
-# %% ../../nbs/explore/codevectors.ipynb #f0252022
-_BODY = """
-<div class="bar"><span role="radiogroup" aria-label="Group of codes" class="groups"></span>
-<label>Code <select class="code" aria-label="Code"></select></label><span class="facts"></span></div>
-<div class="grid" tabindex="0" role="group" aria-label="Usage of the codes, and table of codes and phones. Left and right choose a code, up and down a phone, Enter plays."></div>
-<p class="key"><span>Bars: how often a code is chosen; dashed: all alike. Cells: share of the code's frames,</span> <span class="scale">0 % <i></i> 100 %</span></p>
-<p class="read" aria-live="polite"></p>
-<div class="two"><section aria-label="The sound around the code"><h4>Mean spectrogram</h4><div class="patch"></div>
-<h4>Nearest codes: number, main phone, cosine</h4><p class="near"></p></section>
-<section aria-label="Stretches that chose the code"><h4 class="count"></h4><div class="list"></div></section></div>
-<h4 class="which"></h4>
-<div class="strip" tabindex="0" role="group" aria-label="Utterance with its codes. Left and right go from stretch to stretch, Enter plays it."></div>
-<div class="sound"></div><p class="lost" hidden>This browser cannot play Opus sound.</p>
-"""
-
-
-_CSS = """
-& .bar { display:flex; flex-wrap:wrap; gap:8px 14px; align-items:center; margin-bottom:8px; }
-& .groups { display:flex; gap:4px; flex-wrap:wrap; } & .facts { color:var(--soft); font-size:13px; }
-& .key { display:flex; flex-wrap:wrap; gap:2px 8px; margin:2px 0 0; font-size:12.5px; color:var(--soft); }
-& .scale { white-space:nowrap; } & .scale i { display:inline-block; width:90px; height:9px; border:1px solid var(--edge); }
-& select { max-width:min(100%, 250px); }
-& h4 { font-size:13.5px; font-weight:650; margin:10px 0 4px; }
-& .two { display:grid; grid-template-columns:minmax(210px, 3fr) 5fr; gap:4px 22px; }
-& .near { display:flex; gap:5px; flex-wrap:wrap; margin:0; }
-& .list { display:flex; gap:5px; flex-wrap:wrap; align-content:flex-start; }
-& .list button { text-align:left; line-height:1.25; } & .list small { display:block; color:var(--soft); font-size:11.5px; }
-& .list button[aria-pressed=true] small { color:inherit; }
-& .grid, & .strip { cursor:pointer; border-radius:4px; } & .sound { margin-top:8px; }
-@media (max-width:620px) { & .two { grid-template-columns:1fr; } }
-"""
-
-
-_SCRIPT = r"""
-const {groups, clips, hop, width, total, reach} = data, bands = 40;
-let g = 0, k = 0, row = 0, clip = 0, at = -1;
-const audio = w.player("Sound of the utterance below", clips.length ? clips[0].sound : "");
-w.find(".sound").append(audio);
-audio.addEventListener("error", () => { w.find(".lost").hidden = false; });
-const stops = Array.from({length: 12}, (_, i) => w.heat(Math.round(255 * Math.sqrt(i / 11))));
-w.find(".scale i").style.background = `linear-gradient(90deg, ${stops.join(",")})`;
-const patches = await Promise.all(groups.map((x) => w.pixels(x.patches)));
-const percent = (x) => (100 * x < 9.95 ? (100 * x).toFixed(1) : (100 * x).toFixed(0)) + " %";
-const sum = (list) => list.reduce((a, b) => a + b, 0);
-const here = () => groups[g];
-// the phones of a code, the commonest first: [place, share]
-const shares = (column) => {
-  const counts = here().counts[column], whole = sum(counts) || 1;
-  return counts.map((n, p) => [p, n / whole]).filter((x) => x[1] > 0).sort((a, b) => b[1] - a[1]);
-};
-const mainly = (column) => here().phones[shares(column)[0][0]];
-// stretches of one code in a clip: [first frame, last frame]
-const runs = (codes, wanted) => {
-  const found = [];
-  for (let i = 0, from = 0; i < codes.length; i++) {
-    if (i + 1 === codes.length || codes[i + 1] !== codes[i]) {
-      if (wanted === undefined || codes[i] === wanted) found.push([from, i]);
-      from = i + 1;
-    }
-  }
-  return found;
-};
-const span = ([first, last]) => [first * hop, last * hop + width];
-const under = (segments, [start, end]) => (segments.find((s) => s[1] <= (start + end) / 2 && (start + end) / 2 < s[2]) || ["?"])[0];
-const load = (number) => {
-  if (audio.dataset.clip !== String(number)) {
-    audio.dataset.clip = number;
-    audio.src = clips[number].sound;
-    audio.setAttribute("aria-label", `Sound of utterance ${clips[number].id}`);
-  }
-};
-const hear = (number, run, margin = 0.08) => {
-  clip = number; load(number);
-  const [start, end] = span(run), starts = runs(clips[number].codes[g]);
-  at = starts.findIndex((r) => r[0] === run[0]);
-  w.play(audio, Math.max(0, start - margin), Math.min(end + margin, clips[number].seconds));
-  drawStrip();
-};
-
-// ---- the table ----
-const side = 30, bars = 54, foot = 17;
-const cell = (wide) => [(wide - side - 1) / here().codes.length, Math.max(12, Math.min(16, 640 / here().phones.length))];
-const high = (wide) => bars + 6 + cell(wide)[1] * here().phones.length + foot;
-const grid = w.canvas(w.find(".grid"), high, (c, wide) => {
-  const {codes, phones, counts, frames} = here(), [cw, ch] = cell(wide), top = bars + 6, most = Math.max(...frames);
-  const x = (i) => side + i * cw;
-  frames.forEach((n, i) => {
-    c.fillStyle = w.color(i === k ? "mark" : "bar");
-    const h = Math.max(1, n / most * (bars - 4));
-    c.fillRect(x(i) + cw * 0.08, bars - h, Math.max(cw * 0.84, 0.8), h);
-  });
-  const even = bars - total / (codes.length + here().dead.length) / most * (bars - 4);
-  c.strokeStyle = w.color("ink"); c.setLineDash([4, 3]); c.lineWidth = 1;
-  c.beginPath(); c.moveTo(side, even); c.lineTo(wide, even); c.stroke(); c.setLineDash([]);
-  c.font = w.font(10.5); c.textBaseline = "middle"; c.textAlign = "right"; c.fillStyle = w.color("soft");
-  c.fillText("use", side - 4, bars - 8);
-  codes.forEach((_, i) => {
-    const whole = sum(counts[i]) || 1;
-    phones.forEach((_, p) => {
-      c.fillStyle = w.heat(Math.round(255 * Math.sqrt(counts[i][p] / whole)));
-      c.fillRect(x(i), top + p * ch, cw + 0.5, ch + 0.5);
-    });
-  });
-  phones.forEach((name, p) => {
-    c.font = w.font(ch > 11 ? 11.5 : 10, p === row ? 700 : 400); c.textAlign = "right"; c.textBaseline = "middle";
-    c.fillStyle = w.color(p === row ? "mark-ink" : "ink");
-    c.fillText(name === "sil" || name.length < 4 ? name : name.slice(0, 4), side - 4, top + (p + 0.5) * ch);
-  });
-  c.strokeStyle = "#fff"; c.lineWidth = 3;
-  const frame = (inset) => {
-    c.strokeRect(x(k) - inset, top - inset, cw + 2 * inset, ch * phones.length + 2 * inset);
-    c.strokeRect(side, top + row * ch - inset, wide - side, ch + 2 * inset);
-  };
-  c.globalAlpha = 0.85; frame(1); c.globalAlpha = 1;
-  c.strokeStyle = "#d55e00"; c.lineWidth = 1.5; frame(1);
-  c.fillStyle = w.color("ink"); c.font = w.font(11, 700); c.textAlign = "center"; c.textBaseline = "top";
-  c.fillText("code " + codes[k], Math.min(Math.max(x(k + 0.5), side + 26), wide - 26), top + ch * phones.length + 4);
-});
-const cellAt = (event) => {
-  const box = grid.canvas.getBoundingClientRect(), [cw, ch] = cell(box.width);
-  const column = Math.floor((event.clientX - box.left - side) / cw), line = Math.floor((event.clientY - box.top - bars - 6) / ch);
-  return [Math.max(0, Math.min(column, here().codes.length - 1)), line < 0 || line >= here().phones.length ? null : line];
-};
-const tip = (column, p) => {
-  const {codes, phones, counts} = here();
-  return `code ${codes[column]}` + (p === null ? `: ${percent(here().frames[column] / total)} of all frames` : `, ${phones[p]}: ${percent(counts[column][p] / (sum(counts[column]) || 1))} of the code`);
-};
-const field = w.find(".grid");
-field.addEventListener("mousemove", (event) => { field.title = tip(...cellAt(event)); });
-field.addEventListener("click", (event) => {
-  const [column, p] = cellAt(event);
-  choose(column, p === null ? undefined : p);
-});
-field.addEventListener("keydown", (event) => {
-  const n = here().codes.length, m = here().phones.length;
-  const move = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-n, 0], End: [n, 0]}[event.key];
-  if (move && !(event.ctrlKey || event.metaKey || event.altKey)) {
-    event.preventDefault();
-    if (move[0]) choose(Math.max(0, Math.min(n - 1, k + move[0])));
-    else { row = Math.max(0, Math.min(m - 1, row + move[1])); tell(); grid.redraw(); }
-  } else if (event.key === "Enter" || event.key === " ") {
-    event.preventDefault();
-    const first = w.find(".list button"); if (first) first.click();
-  }
-});
-
-// ---- what is known of the code ----
-const patch = w.canvas(w.find(".patch"), 150, (c, wide) => {
-  const size = 2 * reach + 1, {values} = patches[g];
-  const picture = w.tint({width: size, height: bands, values: values.slice(k * bands * size, (k + 1) * bands * size)});
-  const left = 44, top = 4, room = wide - left - 8, tall = 126, x = (t) => left + (t / (size * hop) + 0.5) * room;
-  c.imageSmoothingEnabled = false;
-  c.drawImage(picture, left, top, room, tall);
-  c.strokeStyle = "#fff"; c.lineWidth = 3; c.strokeRect(x(-hop / 2), top, x(hop) - x(0), tall);
-  c.strokeStyle = "#d55e00"; c.lineWidth = 1.5; c.strokeRect(x(-hop / 2), top, x(hop) - x(0), tall);
-  c.fillStyle = w.color("soft"); c.font = w.font(11); c.textBaseline = "middle"; c.textAlign = "right";
-  [["8 kHz", 0], ["3", 1875.9 / 2840], ["1", 999.99 / 2840], ["0", 0]].forEach(([text, m], i) =>
-    c.fillText(text, left - 5, i ? top + tall - Math.max(m * tall, 5) : top + 6));
-  c.textAlign = "center"; c.textBaseline = "top";
-  [-0.1, 0, 0.1].forEach((t) => c.fillText(t ? (t > 0 ? "+" : "−") + "0.1 s" : "its frame", x(t), top + tall + 6));
-}, "Mean spectrogram around the frames of the code");
-const spread = () => {  // stretches on this page: one of each speaker first
-  const found = clips.flatMap((one, number) => runs(one.codes[g], here().codes[k]).map((run) => [number, run]));
-  const seen = {};
-  return found.map((x) => { const who = clips[x[0]].who; seen[who] = (seen[who] || 0) + 1; return [seen[who], ...x]; })
-    .sort((a, b) => a[0] - b[0]).map((x) => x.slice(1));
-};
-const tell = () => {
-  const {codes, phones, counts, frames} = here(), best = shares(k).slice(0, 4);
-  const of = sum(counts.map((line) => line[row]));
-  w.say(`Group ${g}, code ${codes[k]}: ${frames[k]} frames, ${percent(frames[k] / total)} of all, in ${here().runs[k]} stretches. ` +
-    `Its phones: ${best.map(([p, s]) => phones[p] + " " + percent(s)).join(", ")}. ` +
-    `Of the frames of ${phones[row]}, ${percent(of ? counts[k][row] / of : 0)} choose it.`);
-};
-const choose = (column, phone) => {
-  k = column;
-  row = phone === undefined ? shares(k)[0][0] : phone;
-  w.find(".code").value = k;
-  tell(); grid.redraw(); patch.redraw();
-  w.find(".near").replaceChildren(...here().near[k].map(([code, cosine]) => {
-    const column = here().codes.indexOf(code);
-    return w.el("button", {onclick: () => choose(column), "aria-label": `code ${code}, mostly ${mainly(column)}, cosine ${cosine}`}, `${code} · ${mainly(column)} · ${cosine.toFixed(2).replace("-", "−")}`);
-  }));
-  const found = spread(), shown = found.slice(0, 8);
-  w.find(".count").textContent = found.length ? `Hear it: ${shown.length} of ${found.length} stretches on this page, ${here().runs[k]} in all` : "None of its stretches is on this page";
-  const buttons = shown.map(([number, run]) => {
-    const one = clips[number], [start, end] = span(run), phone = under(one.phones, [start, end]), word = under(one.words, [start, end]);
-    return w.el("button", {"aria-pressed": "false", "aria-label": `Play ${phone} in ${word}, speaker ${one.who}, ${Math.round(1000 * (end - start))} milliseconds`,
-      onclick: (event) => {
-        hear(number, run);
-        buttons.forEach((b) => b.setAttribute("aria-pressed", b === event.currentTarget));
-      }}, `▶ ${phone}`, w.el("small", {}, `${word === "?" ? "pause" : "in “" + word + "”"}, ${one.who}, ${Math.round(1000 * (end - start))} ms`));
-  });
-  w.find(".list").replaceChildren(...buttons);
-  if (shown.length) {
-    clip = shown[0][0];
-    at = runs(clips[clip].codes[g]).findIndex((r) => r[0] === shown[0][1][0]);
-    load(clip);
-  }
-  drawStrip();
-};
-
-// ---- the utterance ----
-const place = (wide, one) => { const scale = (wide - 46) / one.seconds; return (t) => 44 + t * scale; };
-const strip = w.canvas(w.find(".strip"), 148, (c, wide) => {
-  if (!clips.length) return;
-  const one = clips[clip], x = place(wide, one), all = runs(one.codes[g]);
-  if (at >= 0 && all[at]) {
-    const [start, end] = span(all[at]);
-    c.fillStyle = w.color("shade"); c.fillRect(x(start), 0, x(end) - x(start), 122);
-  }
-  w.wave(c, one, x, 2, 54);
-  w.segments(c, one.phones, x, 60, 22);
-  all.forEach((run, i) => {
-    const code = one.codes[g][run[0]], left = x(run[0] * hop), right = x((run[1] + 1) * hop), same = code === here().codes[k];
-    c.fillStyle = same ? w.color("mark-ink") : w.color(i % 2 ? "panel" : "line");
-    c.fillRect(left, 88, right - left, 28);
-    c.strokeStyle = w.color(i === at ? "ink" : "edge"); c.lineWidth = i === at ? 2.5 : 0.6;
-    c.strokeRect(left, 88, right - left, 28);
-    c.fillStyle = same ? w.color("paper") : w.color("ink");
-    w.fit(c, String(code), (left + right) / 2, 102.5, right - left, 11);
-  });
-  c.fillStyle = w.color("soft"); c.font = w.font(11); c.textAlign = "right"; c.textBaseline = "middle";
-  [["sound", 30], ["phones", 71], ["codes", 102]].forEach(([text, y]) => c.fillText(text, 40, y));
-  w.axis(c, x, one.seconds, 120);
-});
-const drawStrip = () => {
-  if (clips.length) w.find(".which").textContent = `Codes of group ${g} under “${clips[clip].text}”, speaker ${clips[clip].who}`;
-  strip.redraw();
-};
-const step = (i, sound = true) => {
-  const all = runs(clips[clip].codes[g]);
-  const number = clip, run = all[Math.max(0, Math.min(all.length - 1, i))];
-  const column = here().codes.indexOf(clips[clip].codes[g][run[0]]);
-  if (column >= 0) choose(column);
-  clip = number; at = all.indexOf(run);
-  if (sound) hear(number, run); else { load(number); drawStrip(); }
-};
-const line = w.find(".strip");
-line.addEventListener("click", (event) => {
-  const box = strip.canvas.getBoundingClientRect(), x = place(box.width, clips[clip]);
-  const t = (event.clientX - box.left - x(0)) / (x(1) - x(0));
-  const i = runs(clips[clip].codes[g]).findIndex((r) => t < (r[1] + 1) * hop);
-  step(i < 0 ? Infinity : i);
-});
-line.addEventListener("keydown", (event) => {
-  if (event.key === "ArrowRight" || event.key === "ArrowLeft") { event.preventDefault(); step(at + (event.key === "ArrowRight" ? 1 : -1), false); }
-  else if (event.key === "Enter" || event.key === " ") { event.preventDefault(); step(at); }
-});
-
-// ---- groups and codes ----
-const open = (group, column) => {
-  g = group;
-  switches.forEach((b, i) => { b.setAttribute("aria-checked", i === g); b.tabIndex = i === g ? 0 : -1; });
-  const {hard, soft, dead, codes, frames} = here();
-  w.find(".facts").textContent = `perplexity hard ${hard}, soft ${soft} of ${codes.length + dead.length}; ` + (dead.length ? `never chosen: ${dead.slice(0, 8).join(", ")}${dead.length > 8 ? ", …" : ""}` : "every code is chosen");
-  w.find(".code").replaceChildren(...codes.map((code, i) => w.el("option", {value: i}, `${code}: ${mainly(i)} ${percent(shares(i)[0][1])}`)));
-  const worth = codes.map((_, i) => (mainly(i) === "sil" || frames[i] < total / 100 ? 0 : shares(i)[0][1]));  // begin with a clear one
-  choose(column === undefined ? worth.indexOf(Math.max(...worth)) : column);
-};
-const switches = groups.map((_, i) => w.el("button", {role: "radio", onclick: () => open(i), onkeydown: (event) => {
-  const move = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
-  if (!move) return;
-  event.preventDefault();
-  open((g + move + groups.length) % groups.length); switches[g].focus();
-}}, `group ${i}`));
-w.find(".groups").append(...switches);
-w.find(".code").addEventListener("change", (event) => choose(+event.target.value));
-open(0);
-"""
-
-
-# %% ../../nbs/explore/codevectors.ipynb #f5cd24ce
+# %% ../../nbs/explore/codevectors.ipynb #c69ab206
 def codevector_explorer(
-    model: Wav2Vec2ConformerForPreTraining | None,
-    speech: Speech | None = None,
-    extractor: Wav2Vec2FeatureExtractor | None = None,
-    *,
-    frames: CodeFrames | None = None,
-    per_code: int = 6,
-    sound_bytes: int = 300_000,
-    reach: int = 6,
-    title: str = "What the codes hear",
+    frames: CodeFrames, *, per_code: int = 6, sound_bytes: int = 400_000, title: str = "What the codes hear"
 ) -> Explorer:
     """Make a page object to choose a code and see its phones, its mean spectrogram, its neighbours, and hear it.
 
-    The sound is shared: whole utterances are packed as Opus, chosen by `cover_codes`, until `sound_bytes` are full; each
-    stretch of each code in them can be heard.
-
     Args:
-        model: With a quantizer.
-        speech: Utterances, with phones if they are to be named.
-        extractor: The model's feature extractor.
-        frames: What `collect_codes` found, to save the work; then `model` and `speech` are not asked.
-        per_code: So many stretches of each code are wanted on the page.
-        sound_bytes: Bound on the sound before base64, which adds a third.
-        reach: Frames before and after in the mean spectrogram.
+        frames: From `collect_codes(model, speech)`; with phones if codes are to be named.
+        per_code: So many stretches of each code are wanted on the page, in whole utterances from `cover_codes`.
+        sound_bytes: Bound on the text that holds the sound, about 7 kB a second.
         title: Heading.
-
-    Raises:
-        ValueError: Neither a model with speech nor `frames`.
     """
-    if frames is None:
-        if model is None or speech is None:
-            raise ValueError("model and speech, or frames, are needed")
-        frames = collect_codes(model, speech, extractor)
-    usage = code_usage(frames)
+    usage, reach = code_usage(frames), 6
     clips: list[dict[str, Any]] = []
     size = 0
     for i in cover_codes(frames, per_code):
-        sound = pack_sound(frames.speech[i].audio)
-        if size + len(sound[1]) > sound_bytes:
+        u = frames.speech[i]
+        clip = clip_data(u, strokes=300, spectrogram=False)
+        clip |= {"who": u.speaker, "codes": frames.of(i).T.tolist()}
+        if size + len(clip["sound"]) > sound_bytes:
             break
-        size += len(sound[1])
-        clips.append(_clip(frames, i, sound))
+        size += len(clip["sound"])
+        clips.append(clip)
     data = {
         "groups": [_group_data(frames, g, usage, reach) for g in range(frames.codes.shape[1])], "clips": clips,
         "hop": frames.hop, "width": frames.width, "total": len(frames), "reach": reach,
     }  # fmt: skip
     seconds = sum(clip["seconds"] for clip in clips)
-    note = (
-        f"Counted over {len(frames)} frames of {len(frames.speech)} utterances. To be heard: {len(clips)} utterances, "
-        f"{seconds:.0f} s of sound in {size / 1000:.0f} kB (at most {sound_bytes / 1000:.0f}), chosen so that each code comes up {per_code} times where it can."
-    )
-    return Explorer(title, _BODY, _SCRIPT, data, fallback=_still(frames), css=_CSS, note=note)
+    note = f"Counted over {len(frames)} frames of {len(frames.speech)} utterances; {len(clips)} of them, {seconds:.0f} s of sound, can be heard."
+    return Explorer(title, "codes", data, _still(frames), note)
 
 
-def _still(frames: CodeFrames) -> Any:
+def _still(frames: CodeFrames) -> Picture:
     """The picture of the first group, for pages where scripts may not run."""
     known = (frames.phones != "").any()
-    fig, axes = figure(
-        2 if known else 1, width=8, height=7.6 if known else 2.4, height_ratios=[1, 3.2] if known else None
-    )
+    fig, axes = figure(1 + known, width=8, height=7.6 if known else 2.4, height_ratios=[1, 3.2][: 1 + known])
     plot_code_usage(frames, 0, np.atleast_1d(axes)[0])
     alt = f"Bars: how often each of the {frames.soft.shape[1]} codes of group 0 is chosen."
     if known:
         plot_code_table(code_phone_table(frames, 0), axes[1])
-        alt += " Below, a table of codes and phones, ordered so that bright cells run along the diagonal: codes of vowels, of consonants, of silence."
+        alt += " Below, a table of codes and phones, ordered so that bright cells run along the diagonal."
     return render(fig, alt)

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..config import refuse
-from ..data.batches import turn_order
-from ..evaluation.reports import model_class, utterance_batches
+from ..data.batches import frame_targets, turn_order
+from ..evaluation.probes import utterance_batches
+from ..evaluation.reports import model_class
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
 from ..model.classification import resolve_problem_type
@@ -34,7 +35,7 @@ from .attention import Explorer, as_utterance, attention_explorer, clip_data, fr
 from .codevectors import collect_codes, flatten_to_plane, main_phones, pack_sound
 
 # isort: split
-from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
+from ..data.corpus import Segment, Speech, Utterance, frame_labels, load_speech
 from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
 from ..files.pretrained import PreTrainedModel, demo_folder, eval_mode
 from ..model.fast import plain_forms
@@ -871,7 +872,9 @@ def turns_view(model: Any, audio: Any, extractor: Any = None) -> Explorer:
         order = [
             labels.index({v: k for k, v in errors.mapping.items()}.get(label, label)) for label in labels
         ]
-        truth = torch.from_numpy(frame_activity(known, labels, len(found), hop, middle))
+        truth = frame_targets(
+            known, {label: i for i, label in enumerate(labels)}, len(found), hop, middle, many=True
+        ).bool()
         facts = f"Error rate {100 * errors.rate:.1f} % of {errors.total:.1f} s of speech: missed {errors.missed:.2f} s, false alarm {errors.false_alarm:.2f} s, confused {errors.confusion:.2f} s."
         tracks = [
             plain_track("true" if i == 0 else "", [t for t in known if t.label == label])

@@ -21,11 +21,12 @@ import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
 
-from ..config import refuse, write_together
+from ..config import refuse
 from ..model.attention import SelfAttention, attend, hide_padding
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.fast import slow_down
 from ..model.features import receptive_field
+from .atomic import write_together
 
 # %% auto #0
 __all__ = [

@@ -6,235 +6,88 @@
 from __future__ import annotations
 
 import ast
-import math
+import contextlib
+import io
 import os
+import pickle
 import pickletools
 import re
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from ..config import Wav2Vec2ConformerConfig, write_together
+from ..config import Wav2Vec2ConformerConfig
 from ..data.audio import Wav2Vec2FeatureExtractor
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
+from .atomic import write_together
 from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
 
 # %% auto #0
 __all__ = [
-    "LITERAL_OPCODES",
-    "FRESH_OPCODES",
-    "STORAGE_TYPES",
-    "KEY_MAP",
-    "TUNED_PREFIX",
-    "SAME_MEANING",
-    "FAIRSEQ_DEFAULTS",
-    "NEEDED",
-    "NEEDED_TO_PRETRAIN",
-    "NEEDED_FOR_CTC",
-    "TRAINING_ONLY",
-    "TUNED_SETTINGS",
     "OLD_FILES",
-    "Inert",
-    "PickleStack",
-    "move_things",
-    "put_into",
-    "gather_things",
-    "StoredNumbers",
-    "StoredTensor",
-    "stored_numbers",
-    "plain_call",
-    "record_things",
-    "read_pickle",
-    "check_start",
-    "find_root",
-    "check_stored",
-    "read_stored",
     "read_torch_file",
-    "contents_of",
-    "plain_data",
-    "conv_layers",
-    "our_name",
-    "our_tensors",
-    "FairseqSettings",
-    "check_settings",
-    "section_of",
-    "find_settings",
-    "our_knobs",
-    "our_config",
     "FairseqCheckpoint",
-    "saved_symbols",
-    "story_gaps",
-    "add_identity",
     "read_fairseq",
     "load_fairseq",
-    "read_dictionary",
-    "ctc_tokenizer",
     "convert_fairseq",
 ]
 
 
 # %% ../../nbs/files/fairseq.ipynb #433c9660
-@dataclass(eq=False)
-class Inert:
-    """What stands for an object of a pickle: its class's name and its content. Nothing is imported, nothing is called.
+class _Stub:
+    """What stands for a class, a function or an object of a pickle: its name and its content, and no code of the file."""
 
-    Attributes:
-        name: Module and name of the class or function that the pickle asks for.
-        args: What it would have been called with.
-        state: What the object would have been given as its attributes.
-    """
+    name = ""  # module and name of what the pickle asks for
+    args: tuple[Any, ...] = ()  # what it would have been called with
+    state: Any = None  # what the object would have been given as its attributes
 
-    name: str
-    args: tuple[Any, ...] = ()
-    state: Any = None
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        stub = super().__new__(cls)
+        stub.args = args
+        return stub
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, *items: Any) -> None:
+        """Drop the items of a list or dict of a foreign kind, which nothing here needs."""
+
+    extend = add = __setitem__ = append
 
     def __repr__(self) -> str:
-        return f"Inert({self.name!r})"
+        return f"<stub of {self.name}>"
 
 
-@dataclass
-class PickleStack:
-    """The memory of the machine that a pickle is a program for.
+class _PlainDict(dict[Any, Any]):
+    """Stands for the dicts of `collections`: items, and neither arguments nor attributes."""
 
-    Attributes:
-        top: The stack above the last mark.
-        below: The stacks below each open mark.
-        memo: What was memorised, by number.
-    """
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
 
-    top: list[Any] = field(default_factory=list)
-    below: list[list[Any]] = field(default_factory=list)
-    memo: dict[int, Any] = field(default_factory=dict)
-
-    def since_mark(self) -> list[Any]:
-        """Take everything above the last mark, and the mark."""
-        items, self.top = self.top, self.below.pop()
-        return items
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 # %% ../../nbs/files/fairseq.ipynb #6831393e
-LITERAL_OPCODES = frozenset({
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
-    "BINBYTES8", "BYTEARRAY8",
-})  # fmt: skip
-FRESH_OPCODES: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set,
-}  # fmt: skip
-
-
-def move_things(stack: PickleStack, name: str, arg: Any) -> bool:
-    """Opcodes that put constants on the stack, or move things between stack, marks and memo; False: another opcode."""
-    match name:
-        case _ if name in LITERAL_OPCODES:
-            stack.top.append(arg)
-        case _ if name in FRESH_OPCODES:
-            stack.top.append(FRESH_OPCODES[name]())
-        case "MARK":
-            stack.below.append(stack.top)
-            stack.top = []
-        case "POP_MARK":
-            stack.since_mark()
-        case "POP":
-            stack.top.pop() if stack.top else stack.since_mark()
-        case "DUP":
-            stack.top.append(stack.top[-1])
-        case "PUT" | "BINPUT" | "LONG_BINPUT":
-            stack.memo[arg] = stack.top[-1]
-        case "MEMOIZE":
-            stack.memo[len(stack.memo)] = stack.top[-1]
-        case "GET" | "BINGET" | "LONG_BINGET":
-            stack.top.append(stack.memo[arg])
-        case _:
-            return name in {"PROTO", "FRAME"}  # which version, and how long: no need to know
-    return True
-
-
-# %% ../../nbs/files/fairseq.ipynb #750c039b
-def put_into(container: Any, items: list[Any]) -> Any:
-    """Put items into a list or set, or keys and values in turn into a dict.
-
-    Raises:
-        ValueError: A container of another kind, or a nested key, which could take for ever to hash.
-    """
-    if isinstance(container, Inert):
-        return container  # an object that is a list or dict of its own kind: its items are dropped
-    if isinstance(container, list):
-        container.extend(items)
-        return container
-    if not isinstance(container, dict | set):
-        raise ValueError(f"it fills a {type(container).__name__}")
-    keys = items[::2] if isinstance(container, dict) else items
-    for key in keys:
-        parts = key if isinstance(key, tuple) else (key,)
-        if not all(part is None or isinstance(part, str | int | float | bytes | Inert) for part in parts):
-            raise ValueError(f"it uses a {type(key).__name__} as a key")
-    if isinstance(container, set):
-        container.update(items)
-    else:
-        container.update(zip(keys, items[1::2], strict=True))
-    return container
-
-
-def gather_things(stack: PickleStack, name: str) -> bool:
-    """Opcodes that gather what is on the stack into lists, tuples, dicts and sets; False: another opcode."""
-    top = stack.top
-    match name:
-        case "TUPLE1" | "TUPLE2" | "TUPLE3":
-            n = int(name[-1])
-            top[-n:] = [tuple(top[-n + i] for i in range(n))]
-        case "TUPLE":
-            items = stack.since_mark()
-            stack.top.append(tuple(items))
-        case "LIST" | "DICT" | "FROZENSET":
-            items = stack.since_mark()
-            fresh: Any = {"LIST": list, "DICT": dict, "FROZENSET": set}[name]()
-            stack.top.append(put_into(fresh, items))
-        case "APPEND":
-            item = top.pop()
-            put_into(top[-1], [item])
-        case "SETITEM":
-            value, key = top.pop(), top.pop()
-            put_into(top[-1], [key, value])
-        case "APPENDS" | "SETITEMS" | "ADDITEMS":
-            items = stack.since_mark()
-            put_into(stack.top[-1], items)
-        case _:
-            return False
-    return True
-
-
-# %% ../../nbs/files/fairseq.ipynb #83eba7a7
-@dataclass(frozen=True)
-class StoredNumbers:
-    """A row of numbers in an entry of its own: where, of which type, how many."""
+class _Storage(NamedTuple):
+    """A row of numbers that lies elsewhere in the file: where, of which type, how many."""
 
     key: str
     dtype: torch.dtype
-    count: int
+    size: int
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that was not read yet: some of a row of numbers, in the shape and order that the strides say."""
-
-    numbers: StoredNumbers
-    offset: int
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-STORAGE_TYPES: dict[str, torch.dtype] = {
+_STORAGE_TYPES: dict[str, torch.dtype] = {
     "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
     "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
     "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
@@ -242,120 +95,72 @@ STORAGE_TYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 
-def stored_numbers(address: Any) -> StoredNumbers | Inert:
-    """Read the address that torch writes for a row of numbers; any other address is inert."""
-    match address:
-        case ("storage", Inert(name=kind), str(key), _, int(count)) if kind in STORAGE_TYPES:
-            return StoredNumbers(key, STORAGE_TYPES[kind], count)
-    return Inert("an address", (address,))
+class _Unpickler(pickle.Unpickler):
+    """Python's reader of pickles, which gets a stub for every name and so has nothing to import and nothing to call."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Stand in for a class or function; each time in a new class, so that a pickle has nothing of ours to change."""
+        if (module, name) in {("collections", "OrderedDict"), ("collections", "defaultdict")}:
+            return type("PlainDict", (_PlainDict,), {})
+        return type("Stub", (_Stub,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, address: Any) -> _Storage:
+        """Read the address that torch writes for a row of numbers."""
+        match address:
+            case ("storage", kind, str(key), _, int(count), *_) if (
+                getattr(kind, "name", "") in _STORAGE_TYPES
+            ):
+                return self.storages.setdefault(key, _Storage(key, _STORAGE_TYPES[kind.name], count))
+        raise ValueError("it has an address of another kind")
 
 
-def plain_call(name: str, args: Any) -> Any:
-    """Give the result of the few calls that are plain data. Every other call is not made: its record comes back."""
-    match name, args:
-        case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor", (
-            StoredNumbers() as numbers, int(offset), tuple(size), tuple(strides), *_
-        ):  # fmt: skip
-            return StoredTensor(numbers, offset, size, strides)
-        case "torch._utils._rebuild_parameter", (StoredTensor() as tensor, *_):
-            return tensor
-        case "collections.OrderedDict" | "collections.defaultdict", _:
-            return {}
-    return Inert(name, args if isinstance(args, tuple) else (args,))
-
-
-# %% ../../nbs/files/fairseq.ipynb #e4558687
-def record_things(stack: PickleStack, name: str, arg: Any) -> bool:
-    """Opcodes that would import a name, call it, or set attributes: it is only written down; False: another opcode."""
-    top = stack.top
-
-    def called(made: Any, args: Any) -> Any:
-        return plain_call(made.name if isinstance(made, Inert) else "something that is no name", args)
-
-    match name:
-        case "GLOBAL":
-            top.append(Inert(arg.replace(" ", ".", 1)))
-        case "STACK_GLOBAL":
-            last, first = top.pop(), top.pop()
-            top.append(
-                Inert(f"{first}.{last}" if isinstance(first, str) and isinstance(last, str) else "no name")
-            )
-        case "REDUCE" | "NEWOBJ":
-            args, made = top.pop(), top.pop()
-            top.append(called(made, args))
-        case "NEWOBJ_EX":
-            named, args, made = top.pop(), top.pop(), top.pop()
-            top.append(called(made, (args, named)))
-        case "INST" | "OBJ":
-            items = stack.since_mark()
-            made = Inert(arg.replace(" ", ".", 1)) if name == "INST" else items.pop(0)
-            stack.top.append(called(made, tuple(items)))
-        case "BUILD":
-            state = top.pop()
-            if isinstance(top[-1], Inert):
-                top[-1].state = state
-        case "PERSID" | "BINPERSID":
-            top.append(stored_numbers(top.pop() if name == "BINPERSID" else arg))
-        case _:
-            return False
-    return True
-
-
-# %% ../../nbs/files/fairseq.ipynb #092a1fc6
-def read_pickle(program: bytes) -> Any:
-    """Carry out a pickle on a machine that cannot import and cannot call.
-
-    It knows the opcodes of protocols 0 to 5, but for those that reach outside the file, which it refuses.
-
-    Args:
-        program: The pickle.
-
-    Returns:
-        Lists, dicts, texts and numbers as they are, tensors as `StoredTensor`, and anything else as `Inert`.
-
-    Raises:
-        ValueError: It is cut short, or uses an opcode that is not known here.
-        IndexError: It takes from an empty stack.
-        KeyError: It recalls what it did not memorise.
-    """
-    stack = PickleStack()
-    for opcode, arg, _ in pickletools.genops(program):
-        name = opcode.name
-        if name == "STOP":
-            break
-        if not (
-            move_things(stack, name, arg) or gather_things(stack, name) or record_things(stack, name, arg)
-        ):
+# %% ../../nbs/files/fairseq.ipynb #750c039b
+def _check_program(file: IO[bytes], n_bytes: int) -> None:
+    """Refuse a pickle that reaches outside its file, memorises more than it has bytes, or would be hashed for ever."""
+    stack: list[int] = []  # for each thing: how many values it stands for when it is hashed; 0 is a mark
+    memo: dict[Any, int] = {}
+    for opcode, arg, _ in pickletools.genops(file):
+        name, before = opcode.name, opcode.stack_before
+        if name in {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}:
             raise ValueError(f"it uses the opcode {name}")
-    return stack.top.pop()
+        parts, n_taken = [], len(before)
+        if pickletools.markobject in before:
+            parts, n_taken = list(iter(stack.pop, 0)), before.index(pickletools.markobject)
+        parts += [stack.pop() for _ in range(n_taken)]
+        if name.endswith("GET"):
+            weight = memo[arg]
+        elif name.startswith(("TUPLE", "FROZENSET")):
+            weight = 1 + sum(parts)
+        else:
+            weight = sum(parts) if name in {"MARK", "DUP", "MEMOIZE"} else 1
+        stack += [weight] * len(opcode.stack_after)
+        if name.endswith("PUT") or name == "MEMOIZE":
+            memo[len(memo) if arg is None else arg] = stack[-1]
+        if weight > 10_000 or (name.endswith("PUT") and (arg or 0) > n_bytes):
+            raise ValueError("its tuples or its memo would grow out of all proportion")
+
+
+def _read_pickle(file: IO[bytes], n_bytes: int) -> tuple[Any, dict[str, _Storage]]:
+    """Read the next pickle of a file of `n_bytes`: its content, with stubs, and the storages that it names."""
+    start = file.tell()
+    _check_program(file, n_bytes)
+    file.seek(start)
+    unpickler = _Unpickler(file)
+    return unpickler.load(), unpickler.storages
 
 
 # %% ../../nbs/files/fairseq.ipynb #8b556095
-def check_start(start: bytes) -> None:
-    """Refuse a file by its first two bytes, unless it may be what `torch.save` writes since version 1.6: a zip archive.
-
-    Raises:
-        ValueError: Says what it is instead.
-    """
-    if start[:1] == b"\x80":
-        raise ValueError(
-            "it is a bare pickle, torch's format before version 1.6. On a machine where you trust the file, load it "
-            "and save it again with a newer torch"
-        )
-    if start != b"PK":
-        raise ValueError("it is no torch checkpoint")
-
-
-def find_root(archive: zipfile.ZipFile, n_bytes: int) -> str:
-    """Check the entries of an archive of `n_bytes`, and find the folder in it that holds the pickle.
-
-    Raises:
-        ValueError: The archive is none of torch's, or could grow when it is read.
-    """
+def _open_zip(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], bytes]]:
+    """Open torch's format since 1.6, a zip archive: the content of its pickle, and what reads a storage."""
+    archive = zipfile.ZipFile(file)
     entries = archive.infolist()
-    names = [entry.filename for entry in entries]
+    names = {entry.filename for entry in entries}
     roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
-    if len(roots) != 1 or len(set(names)) < len(names):
+    if len(roots) != 1 or len(names) < len(entries):
         raise ValueError("it is an archive of another kind")
     if f"{roots[0]}constants.pkl" in names:
         raise ValueError("it is a TorchScript program, not a checkpoint")
@@ -365,64 +170,61 @@ def find_root(archive: zipfile.ZipFile, n_bytes: int) -> str:
         raise ValueError("its parts overlap")
     if f"{roots[0]}byteorder" in names and archive.read(f"{roots[0]}byteorder") != b"little":
         raise ValueError("its numbers are in the byte order of another kind of machine")
-    return roots[0]
+    content, _ = _read_pickle(io.BytesIO(archive.read(f"{roots[0]}data.pkl")), n_bytes)
+    return content, lambda storage: archive.read(f"{roots[0]}data/{storage.key}")  # its sum is checked
+
+
+def _open_legacy(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], bytes]]:
+    """Open torch's format before 1.6: five pickles, then for each storage its length in 8 bytes and its numbers."""
+    if _read_pickle(file, n_bytes)[0] != 0x1950A86A20F9469CFC6C:
+        raise ValueError("it is a bare pickle, no torch checkpoint")
+    _, (system, _), (content, storages), (keys, _) = (_read_pickle(file, n_bytes) for _ in range(4))
+    if system["little_endian"] is not True:
+        raise ValueError("its numbers are in the byte order of another kind of machine")
+    sizes = [8 + storages[key].size * storages[key].dtype.itemsize for key in keys]
+    places = dict(zip(keys, accumulate(sizes, initial=file.tell() + 8), strict=False))
+    if file.tell() + sum(sizes) > n_bytes:
+        raise ValueError("it is cut short")
+
+    def read(storage: _Storage) -> bytes:
+        file.seek(places[storage.key])
+        return file.read(storage.size * storage.dtype.itemsize)
+
+    return content, read
 
 
 # %% ../../nbs/files/fairseq.ipynb #4a5ff0f8
-def check_stored(name: str, tensor: Any) -> None:
-    """Refuse a stored tensor that reaches beyond its numbers, or repeats them.
-
-    Raises:
-        ValueError: Names the tensor.
-    """
-    if not isinstance(tensor, StoredTensor):
-        raise ValueError(
-            f"{name} is no tensor, but {tensor if isinstance(tensor, Inert) else type(tensor).__name__}"
-        )
-    numbers = (tensor.numbers.count, tensor.offset, *tensor.size, *tensor.strides)
-    plain = len(tensor.size) == len(tensor.strides) <= 8 and all(
-        isinstance(n, int) and n >= 0 for n in numbers
-    )
-    count = math.prod(tensor.size) if plain else 0
-    reach = (
-        tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.strides, strict=True))
-        if count
-        else -1
-    )
-    if not plain or count > tensor.numbers.count or reach >= tensor.numbers.count:
-        raise ValueError(f"{name} does not fit into its {tensor.numbers.count} stored numbers")
-
-
-def read_stored(archive: zipfile.ZipFile, root: str, stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read tensors out of a torch archive, each with numbers of its own.
-
-    Args:
-        archive: The open file.
-        root: Its folder inside.
-        stored: Name -> `StoredTensor`.
-
-    Raises:
-        ValueError: An entry is no tensor, does not fit its numbers, or the numbers are not all there.
-    """
-    for name, tensor in stored.items():
-        check_stored(name, tensor)
-    wanted = sum(math.prod(tensor.size) * tensor.numbers.dtype.itemsize for tensor in stored.values())
-    if wanted > 2 * sum(entry.file_size for entry in archive.infolist()):
-        raise ValueError("its tensors are larger than the file")
-    rows: dict[StoredNumbers, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        numbers, fresh = tensor.numbers, tensor.numbers not in rows
-        if fresh:
-            data = bytearray(archive.read(f"{root}data/{numbers.key}"))  # the archive checks its sum
-            if len(data) != numbers.count * numbers.dtype.itemsize:
-                raise ValueError(f"{name} has {len(data)} bytes for {numbers.count} numbers")
-            rows[numbers] = (
-                torch.frombuffer(data, dtype=numbers.dtype) if data else torch.empty(0, dtype=numbers.dtype)
-            )
-        view = rows[numbers].as_strided(tensor.size, tensor.strides, tensor.offset)
-        whole = fresh and view.is_contiguous() and view.numel() == numbers.count
-        tensors[name] = view if whole else view.clone(memory_format=torch.contiguous_format)
+def _read_tensors(
+    stubs: Mapping[str, Any], read: Callable[[_Storage], bytes], n_bytes: int
+) -> dict[str, Tensor]:
+    """Read the tensors that stubs describe, calls that would rebuild them and are not made; each gets its own memory."""
+    tensors, left = {}, 2 * n_bytes  # storages can be shared, so a small file could grow large: it may double
+    for name, stub in stubs.items():
+        if isinstance(stub, _Stub) and stub.name == "torch._utils._rebuild_parameter":
+            stub = stub.args[0]  # noqa: PLW2901
+        match stub:
+            case _Stub(
+                name="torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor",
+                args=(_Storage() as storage, offset, tuple(size), tuple(strides), *_),
+            ):
+                n_stored = storage.size * storage.dtype.itemsize
+            case _:
+                kind = stub if isinstance(stub, _Stub) else type(stub).__name__
+                raise ValueError(f"{name} is no tensor, but {kind}")
+        left -= n_stored
+        if left < 0:
+            raise ValueError("its tensors are larger than the file")
+        data = bytearray(read(storage))
+        if len(data) != n_stored:
+            raise ValueError(f"{name} has {len(data)} bytes for {storage.size} numbers")
+        numbers = torch.frombuffer(data, dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
+        try:
+            tensor = numbers.as_strided(size, strides, offset)
+        except RuntimeError:
+            tensor = None
+        if tensor is None or tensor.numel() > storage.size:  # a stride of 0 repeats a number
+            raise ValueError(f"{name} does not fit into its {storage.size} stored numbers")
+        tensors[name] = tensor.contiguous()
     return tensors
 
 
@@ -430,14 +232,14 @@ def read_stored(archive: zipfile.ZipFile, root: str, stored: Mapping[str, Any]) 
 def read_torch_file(
     path: str | os.PathLike[str], part: str = "model"
 ) -> tuple[dict[Any, Any], dict[str, Tensor]]:
-    """Read a checkpoint that `torch.save` wrote, whatever it holds, without running anything in it.
+    """Read a checkpoint of `torch.save`, in its format of today or before torch 1.6, without running anything in it.
 
     Args:
         path: The file.
-        part: The key of the dict of tensors to read. All other tensors stay `StoredTensor`, addresses in the file.
+        part: The key of the dict of tensors to read. All other tensors stay stubs.
 
     Returns:
-        The whole content, in which objects are `Inert`, and the tensors of `part` by name.
+        The whole content, with stubs for objects, and the tensors of `part` by name.
 
     Raises:
         FileNotFoundError: No such file.
@@ -448,15 +250,17 @@ def read_torch_file(
         raise FileNotFoundError(f"{os.fspath(path)!r} is no file")
     try:
         with path.open("rb") as file:
-            check_start(file.read(2))
-        with zipfile.ZipFile(path) as archive:
-            root = find_root(archive, path.stat().st_size)
-            content = read_pickle(archive.read(f"{root}data.pkl"))
-            if not isinstance(content, dict) or not isinstance(content.get(part), dict):
+            n_bytes, start = path.stat().st_size, file.read(2)
+            file.seek(0)
+            if start != b"PK" and start[:1] != b"\x80":
+                raise ValueError("it is no torch checkpoint")
+            content, read = (_open_zip if start == b"PK" else _open_legacy)(file, n_bytes)
+            stubs = content.get(part) if isinstance(content, dict) else None
+            if not isinstance(stubs, dict):
                 raise ValueError(f"it holds no dict with the key {part!r}")
-            if not all(isinstance(name, str) and name.isprintable() for name in content[part]):
+            if not all(isinstance(name, str) and name.isprintable() for name in stubs):
                 raise ValueError(f"the names in {part!r} are no plain text")
-            return content, read_stored(archive, root, content[part])
+            return content, _read_tensors(stubs, read, n_bytes)
     except ValueError as error:
         raise ValueError(f"{path} is refused: {error}") from None
     except Exception as error:
@@ -465,42 +269,29 @@ def read_torch_file(
 
 
 # %% ../../nbs/files/fairseq.ipynb #d3848711
-def contents_of(record: Inert) -> Any:
-    """What an inert record holds: the content of an OmegaConf node, the public attributes of any other object.
-
-    Of an object without attributes (a choice out of a list, say) it is the value that it was made from.
-    """
-    states = (
-        record.state if isinstance(record.state, tuple) else (record.state,)
-    )  # a pair, if there are slots
+def _contents(stub: _Stub) -> Any:
+    """What a stub holds: the content of an OmegaConf node, an object's public attributes, or else its arguments."""
+    states = stub.state if isinstance(stub.state, tuple) else (stub.state,)  # a pair, if there are slots
     attributes = {key: value for state in states if isinstance(state, dict) for key, value in state.items()}
     for key in ("_content", "_val"):  # OmegaConf: of a dict or a list, of a single value
         if key in attributes:
             return attributes[key]
-    if attributes or not record.args:
+    if attributes or not stub.args:
         return {key: value for key, value in attributes.items() if not str(key).startswith("_")}
-    return record.args[0] if len(record.args) == 1 else list(record.args)
+    return stub.args[0] if len(stub.args) == 1 else list(stub.args)  # a choice out of a list, say
 
 
-def plain_data(value: Any, most: int = 100_000) -> Any:
-    """Unwrap settings into dicts, lists, texts and numbers.
-
-    Args:
-        value: Anything that `read_pickle` gives.
-        most: A limit. A pickle can name a thing twice, so a short one can stand for a tree that no memory holds.
-
-    Raises:
-        ValueError: More than `most` values, or more than 50 levels.
-    """
-    left = most
+def _plain_data(value: Any) -> Any:
+    """Unwrap settings into dicts, lists, texts and numbers: at most 100,000 of them, in 50 levels."""
+    left = 100_000
 
     def unwrap(value: Any, level: int) -> Any:
         nonlocal left
         left -= 1
         if left < 0 or level > 50:
             raise ValueError("its settings are nested too deep, or are too many")
-        if isinstance(value, Inert):
-            return unwrap(contents_of(value), level + 1)
+        if isinstance(value, _Stub):
+            return unwrap(_contents(value), level + 1)
         if isinstance(value, dict):
             return {str(key): unwrap(entry, level + 1) for key, entry in value.items()}
         if isinstance(value, list | tuple | set):
@@ -511,48 +302,28 @@ def plain_data(value: Any, most: int = 100_000) -> Any:
 
 
 # %% ../../nbs/files/fairseq.ipynb #269a4152
-def conv_layers(text: Any) -> list[tuple[int, int, int]]:
-    """Read fairseq's list of convolutions, such as "[(512, 10, 5)] + [(512, 3, 2)] * 4", without `eval`.
+def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
+    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4": lists of (channels, kernel, stride), `+`, `*` by a number, and no `eval`."""
 
-    Lists of triples (channels, kernel, stride), `+` between lists and `*` by a number: nothing else is known.
-
-    Raises:
-        ValueError: Anything else, or more than 100 layers.
-    """
-
-    def read(node: ast.AST) -> Any:
+    def read(node: ast.AST) -> list[Any]:
         match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.List(elts=parts) | ast.Tuple(elts=parts):
-                whole = [read(part) for part in parts]
-                return whole if isinstance(node, ast.List) else tuple(whole)
-            case ast.BinOp(left=left, op=ast.Add() | ast.Mult() as sign, right=right):
-                one, two = read(left), read(right)
-                if isinstance(sign, ast.Add) and isinstance(one, list) and isinstance(two, list):
-                    return (one + two)[:101]
-                times, part = (one, two) if isinstance(two, list) else (two, one)
-                if (
-                    isinstance(sign, ast.Mult)
-                    and isinstance(part, list)
-                    and isinstance(times, int)
-                    and times <= 100
-                ):
-                    return (part * times)[:101]
+            case ast.List():
+                return ast.literal_eval(node)
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return (read(left) + read(right))[:101]
+            case (
+                ast.BinOp(left=layers, op=ast.Mult(), right=ast.Constant(value=int(times)))
+                | ast.BinOp(left=ast.Constant(value=int(times)), op=ast.Mult(), right=layers)
+            ) if times <= 100:
+                return (read(layers) * times)[:101]
         raise ValueError
 
-    try:
-        layers = (
-            read(ast.parse(text.strip(), mode="eval").body)
-            if isinstance(text, str) and len(text) < 2000
-            else []
-        )
-        if 0 < len(layers) <= 100 and all(isinstance(n, int) and n > 0 for one in layers for n in one):
-            return [(channels, kernel, stride) for channels, kernel, stride in layers]
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        pass
-    allowed = "a list of (channels, kernel, stride), such as '[(512, 10, 5)] + [(512, 3, 2)] * 4'"
-    raise ValueError(f"conv_feature_layers={str(text)[:80]!r} must be {allowed}")
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        layers = [(c, k, s) for c, k, s in read(ast.parse(text.strip(), mode="eval").body)]
+        if 0 < len(layers) <= 100 and all(type(n) is int and n > 0 for layer in layers for n in layer):
+            return layers
+    allowed = "a list of at most 100 (channels, kernel, stride), such as '[(512, 10, 5)] + [(512, 3, 2)] * 4'"
+    raise ValueError(f"conv_feature_layers={text[:80]!r} must be {allowed}")
 
 
 # %% ../../nbs/files/fairseq.ipynb #014916d1
@@ -563,22 +334,22 @@ _SAME = (
     "final_layer_norm",
 )  # fmt: skip
 _FFN = {"layer_norm": "_layer_norm", "w_1": ".intermediate_dense", "w_2": ".output_dense"}
-KEY_MAP: dict[str, str] = {  # fairseq's name -> ours
-    "mask_emb": f"{BASE}.masked_spec_embed",
-    "feature_extractor.conv_layers.*.0": f"{BASE}.feature_extractor.conv_layers.*.conv",
-    "feature_extractor.conv_layers.*.2": f"{BASE}.feature_extractor.conv_layers.*.layer_norm",  # a group norm
-    "feature_extractor.conv_layers.*.2.1": f"{BASE}.feature_extractor.conv_layers.*.layer_norm",  # a layer norm
-    "layer_norm": f"{BASE}.feature_projection.layer_norm",
-    "post_extract_proj": f"{BASE}.feature_projection.projection",
-    "encoder.pos_conv.0": f"{BASE}.encoder.pos_conv_embed.conv",
-    "encoder.layers.*.self_attn.rotary_emb": f"{BASE}.encoder.embed_positions",
+_KEY_MAP: dict[str, str] = {  # fairseq's name -> ours, in the base model
+    "mask_emb": "masked_spec_embed",
+    "feature_extractor.conv_layers.*.0": "feature_extractor.conv_layers.*.conv",
+    "feature_extractor.conv_layers.*.2": "feature_extractor.conv_layers.*.layer_norm",  # a group norm
+    "feature_extractor.conv_layers.*.2.1": "feature_extractor.conv_layers.*.layer_norm",  # a layer norm
+    "layer_norm": "feature_projection.layer_norm",
+    "post_extract_proj": "feature_projection.projection",
+    "encoder.pos_conv.0": "encoder.pos_conv_embed.conv",
+    "encoder.layers.*.self_attn.rotary_emb": "encoder.embed_positions",
     **{
-        f"encoder.layers.*.ffn{n}.{k}": f"{BASE}.encoder.layers.*.ffn{n}{v}"
-        for n in (1, 2)
-        for k, v in _FFN.items()
+        f"encoder.layers.*.ffn{n}.{k}": f"encoder.layers.*.ffn{n}{v}" for n in (1, 2) for k, v in _FFN.items()
     },
-    **{f"encoder.layers.*.{name}": f"{BASE}.encoder.layers.*.{name}" for name in _SAME},
-    "encoder.layer_norm": f"{BASE}.encoder.layer_norm",
+    **{f"encoder.layers.*.{name}": f"encoder.layers.*.{name}" for name in _SAME},
+    "encoder.layer_norm": "encoder.layer_norm",
+}
+_HEAD_MAP: dict[str, str] = {  # beside the base model
     "quantizer.vars": "quantizer.codevectors",
     "quantizer.weight_proj": "quantizer.weight_proj",
     "project_q": "project_q",
@@ -588,48 +359,49 @@ KEY_MAP: dict[str, str] = {  # fairseq's name -> ours
 
 # %% ../../nbs/files/fairseq.ipynb #5b041471
 _TAIL = r"((?:\.(?:weight|bias|weight_g|weight_v|running_mean|running_var|num_batches_tracked|inv_freq|parametrizations\..+))?)"
-_PATTERNS = [(re.compile(re.escape(a).replace(r"\*", r"(\d+)") + _TAIL), b) for a, b in KEY_MAP.items()]
-TUNED_PREFIX = "w2v_encoder.w2v_model."  # where a fine-tuned model keeps the pre-trained one
+_PATTERNS = [
+    (re.compile(re.escape(theirs).replace(r"\*", r"(\d+)") + _TAIL), ours)
+    for theirs, ours in ({k: f"{BASE}.{v}" for k, v in _KEY_MAP.items()} | _HEAD_MAP).items()
+]
 
 
-def our_name(name: str) -> str | None:
+def _map_key(name: str) -> str | None:
     """Translate the name of a tensor from fairseq's module tree to ours; None if we have no such module."""
     for pattern, ours in _PATTERNS:
-        if found := pattern.fullmatch(name.removeprefix(TUNED_PREFIX)):
+        if found := pattern.fullmatch(name.removeprefix("w2v_encoder.w2v_model.")):  # of a fine-tuned model
             *numbers, tail = found.groups()
             return modern_name(ours.replace("*", "".join(numbers)) + tail)
     return None
 
 
-def our_tensors(theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Rename all tensors of a fairseq model.
+def _convert_state_dict(
+    theirs: Mapping[str, Tensor], errors: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename all tensors of a fairseq model; what contradicts itself joins `errors`.
 
-    Every layer of a rotary model holds the same speeds. Here they are held once, in float32.
+    Every layer of a rotary model holds the same frequencies. Here they are held once, in float32.
 
     Returns:
-        The tensors under our names, fairseq's names that have no place here, and reasons to refuse.
+        The tensors under our names, and fairseq's names that have no place here.
     """
     tensors: dict[str, Tensor] = {}
-    unused, causes = [], []
+    unused = []
     for name, tensor in theirs.items():
-        ours = our_name(name)
+        ours = _map_key(name)
         if ours is None:
             unused.append(name)
         elif ours.endswith(".inv_freq"):
-            speeds = tensors.setdefault(ours, tensor.float())
-            if not torch.equal(speeds, tensor.float()):
-                causes.append(
-                    f"{name} differs from the first layer's: here all layers share their rotary speeds"
-                )
+            if not torch.equal(tensors.setdefault(ours, tensor.float()), tensor.float()):
+                errors.append(f"{name} differs from the first layer's: here all layers share theirs")
         elif ours in tensors:
-            causes.append(f"{name} is a second {ours}")
+            errors.append(f"{name} is a second {ours}")
         else:
             tensors[ours] = tensor
-    return tensors, unused, causes
+    return tensors, unused
 
 
 # %% ../../nbs/files/fairseq.ipynb #bc4ff478
-SAME_MEANING: dict[str, str] = {  # fairseq's setting -> our knob
+_SAME_MEANING: dict[str, str] = {  # fairseq's setting -> our option
     "conv_bias": "conv_bias", "dropout_input": "feat_proj_dropout", "dropout_features": "feat_quantizer_dropout",
     "encoder_embed_dim": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_layerdrop": "layerdrop",
     "encoder_ffn_embed_dim": "intermediate_size", "encoder_attention_heads": "num_attention_heads",
@@ -639,7 +411,7 @@ SAME_MEANING: dict[str, str] = {  # fairseq's setting -> our knob
     "latent_vars": "num_codevectors_per_group", "latent_groups": "num_codevector_groups",
     "num_negatives": "num_negatives", "logit_temp": "contrastive_logits_temperature",
 }  # fmt: skip
-FAIRSEQ_DEFAULTS: dict[str, Any] = {  # what fairseq takes for a setting that a file does not hold
+_DEFAULTS: dict[str, Any] = {  # what fairseq takes for a setting that a file does not hold
     "layer_type": "transformer", "attn_type": "", "pos_enc_type": "abs", "layer_norm_first": False,
     "extractor_mode": "default", "conv_bias": False,
     "conv_feature_layers": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
@@ -652,76 +424,68 @@ FAIRSEQ_DEFAULTS: dict[str, Any] = {  # what fairseq takes for a setting that a 
     "no_mask_overlap": False, "mask_dropout": 0.0, "mask_channel_prob": 0.0, "mask_channel_length": 10,
     "mask_channel_selection": "static", "mask_channel_other": 0.0, "no_mask_channel_overlap": False,
     "mask_channel_before": False, "feature_grad_mult": 1.0, "negatives_from_everywhere": False,
-    "cross_sample_negatives": 0, "codebook_negatives": 0,
+    "cross_sample_negatives": 0, "codebook_negatives": 0, "normalize": False, "zero_infinity": False, "loss_weights": [],
 }  # fmt: skip
+_TUNED = (  # what fine-tuning replaces
+    "dropout", "dropout_input", "mask_length", "mask_prob", "mask_selection", "mask_other", "no_mask_overlap",
+    "mask_channel_length", "mask_channel_prob", "mask_channel_before", "mask_channel_selection", "mask_channel_other",
+    "no_mask_channel_overlap", "mask_dropout", "feature_grad_mult", "final_dropout", "apply_mask", "blank_weight",
+)  # fmt: skip
 
 
 # %% ../../nbs/files/fairseq.ipynb #00a7470f
-@dataclass
-class FairseqSettings:
-    """Settings of a checkpoint, looked up by name; what is wrong with them gathers in `causes`.
+def _section(cfg: Any, name: str) -> Mapping[str, Any]:
+    """One section of settings; in a flat list every section is the whole list."""
+    inner = (cfg.get(name) if "model" in cfg else cfg) if isinstance(cfg, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}
 
-    Attributes:
-        kind: "pretraining" or "ctc".
-        model: Of the pre-trained model, with those that fine-tuning replaced.
-        task: Of the task.
-        criterion: Of the loss.
-        causes: Reasons to refuse.
-    """
 
-    kind: str
-    model: Mapping[str, Any]
-    task: Mapping[str, Any]
-    criterion: Mapping[str, Any]
-    causes: list[str] = field(default_factory=list)
-
-    def __getitem__(self, name: str) -> Any:
-        """A setting of the model; fairseq's default where the file has none (nothing, None, "???", a reference)."""
-        default, value = FAIRSEQ_DEFAULTS[name], self.model.get(name)
-        if value is None or (isinstance(value, str) and (value == "???" or value.startswith("${"))):
-            return default
+def _read_settings(cfg: Mapping[str, Any], kind: str, errors: list[str]) -> dict[str, Any]:
+    """Find each setting that matters: in the file, or else fairseq's default; one of the wrong type joins `errors`."""
+    model = _section(cfg, "model")
+    name = model.get("_name") or model.get("arch") or "wav2vec2"
+    if not str(name).startswith(("wav2vec2", "wav2vec_ctc")):
+        errors.append(f"it is a {name!r} model; wav2vec2 and wav2vec_ctc can be carried over")
+    if kind == "ctc":  # it holds the settings of the pre-trained model, and replaces some
+        if not isinstance(before := model.get("w2v_args"), Mapping):
+            errors.append("it does not hold the settings of its pre-trained model (model.w2v_args)")
+        replaced = {name: model[name] for name in _TUNED if name in model}
+        replaced |= {"encoder_layerdrop": model["layerdrop"]} if "layerdrop" in model else {}
+        model = {**_section(before, "model"), **replaced}
+    places = {"normalize": "task", "zero_infinity": "criterion", "loss_weights": "criterion"}
+    settings = {}
+    for name, default in _DEFAULTS.items():
+        value = (_section(cfg, places[name]) if name in places else model).get(name)
+        if value is None or value == "???" or str(value).startswith("${"):  # nothing, or a reference
+            value = default
         kinds: Any = (int, float) if isinstance(default, float) else type(default)
-        if isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool):
-            return value
-        cause = f"{name}={str(value)[:80]!r}: it must be of the kind of {default!r}"
-        self.causes.extend([] if cause in self.causes else [cause])
-        return default
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            errors.append(f"{name}={str(value)[:80]!r}: it must be of the kind of {default!r}")
+            value = default
+        settings[name] = value
+    return settings
 
 
 # %% ../../nbs/files/fairseq.ipynb #1c8315a6
-NEEDED: dict[
-    str, tuple[tuple[Any, ...], str]
-] = {  # setting -> what it must be, why nothing else can be carried over
-    "layer_type": (("conformer",), "other layers are another model"),
-    "attn_type": (("espnet",), "fairseq's other attention has other weights"),
-    "pos_enc_type": (
-        ("rel_pos", "rope"),
-        "with 'abs' the convolutional positions are used, which nothing here runs",
-    ),
-    "layer_norm_first": ((True,), "False puts the encoder's last norm before the layers"),
-    "extractor_mode": (("default", "layer_norm"), "there are no other norms"),
-    "quantize_input": ((False,), "the encoder would read codes"),
-    "crop_seq_to_multiple": ((1,), "frames at the end would be cut off"),
-}
-NEEDED_TO_PRETRAIN: dict[str, tuple[tuple[Any, ...], str]] = {
-    "quantize_targets": ((True,), "without it there is no quantizer"),
-    "target_glu": ((False,), "the targets would pass one more layer"),
-    "quantizer_depth": ((1,), "the quantizer's logits would pass more layers"),
-}
-NEEDED_FOR_CTC: dict[str, tuple[tuple[Any, ...], str]] = {
-    "blank_weight": ((0,), "it is added to the blank's score after the model"),
-}
-TRAINING_ONLY: dict[
-    str, str
-] = {  # settings whose default is what we do; others change training, not the outputs
+_NEEDED: list[tuple[str, str, tuple[Any, ...], str]] = [  # kind, setting, what it must be, why nothing else can be carried over
+    ("", "layer_type", ("conformer",), "other layers are another model"),
+    ("", "attn_type", ("espnet",), "fairseq's other attention has other weights"),
+    ("", "pos_enc_type", ("rel_pos", "rope"), "with 'abs' the convolutional positions are used, which nothing here runs"),
+    ("", "layer_norm_first", (True,), "False puts the encoder's last norm before the layers"),
+    ("", "extractor_mode", ("default", "layer_norm"), "there are no other norms"),
+    ("", "quantize_input", (False,), "the encoder would read codes"),
+    ("", "crop_seq_to_multiple", (1,), "frames at the end would be cut off"),
+    ("pretraining", "quantize_targets", (True,), "without it there is no quantizer"),
+    ("pretraining", "target_glu", (False,), "the targets would pass one more layer"),
+    ("pretraining", "quantizer_depth", (1,), "the quantizer's logits would pass more layers"),
+    ("ctc", "blank_weight", (0,), "it is added to the blank's score after the model"),
+]  # fmt: skip
+_TRAINING_ONLY = {  # settings whose default is what we do; others change training, not the outputs
     "feature_grad_mult": "gradients of the feature encoder are not scaled here; for 0 call freeze_feature_encoder()",
-    "mask_selection": "time spans have one length here",
-    "mask_other": "time spans have one length here",
-    "no_mask_overlap": "time spans may overlap here",
+    **dict.fromkeys(("mask_selection", "mask_other"), "time spans have one length here"),
+    **dict.fromkeys(("mask_channel_selection", "mask_channel_other"), "feature spans have one length here"),
+    **dict.fromkeys(("no_mask_overlap", "no_mask_channel_overlap"), "spans may overlap here"),
     "mask_dropout": "no masked frame is uncovered again here",
-    "mask_channel_selection": "feature spans have one length here",
-    "mask_channel_other": "feature spans have one length here",
-    "no_mask_channel_overlap": "feature spans may overlap here",
     "mask_channel_before": "features are masked after time here",
     "negatives_from_everywhere": "negatives are masked frames here",
     "cross_sample_negatives": "negatives are of the same utterance here",
@@ -729,182 +493,92 @@ TRAINING_ONLY: dict[
 }
 
 
-def check_settings(settings: FairseqSettings) -> list[str]:
-    """Add to the settings' `causes` what cannot be carried over; return notes on what changes training alone."""
-    pretrain = settings.kind == "pretraining"
-    for name, (allowed, why) in (NEEDED | (NEEDED_TO_PRETRAIN if pretrain else NEEDED_FOR_CTC)).items():
-        if (value := settings[name]) not in allowed:
-            settings.causes.append(f"{name}={value!r}: it must be {' or '.join(map(repr, allowed))}; {why}")
-    odd = [name for name in TRAINING_ONLY if settings[name] != FAIRSEQ_DEFAULTS[name]]
-    notes = [f"{name}={settings[name]!r}: {TRAINING_ONLY[name]}" for name in odd]
-    weights = settings.criterion.get("loss_weights")
-    if pretrain and isinstance(weights, list) and any(weights[1:]):
+def _check_settings(
+    settings: Mapping[str, Any], kind: str, names: Iterable[str], errors: list[str]
+) -> list[str]:
+    """Add to `errors` what cannot be carried over, or contradicts the names of the tensors; note what changes training alone."""
+    text = "\n".join(names)
+    if re.search(r"^(decoder|encoder\.w2v_model)\.", text, re.M):
+        errors.append("it has a decoder: only models with a CTC layer can be carried over")
+    elif kind == "ctc" and not re.search(r"^w2v_encoder\.proj\.weight$", text, re.M):
+        errors.append("it has no w2v_encoder.proj: it was fine-tuned, and not with CTC")
+    for needed_by, name, allowed, why in _NEEDED:
+        if needed_by in {"", kind} and settings[name] not in allowed:
+            errors.append(f"{name}={settings[name]!r}: it must be {' or '.join(map(repr, allowed))}; {why}")
+    said, signs = settings["pos_enc_type"], {"rope": ".rotary_emb.inv_freq", "rel_pos": ".linear_pos.weight"}
+    kinds = [name for name, sign in signs.items() if sign in text]
+    if said in signs and kinds != [said]:
+        kind_of = " and ".join(kinds) or "neither kind"
+        errors.append(f"pos_enc_type={said!r}: but the tensors are those of {kind_of}")
+    layers = set(re.findall(r"encoder\.layers\.(\d+)\.", text))
+    if settings["encoder_layers"] > len(layers):
+        errors.append(f"encoder_layers={settings['encoder_layers']}: but there are tensors of {len(layers)}")
+    odd = [name for name in _TRAINING_ONLY if settings[name] != _DEFAULTS[name]]
+    notes = [f"{name}={settings[name]!r}: {_TRAINING_ONLY[name]}" for name in odd]
+    if kind == "pretraining" and any((weights := settings["loss_weights"])[1:]):
         notes.append(f"loss_weights={weights!r}: the penalty on large features is no part of our loss")
     return notes
 
 
-# %% ../../nbs/files/fairseq.ipynb #5f751204
-TUNED_SETTINGS = (
-    "dropout", "dropout_input", "mask_length", "mask_prob", "mask_selection", "mask_other", "no_mask_overlap",
-    "mask_channel_length", "mask_channel_prob", "mask_channel_before", "mask_channel_selection", "mask_channel_other",
-    "no_mask_channel_overlap", "mask_dropout", "feature_grad_mult", "final_dropout", "apply_mask", "blank_weight",
-)  # fmt: skip
-
-
-def section_of(cfg: Any, name: str) -> Mapping[str, Any]:
-    """One section of settings; in a flat list every section is the whole list."""
-    inner = (cfg.get(name) if "model" in cfg else cfg) if isinstance(cfg, Mapping) else None
-    return inner if isinstance(inner, Mapping) else {}
-
-
-def find_settings(cfg: Mapping[str, Any], names: Iterable[str]) -> FairseqSettings:
-    """Find what a checkpoint's settings say about its model.
-
-    Args:
-        cfg: The settings as plain data.
-        names: fairseq's names of all tensors; they say whether the model was fine-tuned.
-    """
-    names = list(names)
-    tuned = any(name.startswith("w2v_encoder.") for name in names)
-    model, task, criterion = (section_of(cfg, name) for name in ("model", "task", "criterion"))
-    found = FairseqSettings("ctc" if tuned else "pretraining", model, task, criterion)
-    if any(name.startswith(("decoder.", "encoder.w2v_model.")) for name in names):
-        found.causes.append("it has a decoder: only models with a CTC layer can be carried over")
-    elif tuned and "w2v_encoder.proj.weight" not in names:
-        found.causes.append("it has no w2v_encoder.proj: it was fine-tuned, and not with CTC")
-    kind, known = model.get("_name") or model.get("arch"), ("wav2vec2", "wav2vec_ctc")
-    if isinstance(kind, str) and not kind.startswith(known):
-        found.causes.append(f"it is a {kind!r} model; {' and '.join(known)} can be carried over")
-    if tuned and not isinstance(model.get("w2v_args"), Mapping):
-        found.causes.append("it does not hold the settings of its pre-trained model (model.w2v_args)")
-    elif tuned:
-        replaced = {name: model[name] for name in TUNED_SETTINGS if name in model}
-        layerdrop = {"encoder_layerdrop": model["layerdrop"]} if "layerdrop" in model else {}
-        found.model = {**section_of(model["w2v_args"], "model"), **replaced, **layerdrop}
-    return found
-
-
 # %% ../../nbs/files/fairseq.ipynb #8569dcae
-def our_knobs(settings: FairseqSettings, vocab_size: int | None = None) -> dict[str, Any]:
-    """Translate settings to the knobs of our config; a list of convolutions that cannot be read joins `causes`.
-
-    Args:
-        settings: The checkpoint's.
-        vocab_size: Outputs of the CTC layer; None if there is none.
-    """
-    s = settings
+def _convert_config(
+    s: Mapping[str, Any], kind: str, vocab_size: int | None, errors: list[str]
+) -> Wav2Vec2ConformerConfig:
+    """Translate settings to our config; all that it refuses, not just the first, joins `errors`."""
     final = s["final_dim"] if s["final_dim"] > 0 else s["encoder_embed_dim"]
-    try:
-        layers = conv_layers(s["conv_feature_layers"])
-    except ValueError as error:
-        s.causes.append(str(error))
-        layers = conv_layers(FAIRSEQ_DEFAULTS["conv_feature_layers"])
-    channels, kernels, strides = zip(*layers, strict=True)
-    knobs = {knob: s[name] for name, knob in SAME_MEANING.items()} | {
-        "conv_dim": channels, "conv_kernel": kernels, "conv_stride": strides, "mask_time_min_masks": 2,
+    options = {option: s[name] for name, option in _SAME_MEANING.items()} | {
+        "mask_time_min_masks": 2, "hidden_act": "swish",  # whatever activation_fn says
         "feat_extract_norm": "layer" if s["extractor_mode"] == "layer_norm" else "group",
         "position_embeddings_type": "rotary" if s["pos_enc_type"] == "rope" else "relative",
-        "hidden_act": "swish",  # whatever activation_fn says
         "codevector_dim": s["latent_dim"] if s["latent_dim"] > 0 else final, "proj_codevector_dim": final,
     }  # fmt: skip
     places = ("hidden_dropout", "activation_dropout", "attention_dropout", "conformer_conv_dropout")
-    knobs |= dict.fromkeys(places, s["dropout"])  # one setting for all of them
-    if s.kind == "pretraining":
-        weights = s.criterion.get("loss_weights")
-        return knobs | {"diversity_loss_weight": weights[0] if isinstance(weights, list) and weights else 0.0}
-    head = {
-        "vocab_size": vocab_size,
-        "final_dropout": s["final_dropout"],
-        "apply_spec_augment": s["apply_mask"],
-    }
-    head |= {"ctc_zero_infinity": s.criterion.get("zero_infinity") is True}
-    return knobs | head | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def our_config(knobs: Mapping[str, Any], causes: list[str]) -> Wav2Vec2ConformerConfig:
-    """Make the config; all knobs that it refuses, not just the first, join `causes`."""
+    options |= dict.fromkeys(places, s["dropout"])  # one setting for all of them
+    if kind == "pretraining":
+        options["diversity_loss_weight"] = s["loss_weights"][0] if s["loss_weights"] else 0.0
+    else:
+        options |= {
+            "vocab_size": vocab_size, "final_dropout": s["final_dropout"], "apply_spec_augment": s["apply_mask"],
+            "ctc_zero_infinity": s["zero_infinity"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        }  # fmt: skip
+    try:
+        layers = _read_conv_layers(s["conv_feature_layers"])
+        options["conv_dim"], options["conv_kernel"], options["conv_stride"] = zip(*layers, strict=True)
+    except ValueError as error:
+        errors.append(str(error))
     good = {}
-    for name, value in knobs.items():
+    for name, value in options.items():
         try:
             good[name] = Wav2Vec2ConformerConfig.RULES[name](name, value)
         except ValueError as error:
-            causes.append(str(error))
+            errors.append(str(error))
     try:
         return Wav2Vec2ConformerConfig(**good)
-    except ValueError as error:  # of a rule between knobs
-        causes.append(str(error))
+    except ValueError as error:  # of a rule between options
+        errors.append(str(error))
         return Wav2Vec2ConformerConfig()
 
 
 # %% ../../nbs/files/fairseq.ipynb #ae76a041
 @dataclass(eq=False)
 class FairseqCheckpoint:
-    """What a fairseq checkpoint says, in our terms.
+    """What a fairseq checkpoint says, in our terms."""
 
-    Attributes:
-        source: Its file, for messages.
-        config: Of the model that the tensors fit.
-        tensors: By our names.
-        kind: "pretraining" or "ctc".
-        settings: fairseq's own settings, all of them, as plain data.
-        normalize: Whether the model was trained on utterances of mean 0 and variance 1.
-        symbols: Those of the CTC layer in fairseq's order, if the file holds its dictionary.
-        notes: What cannot be carried over and changes training alone; what had to be added.
-        unused: fairseq's names of tensors that have no place here.
-    """
-
-    source: str
-    config: Wav2Vec2ConformerConfig
-    tensors: dict[str, Tensor]
-    kind: str
-    settings: dict[str, Any]
-    normalize: bool
-    symbols: list[str] | None
-    notes: list[str]
-    unused: list[str]
+    source: str  # its file, for messages
+    config: Wav2Vec2ConformerConfig  # of the model that the tensors fit
+    tensors: dict[str, Tensor]  # by our names
+    kind: str  # "pretraining" or "ctc"
+    settings: dict[str, Any]  # fairseq's own settings, all of them, as plain data
+    normalize: bool  # whether the model was trained on utterances of mean 0 and variance 1
+    symbols: list[str] | None  # of the CTC layer in fairseq's order, if the file holds its dictionary
+    notes: list[str]  # what cannot be carried over and changes training alone; what had to be added
+    unused: list[str]  # fairseq's names of tensors that have no place here
 
     @property
     def feature_extractor(self) -> Wav2Vec2FeatureExtractor:
         """Prepares sound as the model was trained on it."""
         masked = self.config.feat_extract_norm == "layer"
         return Wav2Vec2FeatureExtractor(do_normalize=self.normalize, return_attention_mask=masked)
-
-
-def saved_symbols(content: Mapping[Any, Any]) -> list[str] | None:
-    """Find the dictionary that a fine-tuned checkpoint keeps in its task's state."""
-    state = content.get("task_state")
-    record = state.get("target_dictionary") if isinstance(state, dict) else None
-    found = contents_of(record) if isinstance(record, Inert) else None
-    symbols = found.get("symbols") if isinstance(found, dict) else None
-    return symbols if isinstance(symbols, list) and all(isinstance(s, str) for s in symbols) else None
-
-
-# %% ../../nbs/files/fairseq.ipynb #d74ff2d1
-def story_gaps(settings: FairseqSettings, names: Iterable[str]) -> list[str]:
-    """Where settings and tensors do not tell one story: the kind of positions, the number of layers."""
-    names, gaps = list(names), []
-    parts = {"rope": ".rotary_emb.inv_freq", "rel_pos": ".linear_pos.weight"}
-    kinds = [kind for kind, end in parts.items() if any(name.endswith(end) for name in names)]
-    said = settings["pos_enc_type"]
-    if said in parts and kinds != [said]:
-        gaps.append(
-            f"pos_enc_type={said!r}: but the tensors are those of {' and '.join(kinds) or 'neither kind'}"
-        )
-    layers = {found[1] for name in names if (found := re.search(r"encoder\.layers\.(\d+)\.", name))}
-    if settings["encoder_layers"] > len(layers):
-        gaps.append(f"encoder_layers={settings['encoder_layers']}: but there are tensors of {len(layers)}")
-    return gaps
-
-
-def add_identity(tensors: dict[str, Tensor], width: int, channels: int) -> str | None:
-    """Where features are as wide as the model, fairseq has no projection: add one that changes nothing."""
-    name = f"{BASE}.feature_projection.projection"
-    if width != channels or f"{name}.weight" in tensors:
-        return None
-    like = next((t for t in tensors.values() if t.is_floating_point()), torch.empty(0))
-    tensors[f"{name}.weight"] = torch.eye(width, dtype=like.dtype)
-    tensors[f"{name}.bias"] = torch.zeros(width, dtype=like.dtype)
-    return f"post_extract_proj is not in the file, as {width} features need none: an identity matrix is put there"
 
 
 # %% ../../nbs/files/fairseq.ipynb #39c4af7e
@@ -921,27 +595,34 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
     """
     content, theirs = read_torch_file(path, "model")
     path = os.fspath(path)
+    errors: list[str] = []
     try:
-        cfg = plain_data(content.get("cfg") or content.get("args"))
+        cfg = _plain_data(content.get("cfg") or content.get("args"))
     except ValueError as error:
         raise ValueError(f"{path} is refused: {error}") from None
     if not isinstance(cfg, dict) or not cfg:
         raise ValueError(f"{path} is refused: it holds no settings, neither 'cfg' nor 'args'")
-    settings = find_settings(cfg, theirs)
-    notes, (tensors, unused, causes) = check_settings(settings), our_tensors(theirs)
-    causes += story_gaps(settings, theirs)
-    head = tensors.get("lm_head.weight")
-    config = our_config(
-        our_knobs(settings, None if head is None else head.shape[0] if head.dim() == 2 else None), causes
-    )
-    if causes := [*settings.causes, *causes]:
-        raise ValueError(f"{path} cannot be carried over:" + "".join(f"\n  - {cause}" for cause in causes))
-    if note := add_identity(tensors, config.hidden_size, config.conv_dim[-1]):
-        notes.append(note)
-    normalize, symbols = settings.task.get("normalize") is True, saved_symbols(content)
-    return FairseqCheckpoint(
-        repr(path), config, tensors, settings.kind, cfg, normalize, symbols, notes, unused
-    )
+    kind = "ctc" if any(name.startswith("w2v_encoder.") for name in theirs) else "pretraining"
+    settings = _read_settings(cfg, kind, errors)
+    notes = _check_settings(settings, kind, theirs, errors)
+    tensors, unused = _convert_state_dict(theirs, errors)
+    head = tensors.get("lm_head.weight", torch.empty(0))
+    config = _convert_config(settings, kind, head.shape[0] if head.dim() == 2 else None, errors)
+    if errors:
+        raise ValueError(f"{path} cannot be carried over:" + "".join(f"\n  - {error}" for error in errors))
+    name, D = f"{BASE}.feature_projection.projection", config.hidden_size
+    if config.conv_dim[-1] == D and f"{name}.weight" not in tensors:
+        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+        tensors |= {f"{name}.weight": torch.eye(D, dtype=dtype), f"{name}.bias": torch.zeros(D, dtype=dtype)}
+        notes.append(
+            f"post_extract_proj is not in the file, as {D} features need none: the identity is put there"
+        )
+    symbols = None
+    match content.get("task_state"):
+        case {"target_dictionary": _Stub(state={"symbols": list(found)})} if {*map(type, found)} == {str}:
+            symbols = found
+    normalize = settings["normalize"]
+    return FairseqCheckpoint(repr(path), config, tensors, kind, cfg, normalize, symbols, notes, unused)
 
 
 # %% ../../nbs/files/fairseq.ipynb #c08afbca
@@ -959,61 +640,50 @@ def load_fairseq(
         path: The `.pt` file, or what `read_fairseq` made of it.
         dtype: Type of the weights, such as torch.float32 or "float32"; None: as in the file.
         device: Where to; None: the CPU.
-        strict: False loads what fits, gives the rest first values, and keeps the lists in `model.load_report`.
-        config_overrides: Knobs that win over the file's settings.
+        strict: False loads what fits, initialises the rest, and keeps the lists in `model.load_report`.
+        config_overrides: Options that win over the file's settings.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: See `read_fairseq`; or, if `strict`, tensors are missing, unexpected or mis-shaped.
+        ValueError: See `read_fairseq`; or, if `strict`, tensors are missing, unexpected or of another shape.
     """
     dtype = read_dtype(dtype)
     checkpoint = path if isinstance(path, FairseqCheckpoint) else read_fairseq(path)
     config = Wav2Vec2ConformerConfig.from_dict(checkpoint.config.to_dict(), **config_overrides)
     if checkpoint.notes:
-        warnings.warn(
-            f"{checkpoint.source} is carried over, but:\n  - " + "\n  - ".join(checkpoint.notes), stacklevel=2
-        )
+        notes = "".join(f"\n  - {note}" for note in checkpoint.notes)
+        warnings.warn(f"{checkpoint.source} is carried over, but:{notes}", stacklevel=2)
     with torch.device("meta"):  # shapes without memory: nothing is initialised twice
         ctc = checkpoint.kind == "ctc"
         model = Wav2Vec2ConformerForCTC(config) if ctc else Wav2Vec2ConformerForPreTraining(config)
-    left = {f"{BASE}.{name}": torch.empty(0) for name in checkpoint.unused}  # to be listed as unexpected
-    tensors = checkpoint.tensors | left
+    unused = {f"{BASE}.{name}": torch.empty(0) for name in checkpoint.unused}  # to be listed as unexpected
+    tensors = checkpoint.tensors | unused
     model.load_report = fill(model, tensors, device=device, strict=strict, source=checkpoint.source)
     return model.to(device=device, dtype=dtype).eval()
 
 
 # %% ../../nbs/files/fairseq.ipynb #ccec698b
-def read_dictionary(path: str | os.PathLike[str]) -> list[str]:
-    """Read the symbols of a fairseq dictionary, such as `dict.ltr.txt`: one symbol and its count a line.
-
-    Returns:
-        All symbols in the order of the model's outputs: four special ones that the file does not list come first.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: A line of another form, or a symbol that is there twice.
-    """
+def _read_dictionary(path: str | os.PathLike[str]) -> list[str]:
+    """Read the symbols of a fairseq dictionary such as `dict.ltr.txt`, four special ones first, in the order of the outputs."""
     symbols = ["<s>", "<pad>", "</s>", "<unk>"]
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        symbol, _, count = line.rstrip().removesuffix(" #fairseq:overwrite").rpartition(" ")
-        if not symbol or not re.fullmatch(r"-?\d+", count):
-            raise ValueError(
-                f"{os.fspath(path)}, line {number}: {line[:40]!r} must be a symbol, a space and a count"
+        found = re.fullmatch(r"(.+) -?\d+(?: #fairseq:overwrite)?\s*", line)
+        if not found or found[1] in symbols:
+            why = (
+                f"{found[1]!r} is there twice"
+                if found
+                else f"{line[:40]!r} must be a symbol, a space and a count"
             )
-        if symbol in symbols:
-            raise ValueError(f"{os.fspath(path)}, line {number}: {symbol!r} is there twice")
-        symbols.append(symbol)
+            raise ValueError(f"{os.fspath(path)}, line {number}: {why}")
+        symbols.append(found[1])
     return symbols
 
 
-def ctc_tokenizer(symbols: Sequence[str], vocab_size: int) -> Wav2Vec2CTCTokenizer:
+def _make_tokenizer(symbols: Sequence[str], vocab_size: int) -> Wav2Vec2CTCTokenizer:
     """Make the tokenizer of a fairseq CTC model.
 
     Its blank is output 0, which fairseq calls `<s>`. Here, and in transformers, the blank is the padding: the names
     of outputs 0 and 1 change places. No weight moves.
-
-    Raises:
-        ValueError: The number of symbols is not the number of outputs.
     """
     if len(symbols) != vocab_size:
         raise ValueError(
@@ -1051,7 +721,7 @@ def convert_fairseq(
         dtype: Type of the weights; None: as in the file.
         strict: See `load_fairseq`.
         max_shard_bytes: Larger weights are split into several files with an index.
-        config_overrides: Knobs that win over the file's settings.
+        config_overrides: Options that win over the file's settings.
 
     Returns:
         The model.
@@ -1063,13 +733,13 @@ def convert_fairseq(
     checkpoint = read_fairseq(path)
     parts: Any = checkpoint.feature_extractor
     if checkpoint.kind == "ctc":
-        symbols = checkpoint.symbols if dictionary is None else read_dictionary(dictionary)
+        symbols = checkpoint.symbols if dictionary is None else _read_dictionary(dictionary)
         if symbols is None:
             raise ValueError(
                 f"dictionary=None: {checkpoint.source} holds none, so give the dict.ltr.txt that it was trained with; "
                 "load_fairseq needs none"
             )
-        parts = Wav2Vec2Processor(parts, ctc_tokenizer(symbols, checkpoint.config.vocab_size or 0))
+        parts = Wav2Vec2Processor(parts, _make_tokenizer(symbols, checkpoint.config.vocab_size or 0))
     model = load_fairseq(checkpoint, dtype=dtype, strict=strict, **config_overrides)
     files = model.files(max_shard_bytes=max_shard_bytes)
     with tempfile.TemporaryDirectory() as folder:

@@ -25,8 +25,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..config import Wav2Vec2ConformerConfig, find_file, lacks, pin_revision, refuse, write_together
+from ..config import Wav2Vec2ConformerConfig, refuse
 from ..model.positions import rotary_frequencies
+from .atomic import write_together
+from .hub import find_file, lacks, pin_revision
 
 # %% auto #0
 __all__ = [

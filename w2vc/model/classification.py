@@ -17,7 +17,7 @@ from ..checks import MANY_LABELS, ONE_LABEL, REGRESSION, check_label_form, check
 from ..config import Wav2Vec2ConformerConfig, refuse
 from ..files.pretrained import PreTrainedModel
 from .features import frame_mask, valid_lengths
-from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel
+from .wav2vec2 import ModelOutput, Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
 
 # %% auto #0
 __all__ = [
@@ -26,8 +26,7 @@ __all__ = [
     "resolve_problem_type",
     "counted_labels",
     "classification_loss",
-    "make_layer_weights",
-    "read_frames",
+    "BaseClassifier",
     "SequenceClassifierOutput",
     "TokenClassifierOutput",
     "Wav2Vec2ConformerForSequenceClassification",
@@ -65,14 +64,10 @@ def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -
 
     Returns:
         `[B, T, D]`, added up in fp32 at least, in the dtype of the states.
-
-    Raises:
-        ValueError: Not one score for each state.
     """
     if len(hidden_states) != len(layer_weights):
         raise ValueError(
-            f"hidden_states: got {len(hidden_states)} for {len(layer_weights)} layer_weights; "
-            "allowed is one weight for each: the encoder's input and every layer's output"
+            f"hidden_states: got {len(hidden_states)} for {len(layer_weights)} layer_weights, one for each is needed"
         )
     wide = torch.promote_types(hidden_states[0].dtype, torch.float32)
     total = torch.zeros_like(hidden_states[0], dtype=wide)
@@ -83,14 +78,7 @@ def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -
 
 # %% ../../nbs/model/classification.ipynb #5d057590
 def resolve_problem_type(config: Wav2Vec2ConformerConfig) -> str:
-    """Say which question the labels answer.
-
-    Args:
-        config: Reads `problem_type` and `num_labels`.
-
-    Returns:
-        `config.problem_type`; if None, "regression" for one label, else "single_label_classification".
-    """
+    """Which question the labels answer: `problem_type`, or by `num_labels` "regression" of one, else "single_label_classification"."""
     return config.problem_type or (REGRESSION if config.num_labels == 1 else ONE_LABEL)
 
 
@@ -149,39 +137,56 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor 
 
 
 # %% ../../nbs/model/classification.ipynb #8bd0afd3
-def make_layer_weights(config: Wav2Vec2ConformerConfig) -> nn.Parameter | None:
-    """With `use_weighted_layer_sum`, one score for each layer and one for their input; else None."""
-    n_states = config.num_hidden_layers + 1
-    return nn.Parameter(torch.full((n_states,), 1 / n_states)) if config.use_weighted_layer_sum else None
-
-
-def read_frames(model: Any, output: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Pick the frames that a head reads: the last ones, or with `use_weighted_layer_sum` a mixture of layers.
+class BaseClassifier(PreTrainedModel):
+    """What classifiers share: the base model, and with `use_weighted_layer_sum` a learned mixture of its layers.
 
     Args:
-        model: A head: reads its `wav2vec2_conformer`, `layer_weights` and `config`.
-        output: What the base model returned; with hidden states, if they are to be mixed.
-        attention_mask: `[B, S]` or None.
-
-    Returns:
-        The frames `[B, T, D]`, shortened by an adapter; and their mask `[B, T]`, True = real frame, or None.
-
-    Raises:
-        ValueError: `use_weighted_layer_sum` was turned on after the model was built.
+        config: Every size and switch.
     """
-    base, frames = model.wav2vec2_conformer, output.last_hidden_state
-    samples = None if attention_mask is None else valid_lengths(attention_mask).to(frames.device)
-    if model.config.use_weighted_layer_sum:
-        if model.layer_weights is None:
-            allowed = "set when the model is built: it has no layer_weights"
-            raise refuse("use_weighted_layer_sum", True, allowed)
-        frames = weighted_layer_sum(output.hidden_states, model.layer_weights)
-        if base.adapter is not None:
-            n_frames = base._get_feat_extract_output_lengths
-            frames = base.adapter(frames, None if samples is None else n_frames(samples, add_adapter=False))
-    if samples is None:
-        return frames, None
-    return frames, frame_mask(base._get_feat_extract_output_lengths(samples), frames.shape[1])
+
+    adapts_mixture = True  # with an adapter, the mixture is sent through it
+
+    def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
+        super().__init__(config)
+        self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
+        n_states = config.num_hidden_layers + 1
+        scores = torch.full((n_states,), 1 / n_states)
+        self.layer_weights = nn.Parameter(scores) if config.use_weighted_layer_sum else None
+
+    def read_frames(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[Wav2Vec2BaseModelOutput, Tensor, Tensor]:
+        """Run the base model, and pick the frames that a head reads: the last ones, or the mixture.
+
+        The arguments are those of `Wav2Vec2ConformerModel`.
+
+        Returns:
+            The base model's output; the frames `[B, T, D]`, shortened by an adapter; how many are real, `[B]`.
+        """
+        config, model = self.config, self.wav2vec2_conformer
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        scores = self.layer_weights if config.use_weighted_layer_sum else None
+        if config.use_weighted_layer_sum and scores is None:
+            raise refuse(
+                "use_weighted_layer_sum", True, "set when the model is built: it has no layer_weights"
+            )
+        keep = wanted or scores is not None
+        output = model(input_values, attention_mask, mask_time_indices, output_attentions, keep, True)
+        frames, (B, S) = output.last_hidden_state, input_values.shape
+        samples = torch.full((B,), S) if attention_mask is None else valid_lengths(attention_mask)
+        samples = samples.to(frames.device)
+        if scores is not None:
+            frames = weighted_layer_sum(output.hidden_states, scores)
+            if model.adapter is not None and self.adapts_mixture:
+                frames = model.adapter(frames, model._get_feat_extract_output_lengths(samples, False))
+        output.hidden_states = output.hidden_states if wanted else None
+        adapted = config.add_adapter and (self.adapts_mixture or scores is None)
+        return output, frames, model._get_feat_extract_output_lengths(samples, adapted)
 
 
 # %% ../../nbs/model/classification.ipynb #1955df57
@@ -203,24 +208,12 @@ class SequenceClassifierOutput(ModelOutput):
 
 
 @dataclass(eq=False)
-class TokenClassifierOutput(ModelOutput):
-    """What the classifier of frames returns.
-
-    Attributes:
-        loss: Scalar in fp32; None without labels.
-        logits: `[B, T, num_labels]`, scores before softmax or sigmoid; T is counted after an adapter.
-        hidden_states: L + 1 tensors `[B, T, D]`, if asked for.
-        attentions: L maps `[B, H, T, T]`, if asked for.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor | None, ...] | None = None
+class TokenClassifierOutput(SequenceClassifierOutput):
+    """What the classifier of frames returns: the same fields, with logits `[B, T, num_labels]`, T behind an adapter."""
 
 
 # %% ../../nbs/model/classification.ipynb #63cc2170
-class Wav2Vec2ConformerForSequenceClassification(PreTrainedModel):
+class Wav2Vec2ConformerForSequenceClassification(BaseClassifier):
     """One answer for each utterance: project the frames, average the real ones, classify the mean.
 
     Mean pooling and linear layers, as in SUPERB (Yang et al., 2021); the loss as `resolve_problem_type` says.
@@ -231,8 +224,6 @@ class Wav2Vec2ConformerForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
-        self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
-        self.layer_weights = make_layer_weights(config)
         width = config.output_hidden_size if config.add_adapter else config.hidden_size
         self.projector = nn.Linear(width, config.classifier_proj_size)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
@@ -257,31 +248,26 @@ class Wav2Vec2ConformerForSequenceClassification(PreTrainedModel):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: Class numbers `[B]`; numbers `[B]` in a regression of one label; else `[B, num_labels]`.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding, counted before an adapter;
-                None: drawn in training, as the config says.
+            mask_time_indices: `[B, T]`, frames to mask, counted before an adapter; None: drawn in training.
 
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
         """
-        config = self.config
-        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keep = wanted or config.use_weighted_layer_sum
-        base = self.wav2vec2_conformer(
-            input_values, attention_mask, mask_time_indices, output_attentions, keep, True
+        base, frames, n_frames = self.read_frames(
+            input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states
         )
-        frames, mask = read_frames(self, base, attention_mask)  # [B, T, D], [B, T]
-        logits = self.classifier(masked_mean(self.projector(frames), mask))  # [B, num_labels]
+        mean = masked_mean(self.projector(frames), frame_mask(n_frames, frames.shape[1]))
+        logits = self.classifier(mean)  # [B, num_labels]
         loss = None
         if labels is not None:
-            loss = classification_loss(logits, labels, resolve_problem_type(config))
-        states = base.hidden_states if wanted else None
-        output = SequenceClassifierOutput(loss, logits, states, base.attentions)
-        as_output = config.return_dict if return_dict is None else return_dict
+            loss = classification_loss(logits, labels, resolve_problem_type(self.config))
+        output = SequenceClassifierOutput(loss, logits, base.hidden_states, base.attentions)
+        as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
 
 
 # %% ../../nbs/model/classification.ipynb #7a9282ab
-class Wav2Vec2ConformerForAudioFrameClassification(PreTrainedModel):
+class Wav2Vec2ConformerForAudioFrameClassification(BaseClassifier):
     """One answer for each frame, such as who speaks: a linear layer on every frame.
 
     The loss is the one that `resolve_problem_type` says. Frames of padding do not count, unless
@@ -293,8 +279,6 @@ class Wav2Vec2ConformerForAudioFrameClassification(PreTrainedModel):
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
-        self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
-        self.layer_weights = make_layer_weights(config)
         width = config.output_hidden_size if config.add_adapter else config.hidden_size
         self.classifier = nn.Linear(width, config.num_labels)
         self.init_weights()
@@ -319,25 +303,20 @@ class Wav2Vec2ConformerForAudioFrameClassification(PreTrainedModel):
             output_attentions: Return the attention maps; None reads the config, as the next two do.
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding, counted before an adapter;
-                None: drawn in training, as the config says.
+            mask_time_indices: `[B, T]`, frames to mask, counted before an adapter; None: drawn in training.
 
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
         """
-        config = self.config
-        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keep = wanted or config.use_weighted_layer_sum
-        base = self.wav2vec2_conformer(
-            input_values, attention_mask, mask_time_indices, output_attentions, keep, True
+        base, frames, n_frames = self.read_frames(
+            input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states
         )
-        frames, mask = read_frames(self, base, attention_mask)  # [B, T, D], [B, T]
         logits = self.classifier(frames)  # [B, T, num_labels]
         loss = None
         if labels is not None:
-            mask = mask if config.padding_invariant else None  # transformers counts padding, too
-            loss = classification_loss(logits, labels, resolve_problem_type(config), mask)
-        states = base.hidden_states if wanted else None
-        output = TokenClassifierOutput(loss, logits, states, base.attentions)
-        as_output = config.return_dict if return_dict is None else return_dict
+            counts = self.config.padding_invariant  # off: padding counts, too, as in transformers
+            mask = frame_mask(n_frames, frames.shape[1]) if counts else None
+            loss = classification_loss(logits, labels, resolve_problem_type(self.config), mask)
+        output = TokenClassifierOutput(loss, logits, base.hidden_states, base.attentions)
+        as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel
 
 # %% auto #0
 __all__ = [
+    "Run",
+    "runs",
     "collapse",
     "extend_labels",
     "pack_labels",
@@ -33,14 +35,30 @@ __all__ = [
 
 
 # %% ../../nbs/model/ctc.ipynb #39e8b415
-def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
-    """Read a path as labels: join runs of equal symbols, drop the blanks (Graves et al., 2006, section 3.1).
+class Run(NamedTuple):
+    """A stretch of frames, `start` to `end - 1`, that say the same symbol."""
 
-    Args:
-        path: One symbol per frame.
-        blank: The symbol that stands for nothing.
+    label: Any
+    start: int
+    end: int
+
+
+def runs(path: Iterable[Any], blank: Any = 0) -> list[Run]:
+    """Cut a path, one symbol per frame, into runs of equal symbols, and leave out those of the blank.
+
+    Symbols are numbers, or anything that can be compared; `blank=None` keeps all runs.
     """
-    return [symbol for symbol, _ in groupby(int(s) for s in path) if symbol != blank]
+    found, start = [], 0
+    for label, members in groupby(path.tolist() if isinstance(path, Tensor) else path):
+        end = start + len(list(members))
+        found.append(Run(label, start, end))
+        start = end
+    return [run for run in found if run.label != blank]
+
+
+def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
+    """Read a path as labels: join runs of equal symbols, drop the blanks (Graves et al., 2006, section 3.1)."""
+    return [int(run.label) for run in runs(path, blank)]
 
 
 # %% ../../nbs/model/ctc.ipynb #36dcdc78

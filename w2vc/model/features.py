@@ -5,8 +5,9 @@
 # %% ../../nbs/model/features.ipynb #5a176180
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import overload
+from typing import NamedTuple, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..config import Wav2Vec2ConformerConfig, get_activation
 __all__ = [
     "receptive_field",
     "conv_output_lengths",
+    "FrameClock",
     "frame_mask",
     "MaskedGroupNorm",
     "ConvLayer",
@@ -68,6 +70,45 @@ def conv_output_lengths(
     for kernel, stride in zip(kernels, strides, strict=True):
         lengths = (lengths - kernel) // stride + 1  # once <= 0 it stays <= 0, so one clamp at the end will do
     return lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(lengths, 0)
+
+
+# %% ../../nbs/model/features.ipynb #8d908fc7
+class FrameClock(NamedTuple):
+    """Where frames lie in time: frame `t` sees the samples `hop * t` to `hop * t + width - 1`."""
+
+    hop: int = 320
+    width: int = 400
+    rate: int = 16_000
+
+    @classmethod
+    def of(cls, config: Wav2Vec2ConformerConfig | None, rate: int = 16_000, *, adapter: bool = False) -> Self:
+        """The clock of a model's frames, with `adapter` of those behind its adapter; None: of the published models."""
+        if config is None:
+            return cls(rate=rate)
+        width, hop = receptive_field(config.conv_kernel, config.conv_stride)
+        for _ in range(config.num_adapter_layers if adapter and config.add_adapter else 0):
+            width += (config.adapter_kernel_size - 3) * hop  # kernel - 1, and one frame of zeros on each side
+            hop *= config.adapter_stride
+        return cls(hop, width, rate)
+
+    @property
+    def step(self) -> float:
+        """Seconds from one frame to the next."""
+        return self.hop / self.rate
+
+    def middle(self, frame: float = 0) -> float:
+        """Seconds from the start of the audio to the middle of what a frame sees."""
+        return (self.hop * frame + self.width / 2) / self.rate
+
+    def frame(self, seconds: float) -> int:
+        """The frame whose middle is nearest."""
+        return max(round((seconds - self.middle()) / self.step), 0)
+
+    def span(self, start: float, end: float, seconds: float | None = None) -> tuple[float, float]:
+        """Seconds that the frames `start` to `end - 1` stand for, within the audio's own `seconds`, if known."""
+        last = math.inf if seconds is None else seconds
+        first, after = (max(0.0, min(self.middle(t - 0.5), last)) for t in (start, end))
+        return first, after
 
 
 # %% ../../nbs/model/features.ipynb #3bd5fb43

@@ -14,10 +14,9 @@ from torch.nn.functional import conv1d, cosine_similarity, cross_entropy, normal
 
 from ..checks import check_long_enough, check_speakers
 from ..config import Wav2Vec2ConformerConfig
-from ..files.pretrained import PreTrainedModel
-from .classification import make_layer_weights, weighted_layer_sum
+from .classification import BaseClassifier
 from .features import conv_output_lengths, frame_mask, valid_lengths
-from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel
+from .wav2vec2 import ModelOutput
 
 # %% auto #0
 __all__ = [
@@ -35,14 +34,9 @@ __all__ = [
 
 # %% ../../nbs/model/speaker.ipynb #8a14ceba
 def cosine_score(one: Tensor, other: Tensor) -> Tensor:
-    """How alike two voices are: the cosine of the angle between their vectors, in -1..1.
+    """How alike two voices are: the cosine of the angle between vectors `[..., D]`, in -1..1 and fp32 at least.
 
-    Args:
-        one: `[..., D]`.
-        other: `[..., D]`; the other axes broadcast, so `cosine_score(a[:, None], b)` compares all with all.
-
-    Returns:
-        The other axes, in fp32 at least.
+    The other axes broadcast, so that `cosine_score(a[:, None], b)` compares all with all.
     """
     wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
     return cosine_similarity(one.to(wide), other.to(wide), dim=-1)
@@ -108,15 +102,7 @@ def effective_kernel_sizes(config: Wav2Vec2ConformerConfig) -> list[int]:
 
 
 def tdnn_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Tensor:
-    """Count the frames that leave the whole TDNN, dilation included.
-
-    Args:
-        lengths: Frames that enter, integers of any shape.
-        config: Reads `tdnn_kernel` and `tdnn_dilation`.
-
-    Returns:
-        A tensor of the same shape; 0 where too few frames enter.
-    """
+    """Count the frames that leave the whole TDNN if `lengths` enter it, dilation included; 0 where they are too few."""
     sizes = effective_kernel_sizes(config)
     return conv_output_lengths(lengths, sizes, [1] * len(sizes))
 
@@ -186,22 +172,21 @@ class XVectorOutput(ModelOutput):
 
 
 # %% ../../nbs/model/speaker.ipynb #d973d6c3
-class Wav2Vec2ConformerForXVector(PreTrainedModel):
+class Wav2Vec2ConformerForXVector(BaseClassifier):
     """The model, a TDNN, statistics pooling, linear layers: one vector per utterance that says who speaks.
 
-    X-vectors (Snyder et al., 2018). With `use_weighted_layer_sum` the head reads a learned mixture of layers,
-    taken in front of an adapter.
+    X-vectors (Snyder et al., 2018). A mixture of layers is taken in front of an adapter.
 
     Args:
         config: Every size and switch; `num_labels` is the number of speakers in training.
     """
 
+    adapts_mixture = False
+
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
-        self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
-        self.layer_weights = make_layer_weights(config)
-        self.reads_adapter = config.add_adapter and self.layer_weights is None
-        width = config.output_hidden_size if self.reads_adapter else config.hidden_size
+        reads_adapter = config.add_adapter and not config.use_weighted_layer_sum
+        width = config.output_hidden_size if reads_adapter else config.hidden_size
         self.projector = nn.Linear(width, config.tdnn_dim[0])
         self.tdnn = nn.ModuleList(TDNNLayer(config, i) for i in range(len(config.tdnn_dim)))
         self.feature_extractor = nn.Linear(2 * config.tdnn_dim[-1], config.xvector_output_dim)
@@ -232,37 +217,28 @@ class Wav2Vec2ConformerForXVector(PreTrainedModel):
             output_hidden_states: Return the hidden states.
             return_dict: False returns a tuple of the filled fields.
             labels: `[B]`, who speaks, in 0..num_labels - 1.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding, counted before an adapter;
-                None: drawn in training, as the config says.
+            mask_time_indices: `[B, T]`, frames to mask, counted before an adapter; None: drawn in training.
 
         Raises:
             ValueError: Labels that name no speaker; or an utterance too short for the TDNN (seen by its shape
                 anywhere, by the mask on the host only; elsewhere its statistics are 0).
         """
-        config = self.config
-        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keep = wanted or self.layer_weights is not None
-        base = self.wav2vec2_conformer(
-            input_values, attention_mask, mask_time_indices, output_attentions, keep, True
+        base, frames, n_frames = self.read_frames(
+            input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states
         )
         B, S = input_values.shape
         samples = torch.full((B,), S) if attention_mask is None else valid_lengths(attention_mask)
-        check_long_enough(samples, S, min_samples(config))
-        hidden = base.last_hidden_state  # [B, T, D]
-        if self.layer_weights is not None:
-            hidden = weighted_layer_sum(base.hidden_states, self.layer_weights)
-        hidden = self.projector(hidden)
+        check_long_enough(samples, S, min_samples(self.config))
+        hidden = self.projector(frames)  # [B, T, tdnn_dim[0]]
         for layer in self.tdnn:
             hidden = layer(hidden)
-        n_frames = self._get_feat_extract_output_lengths(samples, self.reads_adapter)
-        n_frames = self._get_tdnn_output_lengths(n_frames).to(hidden.device)
-        embeddings = self.feature_extractor(statistics_pooling(hidden, n_frames))  # [B, xvector_output_dim]
+        pooled = statistics_pooling(hidden, self._get_tdnn_output_lengths(n_frames))
+        embeddings = self.feature_extractor(pooled)  # [B, xvector_output_dim]
         logits = self.classifier(embeddings)
         loss = None
         if labels is not None:
             check_speakers(labels, B, self.objective.weight.shape[1])
             loss = self.objective(logits, labels.to(logits.device))
-        states = base.hidden_states if wanted else None
-        output = XVectorOutput(loss, logits, embeddings, states, base.attentions)
-        as_output = config.return_dict if return_dict is None else return_dict
+        output = XVectorOutput(loss, logits, embeddings, base.hidden_states, base.attentions)
+        as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..config import find_file, nearest, pin_revision, read_json, write_atomically, write_together
+from ..config import nearest
+from ..files.atomic import read_json, write_file, write_together
+from ..files.hub import find_file, pin_revision
 from ..model.ctc import collapse
 from .tokenizer import VOCAB_FILE, Wav2Vec2CTCTokenizer, Wav2Vec2Processor, runs_of
 
@@ -178,7 +180,7 @@ class NGramModel:
     def to_arpa(self, path: str | os.PathLike[str]) -> None:
         """Write an ARPA file; gzipped if its name ends in ".gz"."""
         data = _arpa_text(self).encode()
-        write_atomically(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
+        write_file(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
 
 
 # %% ../../nbs/text/decoding.ipynb #f696d0e3
@@ -1103,7 +1105,7 @@ class CTCDecoder(_DecoderParts):
             raise ValueError(f"unit={scorer.unit!r}: these files hold models of words only")
         self.tokenizer.save_pretrained(save_directory)
         content = {"labels": _alphabet_of(self.tokenizer), "is_bpe": False}
-        write_atomically(
+        write_file(
             Path(save_directory) / _ALPHABET_FILE, (json.dumps(content, ensure_ascii=False) + "\n").encode()
         )
         if self.language_model is not None:

@@ -20,8 +20,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import torch
 
-from ..config import find_file, lacks, nearest, pin_revision, read_json, write_together
+from ..config import nearest
 from ..data.audio import BatchFeature, Wav2Vec2FeatureExtractor, plan_lengths
+from ..files.atomic import read_json, write_together
+from ..files.hub import find_file, lacks, pin_revision
 from ..model.wav2vec2 import ModelOutput
 
 # %% auto #0

@@ -30,11 +30,13 @@ from w2vc.training.monitoring import (
     find_alarms,
 )
 
-from ..config import Wav2Vec2ConformerConfig, find_file, refuse, write_atomically, write_together
+from ..config import Wav2Vec2ConformerConfig, refuse
 from ..data.audio import BatchFeature, Wav2Vec2FeatureExtractor
 from ..data.batches import Collator, CTCCollator, LabelCollator, PretrainingCollator, data_loader
 from ..data.corpus import Speech, Utterance, load_speech
 from ..evaluation.measures import EditCounts, count_edits
+from ..files.atomic import write_file, write_together
+from ..files.hub import find_file
 from ..files.pretrained import OLD_WEIGHTS, PreTrainedModel, eval_mode, read_checkpoint
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification
 from ..model.ctc import Wav2Vec2ConformerForCTC
@@ -750,7 +752,7 @@ class MetricsLog:
         self.board: Any = None
         if write:
             text = "".join(json.dumps(r) + "\n" for r in self.records)
-            write_atomically(self.path, text.encode())
+            write_file(self.path, text.encode())
         if write and tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1405,7 +1407,7 @@ class Trainer(JudgedRun):
         resumed = self.resume()
         self.log = MetricsLog(self.folder, self.step, tensorboard=plan.tensorboard, write=self.is_main)
         if self.is_main and not resumed:
-            write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
+            write_file(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
             for name in ("last", "best"):
                 self.objective.processor.save_pretrained(self.folder / name)
         self.bar = _bar(self.progress, self.step, plan.steps)
