@@ -27,6 +27,14 @@ def tiny_config(**knobs: Any) -> Wav2Vec2ConformerConfig:
     return Wav2Vec2ConformerConfig.tiny(**knobs)
 
 
+def quiet_config(**knobs: Any) -> Wav2Vec2ConformerConfig:
+    """A tiny config without dropout, LayerDrop or SpecAugment."""
+    names = "hidden activation attention feat_proj conformer_conv final feat_quantizer".split()
+    quiet = {f"{name}_dropout": 0.0 for name in names}
+    quiet |= {"layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+    return tiny_config(**{**quiet, **knobs})
+
+
 def peer_config(config: Wav2Vec2ConformerConfig, **knobs: Any) -> Any:
     """The same sizes for transformers; eager attention, so that it returns its maps."""
     from transformers import Wav2Vec2ConformerConfig as PeerConfig

@@ -5,16 +5,11 @@
 # %% ../../nbs/evaluation/reports.ipynb #8741ba9d
 from __future__ import annotations
 
-import importlib
-import io
-import itertools
 import json
 import math
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..checks import MANY_LABELS, ONE_LABEL
-from ..config import find_file, read_json
-from ..data.audio import Samples, Wav2Vec2FeatureExtractor, load_audio
+from ..data.audio import Wav2Vec2FeatureExtractor
 from ..data.batches import PretrainingCollator, data_loader, turn_order
-from ..data.corpus import SAMPLING_RATE, Speech, Utterance, frame_activity, load_dataset, load_speech
+from ..data.corpus import SAMPLING_RATE, Speech, Utterance, frame_activity, open_speech
+from ..files.atomic import read_json
+from ..files.hub import find_folder
 from ..files.pretrained import PreTrainedModel, eval_mode, read_checkpoint
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as ForFrames
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification as ForSequences
@@ -66,8 +62,6 @@ __all__ = [
     "contrastive_report",
     "evaluate_pretraining",
     "model_class",
-    "hub_speech",
-    "open_speech",
     "evaluate",
 ]
 
@@ -572,8 +566,8 @@ def model_class(
     """
     classes = {cls.__name__: cls for cls in HEADS.values()}
     if architecture is None:
-        path = find_file(model, "config.json", revision=revision)
-        named = (read_json(path).get("architectures") or [None])[0] if path else None
+        config = find_folder(model, revision) / "config.json"
+        named = (read_json(config).get("architectures") or [None])[0] if config.is_file() else None
         if named not in classes:
             names = read_checkpoint(model, revision=revision, device="meta")
             part = next(part for part in HEADS if any(name.startswith(part) for name in names))
@@ -591,94 +585,9 @@ def _processor_of(model: PreTrainedModel) -> Any:
         return None
     if isinstance(model, Wav2Vec2ConformerForCTC):
         return Wav2Vec2Processor.from_pretrained(where, revision=revision)
-    if find_file(where, "preprocessor_config.json", revision=revision) is None:
-        return None
-    return Wav2Vec2FeatureExtractor.from_pretrained(where, revision=revision)
-
-
-# %% ../../nbs/evaluation/reports.ipynb #bd313157
-@dataclass(frozen=True)
-class _Cell:
-    """A file inside a row of a data set, kept as it is until its sound is needed."""
-
-    cell: Mapping[str, Any]
-    n_samples: int
-
-    def read(self) -> Samples:
-        """Decode."""
-        return load_audio(self.cell, SAMPLING_RATE)
-
-
-def _from_row(row: Mapping[str, Any], number: int) -> Utterance:
-    """Make an utterance of a data set's row: `audio`, and what is there of id, text and speaker."""
-    cell = row["audio"]
-    source = cell["path"] if cell.get("bytes") is None else io.BytesIO(cell["bytes"])
-    facts = importlib.import_module("soundfile").info(source)
-    size = round(facts.frames * SAMPLING_RATE / facts.samplerate)
-    first = {key: next((str(row[k]) for k in keys if row.get(k) not in {None, ""}), "") for key, keys in {
-        "id": ("id",), "text": ("text", "transcription", "sentence"), "speaker": ("speaker_id", "speaker"), "language": ("language",), "kind": ("kind",),
-    }.items()}  # fmt: skip
-    name = first["id"] or f"row {number}"
-    return Utterance(
-        name,
-        _Cell(cell, size),
-        SAMPLING_RATE,
-        first["text"],
-        first["speaker"],
-        first["language"],
-        kind=first["kind"],
-    )
-
-
-def hub_speech(name: str, split: str = "test", limit: int | None = None) -> Speech:
-    """Stream a published data set through `datasets`: only the split is fetched, and its files stay compressed in memory.
-
-    Args:
-        name: "REPOSITORY", "REPOSITORY:CONFIGURATION" or "REPOSITORY:CONFIGURATION:SPLIT", such as
-            "openslr/librispeech_asr:clean:test"; a folder in the released layout will do.
-        split: Where the name says none.
-        limit: Take the first rows only.
-    """
-    repository, config, part = (*name.split(":"), "", "")[:3]
-    rows = load_dataset(repository, config or None, split=part or split, streaming=True)
-    undecoded = itertools.islice(rows._rows, limit)
-    found = [_from_row(row, i) for i, row in enumerate(undecoded)]
-    return Speech(found, f"{repository}{':' * bool(config)}{config}", part or split)
-
-
-def open_speech(name: str | os.PathLike[str], split: str | None = None, limit: int | None = None) -> Speech:
-    """Open a set to be measured on.
-
-    Args:
-        name: What `load_speech` knows: a set or a folder; or "hf:" and what `hub_speech` knows.
-        split: "test" by default; of a folder without splits all of it.
-        limit: At most so many utterances, drawn once and for all (the first ones, if the set is streamed).
-
-    Raises:
-        ValueError: No such set or split, nothing in it, or a limit below 1.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1")
-    text = os.fspath(name)
-    if text.startswith("hf:"):
-        speech = hub_speech(text.removeprefix("hf:"), split or "test", limit)
-    else:
-        folder = Path(text).expanduser()
-        whole = (
-            split is None
-            and folder.exists()
-            and not (folder / "test").is_dir()
-            and not (folder / "speech.json").is_file()
-        )
-        speech = load_speech(text, "all" if whole else split or "test")
-    if not len(speech):
-        raise ValueError(f"{text}: there is no utterance in it")
-    if limit is not None and len(speech) > limit:
-        chosen = sorted(
-            random.Random(0).sample(range(len(speech)), limit)
-        )  # every n-th might be the same speaker
-        speech = Speech((speech[i] for i in chosen), speech.name, speech.split, speech.about)
-    return speech
+    kind = Wav2Vec2FeatureExtractor
+    has_one = (find_folder(where, revision) / "preprocessor_config.json").is_file()
+    return kind.from_pretrained(where, revision=revision) if has_one else None
 
 
 # %% ../../nbs/evaluation/reports.ipynb #1f893a47
