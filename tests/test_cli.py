@@ -375,7 +375,7 @@ def test_recipes_are_listed_and_run(capsys: pytest.CaptureFixture[str], tmp_path
     code, _, err = run(capsys, "finetune", "demo_pretrain", tmp_path / "run")
     assert (code, "w2vc pretrain" in one_line(err)) == (1, True)
     code, _, err = run(capsys, "pretrain", "demo_pretrain", tmp_path / "run", "run.stepz=3")
-    assert (code, "did you mean" in one_line(err)) == (1, True)
+    assert (code, "did you mean" in one_line(err).lower()) == (1, True)
 
 
 # ------------------------------------------------------------------------------------------ explore
