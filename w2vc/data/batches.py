@@ -56,7 +56,8 @@ def sample_rng(seed: int, epoch: int, name: str, purpose: str) -> np.random.Gene
     The four are hashed (BLAKE2) to the key of Philox, a counter-based generator (Salmon et al., 2011, "Parallel random
     numbers: as easy as 1, 2, 3"). Who asks, when, and in which order plays no part.
     """
-    digest = hashlib.blake2b(repr((seed, epoch, name, purpose)).encode(), digest_size=16).digest()
+    facts = repr((int(seed), int(epoch), name, purpose))
+    digest = hashlib.blake2b(facts.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
@@ -411,12 +412,9 @@ class Collator:
 
 
 # %% ../../nbs/data/batches.ipynb #6dc3267c
-_FACTS = ("ids", "epoch", "lengths", "n_frames", "n_masked", "n_labels", "label_lengths", "texts", "dropped")
-
-
 def model_inputs(batch: BatchFeature) -> dict[str, Tensor]:
-    """Take from a batch what a model's forward is given; the rest are facts for the host."""
-    return {key: value for key, value in batch.items() if key not in _FACTS}
+    """Take from a batch what a model's forward is given, the tensors; the rest are facts for the host."""
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 def find_problems(speech: Speech, collator: Collator) -> dict[str, str]:
