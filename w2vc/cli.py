@@ -24,59 +24,21 @@ except ImportError as error:
 import torch
 
 from .config import Wav2Vec2ConformerConfig
-from .evaluation.reports import Report, evaluate, model_class, open_speech
-from .files.atomic import read_json, write_file, write_together
+from .data.corpus import find_audio, open_speech
+from .evaluation.reports import evaluate, model_class
+from .files.atomic import read_json, replace_folder, write_file
 from .files.fairseq import convert_fairseq, read_fairseq
-from .files.hub import find_file
+from .files.hub import find_folder
 from .files.pretrained import PreTrainedModel, demo_folder, match_names, read_checkpoint
 from .model.ctc import Wav2Vec2ConformerForCTC
 from .text.decoding import CTCDecoder
 from .text.tokenizer import Wav2Vec2Processor
-from .text.transcription import Transcript
-from .text.transcription import transcribe as transcribe_speech
-from .training.recipes import OBJECTIVES, Recipe, recipe_folder
+from .text.transcription import Transcript, transcribe
+from .training.recipes import Recipe, recipe_folder
 from .training.trainer import train
 
 # %% auto #0
-__all__ = [
-    "app",
-    "Model",
-    "Revision",
-    "Force",
-    "PROCESSOR_FILES",
-    "SOUNDS",
-    "BeamWidth",
-    "LanguageModel",
-    "Alpha",
-    "Beta",
-    "Device",
-    "Type",
-    "RecipeName",
-    "RunFolder",
-    "Overrides",
-    "Minutes",
-    "DryRun",
-    "examples",
-    "main",
-    "describe_checkpoint",
-    "info",
-    "convert",
-    "Format",
-    "Times",
-    "find_recordings",
-    "written",
-    "transcribe_each",
-    "make_decoder",
-    "transcribe_command",
-    "worst_transcripts",
-    "evaluate_command",
-    "explore",
-    "export",
-    "bench",
-    "pretrain",
-    "finetune",
-    "recipes",
-]
+__all__ = ["app", "main", "describe_checkpoint"]
 
 # %% ../nbs/appendix/cli.ipynb #cfef4ebe
 app = typer.Typer(
@@ -88,12 +50,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder of a checkpoint, or an id on the hub; by default the small demo checkpoint.")]  # fmt: skip
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Write over what is there.")]
+_Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder of a checkpoint, or an id on the hub; by default the small demo checkpoint.")]  # fmt: skip
+_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+_Force = Annotated[bool, typer.Option("--force", "-f", help="Write over what is there.")]
 
 
-def examples(*lines: str) -> str:
+def _examples(*lines: str) -> str:
     """Lay out examples for the end of a help page, each on a line of its own."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
@@ -106,10 +68,8 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:  # fmt: skip
     """Hold the options of the program as a whole."""
 
 
@@ -123,41 +83,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 worked, 1 failed, 2 was called wrongly, 130 was interrupted.
     """
-    command = typer.main.get_command(app)
     if sys.stderr.isatty():  # somebody reads along: say which fast forms run
         logging.basicConfig(format="%(message)s")
         logging.getLogger("w2vc").setLevel(logging.INFO)
     try:
-        result = command.main(args=arguments, prog_name="w2vc", standalone_mode=False)
-        return int(result or 0)
+        command = typer.main.get_command(app)
+        return int(command.main(args=arguments, prog_name="w2vc", standalone_mode=False) or 0)
     except Exception as error:
         if os.environ.get("W2VC_DEBUG"):
             raise
-        return _complain(error)
+        if hasattr(error, "format_message"):  # a word that the command line does not know
+            line, context = error.format_message(), getattr(error, "ctx", None)
+            return _say(line + (f" Try: {context.command_path} --help" if context else ""), 2) if line else 2
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if isinstance(error, (ValueError, OSError, ImportError, RuntimeError, KeyError)):
+            return _say(str(error) or type(error).__name__, 1)
+        raise  # a mistake of ours
 
 
-def _say(line: str, code: int) -> int:
+def _say(line: str, code: int = 0) -> int:
     """Print one line to standard error and return the exit code."""
     print(f"w2vc: {' '.join(line.split())}", file=sys.stderr)
     return code
 
 
-def _complain(error: Exception) -> int:
-    """Find the line and the exit code of an error; raise it again if it is a mistake of ours."""
-    if hasattr(error, "format_message"):  # a word that the command line does not know
-        line = error.format_message()
-        context = getattr(error, "ctx", None)
-        return (
-            _say(line + (f" Try: {context.command_path} --help" if context and line else ""), 2)
-            if line
-            else 2
-        )
-    if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError, KeyError)):
-        return _say(str(error) or type(error).__name__, 1)
-    raise error
+def _spare(path: Path, force: bool) -> None:
+    """Refuse to write over what is there; an empty folder may be filled."""
+    if not force and path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} exists; --force writes over it")
 
 
 # %% ../nbs/appendix/cli.ipynb #8961ddfe
@@ -172,10 +127,11 @@ def describe_checkpoint(model: str, *, revision: str | None = None) -> dict[str,
         Plain data: "architecture", "parameters", "bytes", "dtypes", "parts" (parameters by part), "settings", "vocabulary",
         "notes", and "tensors" (name -> shape and type).
     """
+    vocabulary = None
     if model.endswith(".pt"):
         read = read_fairseq(model)
-        config, tensors, notes = read.config, read.tensors, list(read.notes)
-        kind, vocabulary = f"fairseq checkpoint ({read.kind})", read.symbols
+        config, tensors, notes, vocabulary = read.config, read.tensors, list(read.notes), read.symbols
+        kind = f"fairseq checkpoint ({read.kind})"
     else:
         config = Wav2Vec2ConformerConfig.from_pretrained(model, revision=revision)
         tensors = read_checkpoint(model, revision=revision)
@@ -183,56 +139,55 @@ def describe_checkpoint(model: str, *, revision: str | None = None) -> dict[str,
         with torch.device("meta"):
             empty = cls(config)
         report, _ = match_names(empty.state_dict(), tensors, is_base=empty.base_model is empty)
-        notes = str(report).strip().splitlines()
-        kind = cls.__name__
-        path = find_file(model, "vocab.json", revision=revision)
-        symbols = read_json(path) if path else None
-        vocabulary = sorted(symbols, key=symbols.__getitem__) if symbols else None
+        kind, notes = cls.__name__, str(report).strip().splitlines()
+        path = find_folder(model, revision, ("vocab.json",)) / "vocab.json"
+        if path.is_file():
+            symbols = read_json(path)
+            vocabulary = sorted(symbols, key=symbols.__getitem__)
     parts: Counter[str] = Counter()
     for name, tensor in tensors.items():
-        if name.endswith(("running_mean", "running_var", "num_batches_tracked", "inv_freq")):
-            continue  # counted along or computed, not learned
-        parts[name.removeprefix("wav2vec2_conformer.").partition(".")[0]] += tensor.numel()
+        if not name.endswith(
+            ("running_mean", "running_var", "num_batches_tracked", "inv_freq")
+        ):  # not learned
+            parts[name.removeprefix("wav2vec2_conformer.").partition(".")[0]] += tensor.numel()
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     usual = Wav2Vec2ConformerConfig().to_dict()
     return {
         "architecture": kind,
         "parameters": sum(parts.values()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}),
+        "dtypes": sorted({dtypes[name] for name, tensor in tensors.items() if tensor.is_floating_point()}),
         "parts": dict(parts.most_common()),
         "settings": {key: value for key, value in config.to_dict().items() if usual.get(key, ...) != value},
         "vocabulary": vocabulary,
         "notes": [note.strip() for note in notes],
-        "tensors": {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()},
-    }  # fmt: skip
+        "tensors": {name: [list(tensor.shape), dtypes[name]] for name, tensor in tensors.items()},
+    }
 
 
 # %% ../nbs/appendix/cli.ipynb #f41bad0e
 @app.command(
-    epilog=examples(
+    "info",
+    epilog=_examples(
         "w2vc info ./my-model",
         "w2vc info facebook/wav2vec2-conformer-rel-pos-large-960h-ft --keys",
         "w2vc info checkpoint_best.pt --json",
-    )
+    ),
 )
-def info(
-    model: Annotated[
-        str, typer.Argument(help="Folder of a checkpoint, an id on the hub, or a fairseq .pt file.")
-    ],
+def _info(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, an id on the hub, or a fairseq .pt file.")],
     keys: Annotated[bool, typer.Option("--keys", help="List every tensor with its shape and type.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    revision: Revision = None,
-) -> None:
+    revision: _Revision = None,
+) -> None:  # fmt: skip
     """Print a checkpoint's class, sizes, settings and tensors."""
     facts = describe_checkpoint(model, revision=revision)
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    total = facts["parameters"]
+    total, tensors, types = facts["parameters"], facts["tensors"], ", ".join(facts["dtypes"])
     print(facts["architecture"])
-    print(
-        f"{total:,} parameters in {len(facts['tensors'])} tensors, {', '.join(facts['dtypes'])}, {facts['bytes'] / 1e6:.1f} MB"
-    )
+    print(f"{total:,} parameters in {len(tensors)} tensors, {types}, {facts['bytes'] / 1e6:.1f} MB")
     for part, count in facts["parts"].items():
         print(f"  {part:24} {count:14,}  {100 * count / max(total, 1):5.1f} %")
     if symbols := facts["vocabulary"]:
@@ -242,64 +197,56 @@ def info(
         print(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
     for note in facts["notes"]:
         print(f"note: {note}")
-    if keys:
-        for name, (shape, dtype) in facts["tensors"].items():
-            print(f"{name}  {shape}  {dtype}")
+    for name, (shape, dtype) in tensors.items() if keys else ():
+        print(f"{name}  {shape}  {dtype}")
 
 
 # %% ../nbs/appendix/cli.ipynb #42a04891
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 
 
 @app.command(
-    epilog=examples(
+    "convert",
+    epilog=_examples(
         "w2vc convert checkpoint_best.pt ./my-model --dictionary dict.ltr.txt",
         "w2vc convert ./old-folder-with-bin ./my-model --dtype float16",
-    )
+    ),
 )
-def convert(  # noqa: PLR0917
+def _convert(  # noqa: PLR0917
     source: Annotated[str, typer.Argument(help="Folder, hub id, or a fairseq .pt file.")],
     target: Annotated[Path, typer.Argument(help="Folder to write, in the format of transformers.")],
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Type of the weights: float32, float16 or bfloat16; as in the source by default."),
-    ] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="Class of the model; found out by default.")
-    ] = None,
-    dictionary: Annotated[
-        Path | None, typer.Option(help="dict.ltr.txt of a fine-tuned fairseq model that does not hold it.")
-    ] = None,
-    shard_bytes: Annotated[
-        int, typer.Option(help="Split weights that are larger.", min=1_000_000)
-    ] = 5_000_000_000,
-    revision: Revision = None,
-    force: Force = False,
-) -> None:
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights: float32, float16 or bfloat16; as in the source by default.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Class of the model; found out by default.")] = None,
+    dictionary: Annotated[Path | None, typer.Option(help="dict.ltr.txt of a fine-tuned fairseq model that does not hold it.")] = None,
+    shard_bytes: Annotated[int, typer.Option(help="Split weights that are larger.", min=1_000_000)] = 5_000_000_000,
+    revision: _Revision = None,
+    force: _Force = False,
+) -> None:  # fmt: skip
     """Write a checkpoint of fairseq, transformers or w2vc as a standard folder with safetensors."""
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]) and not force:
-        raise ValueError(f"{target} exists; --force writes over it")
+    _spare(target, force)
     if source.endswith(".pt"):
-        converted: PreTrainedModel = convert_fairseq(
+        model: PreTrainedModel = convert_fairseq(
             source, target, dictionary, dtype=dtype, max_shard_bytes=shard_bytes
         )
+    elif dictionary is not None:
+        raise ValueError("--dictionary is for a fairseq .pt file")
     else:
-        if dictionary is not None:
-            raise ValueError("--dictionary is for a fairseq .pt file")
         cls = model_class(source, architecture, revision=revision)
-        converted = cls.from_pretrained(source, dtype=dtype, revision=revision)
-        others = {
-            name: path.read_bytes()
-            for name in PROCESSOR_FILES
-            if (path := find_file(source, name, revision=revision))
+        model = cls.from_pretrained(source, dtype=dtype, revision=revision)
+        folder = find_folder(source, revision, _PROCESSOR_FILES)
+        processor = {
+            name: (folder / name).read_bytes() for name in _PROCESSOR_FILES if (folder / name).is_file()
         }
-        converted.save_pretrained(target, max_shard_bytes=shard_bytes)
-        write_together(target, others)
-    print(f"{target}: {type(converted).__name__}, {converted.num_parameters():,} parameters, {str(converted.dtype).removeprefix('torch.')}", file=sys.stderr)  # fmt: skip
+        model.save_pretrained(target, max_shard_bytes=shard_bytes)
+        with replace_folder(target) as fresh:
+            for name, content in processor.items():
+                write_file(fresh / name, content)
+    kind = str(model.dtype).removeprefix("torch.")
+    print(f"{target}: {type(model).__name__}, {model.num_parameters():,} parameters, {kind}", file=sys.stderr)
 
 
 # %% ../nbs/appendix/cli.ipynb #e95ee6e0
-class Format(enum.StrEnum):
+class _Format(enum.StrEnum):
     """How a transcript is written."""
 
     text = "text"
@@ -307,8 +254,16 @@ class Format(enum.StrEnum):
     srt = "srt"
     vtt = "vtt"
 
+    def write(self, transcript: Transcript, name: str) -> str:
+        """Write a transcript; JSON carries the name of its recording."""
+        if self is _Format.json:
+            return json.dumps({"file": name, **transcript.to_dict()}, ensure_ascii=False) + "\n"
+        if self is _Format.text:
+            return transcript.text + "\n"
+        return transcript.to_srt() if self is _Format.srt else transcript.to_vtt()
 
-class Times(enum.StrEnum):
+
+class _Times(enum.StrEnum):
     """How finely a transcript is timed."""
 
     none = "none"
@@ -316,196 +271,36 @@ class Times(enum.StrEnum):
     char = "char"
 
 
-SOUNDS = {
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-    ".aiff",
-    ".aif",
-    ".au",
-    ".m4a",
-    ".mp4",
-    ".webm",
-    ".g722",
-}
-
-
-def find_recordings(inputs: Sequence[str]) -> list[Path | None]:
-    """List the recordings that are meant: files as they are, the sounds in folders in order, None for "-", standard input.
-
-    Raises:
-        FileNotFoundError: An input does not exist.
-        ValueError: A folder holds no sound; "-" comes twice.
-    """
+def _find_recordings(inputs: Sequence[str]) -> list[Path | None]:
+    """List the recordings that are meant: files as they are, the audio in folders in order, None for "-", standard input."""
     found: list[Path | None] = []
     for name in inputs:
         path = Path(name)
-        if name == "-":
-            found.append(None)
-        elif path.is_dir():
-            sounds = sorted(p for p in path.rglob("*") if p.suffix.lower() in SOUNDS and p.is_file())
-            if not sounds:
-                raise ValueError(f"{name}: no sound in this folder; looked for {' '.join(sorted(SOUNDS))}")
-            found += sounds
-        elif path.is_file():
-            found.append(path)
-        else:
+        if name != "-" and not path.exists():
             raise FileNotFoundError(f"{name}: no such file or folder")
+        found += [None] if name == "-" else find_audio(path) if path.is_dir() else [path]
     if found.count(None) > 1:
         raise ValueError("standard input, -, can be read only once")
     return found
 
 
-def written(transcript: Transcript, format: Format, name: str) -> str:
-    """Write a transcript in a format; JSON carries the name of its recording."""
-    if format is Format.json:
-        return json.dumps({"file": name, **transcript.to_dict()}, ensure_ascii=False) + "\n"
-    return {
-        Format.text: lambda: transcript.text + "\n",
-        Format.srt: transcript.to_srt,
-        Format.vtt: transcript.to_vtt,
-    }[format]()
-
-
 # %% ../nbs/appendix/cli.ipynb #6743ebda
-def transcribe_each(
+def _transcribe_each(
     recordings: Sequence[Path | None], group: int = 16, **options: Any
 ) -> Iterator[tuple[str, Transcript | Exception]]:
-    """Transcribe recordings a group at a time; one that cannot be read does not stop the others.
-
-    Args:
-        recordings: Paths; None for standard input.
-        group: Recordings that go through the model together.
-        options: For `transcribe`.
-
-    Yields:
-        Name, and the transcript or the error.
-    """
+    """Transcribe recordings a group at a time; one that cannot be read gives its error and does not stop the others."""
     for first in range(0, len(recordings), group):
         part = recordings[first : first + group]
         names = ["-" if path is None else str(path) for path in part]
         sounds: list[Any] = [sys.stdin.buffer.read() if path is None else path for path in part]
         try:
-            yield from zip(names, transcribe_speech(sounds, **options), strict=True)
+            yield from zip(names, transcribe(sounds, **options), strict=True)
         except (ValueError, OSError):  # whose fault is it?
             for name, sound in zip(names, sounds, strict=True):
                 try:
-                    yield name, transcribe_speech(sound, **options)
+                    yield name, transcribe(sound, **options)
                 except (ValueError, OSError) as error:
                     yield name, error
-
-
-# %% ../nbs/appendix/cli.ipynb #793eb369
-BeamWidth = Annotated[
-    int, typer.Option(help="Hypotheses of the beam search; 1: the best symbol of each frame.", min=1)
-]
-LanguageModel = Annotated[
-    Path | None, typer.Option("--lm", help="ARPA file of an n-gram model, for the beam search.")
-]
-Alpha = Annotated[float | None, typer.Option(help="Weight of the language model.")]
-Beta = Annotated[float | None, typer.Option(help="Bonus for each word.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-Type = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
-
-
-def make_decoder(
-    processor: Wav2Vec2Processor, beam_width: int = 1, language_model: Path | None = None, **knobs: Any
-) -> CTCDecoder | None:
-    """Build the beam search that was asked for; None where the best symbol of each frame will do.
-
-    Args:
-        processor: Of the model.
-        beam_width: Hypotheses.
-        language_model: ARPA file.
-        knobs: Other knobs of `CTCDecoder`; None = not given.
-    """
-    given = {name: value for name, value in knobs.items() if value is not None}
-    if beam_width == 1 and language_model is None and not given:
-        return None
-    width = {"beam_width": beam_width} if beam_width > 1 else {}
-    return CTCDecoder(processor, language_model, **width, **given)
-
-
-@app.command(
-    "transcribe",
-    epilog=examples(
-        "w2vc transcribe talk.flac",
-        "w2vc transcribe talk.flac --model ./my-model",
-        "w2vc transcribe recordings/ -m ./my-model --format srt --output subtitles/",
-        "w2vc transcribe talk.wav -m ./my-model --lm words.arpa --hotword wav2vec",
-        "ffmpeg -i film.mkv -f wav - | w2vc transcribe - -m ./my-model -t json",
-    ),
-)
-def transcribe_command(  # noqa: PLR0917
-    inputs: Annotated[
-        list[str], typer.Argument(help="Recordings, folders of recordings, or - for standard input.")
-    ],
-    model: Model = None,
-    format: Annotated[Format, typer.Option("--format", "-t", help="Format of the result.")] = Format.text,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder for one file per recording; by default all goes to standard output.",
-        ),
-    ] = None,
-    timestamps: Annotated[
-        Times, typer.Option(help="What JSON times; subtitles time words always.")
-    ] = Times.word,
-    chunk_seconds: Annotated[
-        float, typer.Option(help="Long recordings are cut into overlapping chunks; 0: never.", min=0)
-    ] = 30.0,
-    beam_width: BeamWidth = 1,
-    language_model: LanguageModel = None,
-    alpha: Alpha = None,
-    beta: Beta = None,
-    hotword: Annotated[
-        list[str] | None, typer.Option(help="A word to expect; may be given several times.")
-    ] = None,
-    device: Device = "cpu",
-    dtype: Type = None,
-    revision: Revision = None,
-    force: Force = False,
-) -> None:
-    """Write down what is said in recordings of any length."""
-    recordings = find_recordings(inputs)
-    if format in {Format.srt, Format.vtt} and output is None and len(recordings) > 1:
-        raise ValueError(f"{len(recordings)} recordings in format {format.value} need --output FOLDER")
-    endings = {Format.text: "txt"}
-    targets = {} if output is None else _targets(recordings, output, endings.get(format, format.value), force)
-    if model is None:
-        _say(
-            "no --model: the demo checkpoint, which learned from five hours of synthetic voices, and some prompts",
-            0,
-        )
-        model, dtype = str(demo_folder("ctc")), dtype or "float32"
-    network = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=dtype, device=device, revision=revision)
-    processor = Wav2Vec2Processor.from_pretrained(model, revision=revision)
-    decoder = make_decoder(
-        processor, beam_width, language_model, alpha=alpha, beta=beta, hotwords=hotword or None
-    )
-    times = None if timestamps is Times.none else timestamps.value
-    if format in {Format.srt, Format.vtt}:
-        times = "word"
-    failed = 0
-    each = transcribe_each(
-        recordings, model=network, processor=processor, chunk_seconds=chunk_seconds or None, timestamps=times, decoder=decoder
-    )  # fmt: skip
-    for name, result in each:
-        if isinstance(result, Exception):
-            failed += 1
-            _say(f"{name}: {result}", 1)
-        elif output is None:
-            several = format is Format.text and len(recordings) > 1
-            print((f"{name}\t" if several else "") + written(result, format, name), end="", flush=True)
-        else:
-            write_file(targets[name], written(result, format, name).encode())
-    if failed:
-        raise typer.Exit(1)
 
 
 def _targets(recordings: Sequence[Path | None], output: Path, ending: str, force: bool) -> dict[str, Path]:
@@ -516,130 +311,166 @@ def _targets(recordings: Sequence[Path | None], output: Path, ending: str, force
         target = output / f"{'stdin' if path is None else path.stem}.{ending}"
         if target in targets.values() and name not in targets:
             raise ValueError(f"{name}: another recording would be written to {target} too")
-        if target.exists() and not force:
-            raise ValueError(f"{target} exists; --force writes over it")
+        _spare(target, force)
         targets[name] = target
     output.mkdir(parents=True, exist_ok=True)
     return targets
 
 
-# %% ../nbs/appendix/cli.ipynb #3c8d640c
-def worst_transcripts(report: Report, count: int) -> list[str]:
-    """The utterances with the most wrong characters: what was said, and what was written."""
-    rows = sorted(report.details.get("transcripts", []), key=lambda row: (-row["char_errors"], row["id"]))
-    return [
-        f"{row['id']}: {row['word_errors']} words wrong\n  said    {row['reference']}\n  written {row['hypothesis']}"
-        for row in rows[:count]
-    ]
+# %% ../nbs/appendix/cli.ipynb #793eb369
+_BeamWidth = Annotated[int, typer.Option(help="Hypotheses of the beam search; 1: the best symbol of each frame.", min=1)]  # fmt: skip
+_LanguageModel = Annotated[Path | None, typer.Option("--lm", help="ARPA file of an n-gram model, for the beam search.")]  # fmt: skip
+_Alpha = Annotated[float | None, typer.Option(help="Weight of the language model.")]
+_Beta = Annotated[float | None, typer.Option(help="Bonus for each word.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+_Type = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+
+
+def _make_decoder(
+    processor: Wav2Vec2Processor, beam_width: int, language_model: Path | None, **options: Any
+) -> CTCDecoder | None:
+    """Build the beam search that was asked for; None where the best symbol of each frame will do."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if beam_width == 1 and language_model is None and not given:
+        return None
+    width = {"beam_width": beam_width} if beam_width > 1 else {}
+    return CTCDecoder(processor, language_model, **width, **given)
 
 
 @app.command(
+    "transcribe",
+    epilog=_examples(
+        "w2vc transcribe talk.flac",
+        "w2vc transcribe talk.flac --model ./my-model",
+        "w2vc transcribe recordings/ -m ./my-model --format srt --output subtitles/",
+        "w2vc transcribe talk.wav -m ./my-model --lm words.arpa --hotword wav2vec",
+        "ffmpeg -i film.mkv -f wav - | w2vc transcribe - -m ./my-model -t json",
+    ),
+)
+def _transcribe(  # noqa: PLR0917
+    inputs: Annotated[list[str], typer.Argument(help="Recordings, folders of recordings, or - for standard input.")],
+    model: _Model = None,
+    format: Annotated[_Format, typer.Option("--format", "-t", help="Format of the result.")] = _Format.text,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for one file per recording; by default all goes to standard output.")] = None,
+    timestamps: Annotated[_Times, typer.Option(help="What JSON times; subtitles time words always.")] = _Times.word,
+    chunk_seconds: Annotated[float, typer.Option(help="Long recordings are cut into overlapping chunks; 0: never.", min=0)] = 30.0,
+    beam_width: _BeamWidth = 1,
+    language_model: _LanguageModel = None,
+    alpha: _Alpha = None,
+    beta: _Beta = None,
+    hotword: Annotated[list[str] | None, typer.Option(help="A word to expect; may be given several times.")] = None,
+    device: _Device = "cpu",
+    dtype: _Type = None,
+    revision: _Revision = None,
+    force: _Force = False,
+) -> None:  # fmt: skip
+    """Write down what is said in recordings of any length."""
+    recordings = _find_recordings(inputs)
+    subtitles = format in {_Format.srt, _Format.vtt}
+    if subtitles and output is None and len(recordings) > 1:
+        raise ValueError(f"{len(recordings)} recordings in format {format.value} need --output FOLDER")
+    ending = "txt" if format is _Format.text else format.value
+    targets = {} if output is None else _targets(recordings, output, ending, force)
+    if model is None:
+        _say(
+            "no --model: the demo checkpoint, which learned from five hours of synthetic voices, and some prompts"
+        )
+        model, dtype = str(demo_folder("ctc")), dtype or "float32"
+    network = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=dtype, device=device, revision=revision)
+    processor = Wav2Vec2Processor.from_pretrained(model, revision=revision)
+    decoder = _make_decoder(
+        processor, beam_width, language_model, alpha=alpha, beta=beta, hotwords=hotword or None
+    )
+    times = "word" if subtitles else None if timestamps is _Times.none else timestamps.value
+    options: Any = {"model": network, "processor": processor, "decoder": decoder, "timestamps": times}
+    failed = False
+    for name, result in _transcribe_each(recordings, chunk_seconds=chunk_seconds or None, **options):
+        if isinstance(result, Exception):
+            failed = True
+            _say(f"{name}: {result}")
+        elif output is None:
+            several = format is _Format.text and len(recordings) > 1
+            print((f"{name}\t" if several else "") + format.write(result, name), end="", flush=True)
+        else:
+            write_file(targets[name], format.write(result, name))
+    if failed:
+        raise typer.Exit(1)
+
+
+# %% ../nbs/appendix/cli.ipynb #3c8d640c
+@app.command(
     "evaluate",
-    epilog=examples(
+    epilog=_examples(
         "w2vc evaluate ./my-model builtin",
         "w2vc evaluate ./my-model recordings/ --show 5 --lm words.arpa",
         "w2vc evaluate runs/demo/best synthetic --split dev --recipe demo_pretrain --json > figures.json",
         "w2vc evaluate facebook/wav2vec2-conformer-rel-pos-large-960h-ft hf:openslr/librispeech_asr:clean:test --device cuda",
     ),
 )
-def evaluate_command(  # noqa: PLR0917
+def _evaluate(  # noqa: PLR0917
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or an id on the hub.")],
-    dataset: Annotated[
-        str,
-        typer.Argument(
-            help="A set that load_speech knows (builtin, builtin-mixes, …), a folder, or hf:NAME[:CONFIGURATION[:SPLIT]]."
-        ),
-    ],
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of the set; test by default, and all of a folder without splits."),
-    ] = None,
+    dataset: Annotated[str, typer.Argument(help="A set that load_speech knows (builtin, builtin-mixes, …), a folder, or hf:NAME[:CONFIGURATION[:SPLIT]].")],
+    split: Annotated[str | None, typer.Option(help="Split of the set; test by default, and all of a folder without splits.")] = None,
     limit: Annotated[int | None, typer.Option(help="Measure on so many utterances.", min=1)] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON: tables, transcripts, confusions.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON: tables, transcripts, confusions.")] = False,
     show: Annotated[int, typer.Option(help="Also print the transcripts with the most errors.", min=0)] = 0,
-    by: Annotated[
-        str, typer.Option(help="What the intervals draw anew: utterance or speaker.")
-    ] = "utterance",
+    by: Annotated[str, typer.Option(help="What the intervals draw anew: utterance or speaker.")] = "utterance",
     draws: Annotated[int, typer.Option(help="How often.", min=1)] = 1000,
-    as_written: Annotated[
-        bool, typer.Option("--as-written", help="Case and punctuation count in texts.")
-    ] = False,
-    target: Annotated[
-        str | None,
-        typer.Option(help="What a classifier names: text, speaker, phones, turns, …; found out by default."),
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe whose masks and crops pre-training is measured with.")
-    ] = None,
-    probe_split: Annotated[
-        str | None,
-        typer.Option(
-            help="Split whose speakers the phone probe learns on; by default half of those measured."
-        ),
-    ] = None,
-    beam_width: BeamWidth = 1,
-    language_model: LanguageModel = None,
-    alpha: Alpha = None,
-    beta: Beta = None,
-    chunk_seconds: Annotated[
-        float, typer.Option(help="Cut longer recordings into overlapping chunks; 0: never.", min=0)
-    ] = 0.0,
+    as_written: Annotated[bool, typer.Option("--as-written", help="Case and punctuation count in texts.")] = False,
+    target: Annotated[str | None, typer.Option(help="What a classifier names: text, speaker, phones, turns, …; found out by default.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe whose masks and crops pre-training is measured with.")] = None,
+    probe_split: Annotated[str | None, typer.Option(help="Split whose speakers the phone probe learns on; by default half of those measured.")] = None,
+    beam_width: _BeamWidth = 1,
+    language_model: _LanguageModel = None,
+    alpha: _Alpha = None,
+    beta: _Beta = None,
+    chunk_seconds: Annotated[float, typer.Option(help="Cut longer recordings into overlapping chunks; 0: never.", min=0)] = 0.0,
     batch_seconds: Annotated[float, typer.Option(help="Padded audio in one batch.", min=0)] = 60.0,
-    device: Device = "cpu",
-    dtype: Type = None,
-    revision: Revision = None,
-) -> None:
+    device: _Device = "cpu",
+    dtype: _Type = None,
+    revision: _Revision = None,
+) -> None:  # fmt: skip
     """Measure a model on a set of speech and print a table."""
-    options: dict[str, Any] = {
-        "by": by,
-        "draws": draws,
-        "target": target,
-        "batch_seconds": batch_seconds,
-        "chunk_seconds": chunk_seconds or None,
-    }
-    if as_written:
-        options["normalise"] = None
-    if recipe is not None:
-        options["recipe"] = Recipe.load(recipe)
-    if probe_split is not None:
-        options["probe_speech"] = open_speech(dataset, probe_split)
+    options: dict[str, Any] = {"by": by, "draws": draws, "target": target, "batch_seconds": batch_seconds}
+    options |= {"chunk_seconds": chunk_seconds or None, "progress": sys.stderr.isatty()}
+    options |= {"normalise": None} if as_written else {}
+    options |= {"recipe": Recipe.load(recipe)} if recipe is not None else {}
+    options |= {"probe_speech": open_speech(dataset, probe_split)} if probe_split is not None else {}
     processor = None
     if beam_width > 1 or language_model is not None:
         processor = Wav2Vec2Processor.from_pretrained(model, revision=revision)
-        options["decoder"] = make_decoder(processor, beam_width, language_model, alpha=alpha, beta=beta)
+        options["decoder"] = _make_decoder(processor, beam_width, language_model, alpha=alpha, beta=beta)
     speech = open_speech(dataset, split, limit)
-    progress = sys.stderr.isatty()
-    report = evaluate(
-        model, speech, processor, device=device, dtype=dtype, revision=revision, progress=progress, **options
-    )
+    report = evaluate(model, speech, processor, device=device, dtype=dtype, revision=revision, **options)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return
     print(report)
-    for text in worst_transcripts(report, show):
-        print(text)
+    worst = sorted(report.details.get("transcripts", []), key=lambda row: (-row["char_errors"], row["id"]))
+    for row in worst[:show]:
+        print(f"{row['id']}: {row['word_errors']} words wrong")
+        print(f"  said    {row['reference']}\n  written {row['hypothesis']}")
 
 
 # %% ../nbs/appendix/cli.ipynb #950ab498
 @app.command(
-    epilog=examples(
+    "explore",
+    epilog=_examples(
         "w2vc explore talk.wav",
         "w2vc explore talk.wav --model ./my-model -o talk.html --text 'what is said'",
         "w2vc explore lecture.flac -m ./my-model --start 61.5 --end 66 --layer 0 --layer 11",
-    )
+    ),
 )
-def explore(  # noqa: PLR0917
+def _explore(  # noqa: PLR0917
     recording: Annotated[Path, typer.Argument(metavar="FILE", help="A recording, best some seconds long.")],
-    model: Model = None,
+    model: _Model = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Page to write; FILE's name with .html, here, by default.")] = None,
     text: Annotated[str | None, typer.Option(help="What is said, to be aligned by a CTC model.")] = None,
     start: Annotated[float, typer.Option(help="Leave out so many seconds at the beginning.", min=0)] = 0.0,
     end: Annotated[float | None, typer.Option(help="Stop at this second.", min=0)] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Layer whose attention is shown; may be given several times; all, or four where a page would become heavy.")] = None,
     head: Annotated[list[int] | None, typer.Option(help="Head whose attention is shown; likewise.")] = None,
-    force: Force = False,
+    force: _Force = False,
 ) -> None:  # fmt: skip
     """Write a page to explore what a model makes of one recording."""
     from w2vc.explore.views import explore_page
@@ -647,34 +478,32 @@ def explore(  # noqa: PLR0917
     if not recording.is_file():
         raise FileNotFoundError(f"{recording}: no such file")
     page = output or Path(f"{recording.stem}.html")
-    if page.exists() and not force:
-        raise ValueError(f"{page} exists; --force writes over it")
+    _spare(page, force)
     if model is None:
-        _say("no --model: the demo checkpoint, with its CTC head and with its quantizer", 0)
-    explore_page(
-        recording, model, page, text=text, start=start, end=end, layers=layer or None, heads=head or None
-    )
+        _say("no --model: the demo checkpoint, with its CTC head and with its quantizer")
+    options: Any = {"text": text, "start": start, "end": end, "layers": layer or None, "heads": head or None}
+    explore_page(recording, model, page, **options)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
 
 
 # %% ../nbs/appendix/cli.ipynb #3e89a940
 @app.command(
-    epilog=examples(
+    "export",
+    epilog=_examples(
         "w2vc export ./my-model my-model.onnx",
         "w2vc export facebook/wav2vec2-conformer-rel-pos-large-960h-ft large.onnx",
-    )
+    ),
 )
-def export(
+def _export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a CTC checkpoint.")],
     output: Annotated[Path, typer.Argument(metavar="FILE", help="ONNX file to write.")],
-    revision: Revision = None,
-    force: Force = False,
+    revision: _Revision = None,
+    force: _Force = False,
 ) -> None:
     """Write a CTC model as ONNX, for any batch and any length."""
     from w2vc.files.export import export_onnx, onnx_difference
 
-    if output.exists() and not force:
-        raise ValueError(f"{output} exists; --force writes over it")
+    _spare(output, force)
     ours = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=torch.float32, revision=revision)
     processor = Wav2Vec2Processor.from_pretrained(model, revision=revision)
     export_onnx(ours, output, processor=processor)
@@ -682,106 +511,60 @@ def export(
     print(f"{output}: {size:.1f} MB, relative difference from the model {onnx_difference(output, ours):.1e}")
 
 
-# %% ../nbs/appendix/cli.ipynb #0fac05f8
-@app.command(
-    epilog=examples(
-        "w2vc bench --list",
-        "w2vc bench import step-4 --quick",
-        "w2vc bench --against transformers --json benchmarks.json",
-    )
-)
-def bench(  # noqa: PLR0917
-    rows: Annotated[list[str] | None, typer.Argument(metavar="[ROW]...", help="Rows to measure; all that this device can run by default.")] = None,
-    against: Annotated[str | None, typer.Option(help="transformers: measure it in the same run.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads of the CPU.", min=1)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes and fewer repetitions.")] = False,
-    growth: Annotated[bool, typer.Option("--growth", help="Also measure time and memory against length and batch.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File of the figures; rows that it has already are kept.")] = None,
-    parent: Annotated[Path | None, typer.Option("--parent", help="Folder of an older version, to be measured beside this one.")] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="List the rows and stop.")] = False,
-) -> None:  # fmt: skip
-    """Measure how fast the model is here, and how much memory it takes."""
-    from w2vc.benchmark import list_rows, readme_table, run_benchmarks
-
-    if list_only:
-        print("\n".join(list_rows()))
-        return
-    report = run_benchmarks(
-        rows,
-        against=against,
-        device=device,
-        threads=threads,
-        quick=quick,
-        out=json_file,
-        growth=growth,
-        parent=parent,
-    )
-    print(readme_table(report))
-
-
 # %% ../nbs/appendix/cli.ipynb #e0dc9545
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with the package; see `w2vc recipes`.")]  # fmt: skip
-RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Checkpoints and curves of the run; the same folder again resumes it.")]  # fmt: skip
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the recipe, such as run.steps=200.")]  # fmt: skip
-Minutes = Annotated[
+_RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with the package; see `w2vc recipes`.")]  # fmt: skip
+_RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Checkpoints and curves of the run; the same folder again resumes it.")]  # fmt: skip
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the recipe, such as run.steps=200.")]  # fmt: skip
+_Minutes = Annotated[
     float | None, typer.Option("--max-minutes", help="Stop after so long, with a checkpoint.", min=0)
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the whole recipe and its cost, and do not train.")
-]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole recipe, and do not train.")]
 
 
-def _run(allowed: Sequence[str], name: str, folder: Path, overrides: Sequence[str], max_minutes: float | None, dry_run: bool) -> None:  # noqa: PLR0917  # fmt: skip
-    """Train a recipe of one of the allowed objectives."""
-    recipe = Recipe.load(name, overrides)
-    if recipe.objective not in allowed:
-        other = "finetune" if recipe.objective != "pretraining" else "pretrain"
+def _run(pretraining: bool, name: str, folder: Path, overrides: list[str] | None, **options: Any) -> None:
+    """Train a recipe, of pre-training or of another objective."""
+    recipe = Recipe.load(name, overrides or [])
+    if (recipe.objective == "pretraining") is not pretraining:
+        other = "finetune" if pretraining else "pretrain"
         raise ValueError(f"{name} has the objective {recipe.objective!r}: w2vc {other} {name}")
-    if dry_run:
+    if options.pop("dry_run"):
         print(recipe.to_yaml(), end="")
         return
-    outcome = train(recipe, folder, max_minutes=max_minutes)
+    outcome = train(recipe, folder, **options)
     print(f"{outcome.folder}: step {outcome.step}, {outcome.reason}", file=sys.stderr)
 
 
 @app.command(
-    epilog=examples(
+    "pretrain",
+    epilog=_examples(
         "w2vc pretrain demo_pretrain runs/demo",
         "w2vc pretrain librispeech_base runs/base run.steps=1000 data.batch_seconds=60",
         "accelerate launch --num_processes 8 -m w2vc.cli pretrain librispeech_base runs/base",
-    )
+    ),
 )
-def pretrain(
-    recipe: RecipeName,
-    folder: RunFolder,
-    overrides: Overrides = None,
-    max_minutes: Minutes = None,
-    dry_run: DryRun = False,
-) -> None:
+def _pretrain(
+    recipe: _RecipeName, folder: _RunFolder, overrides: _Overrides = None, max_minutes: _Minutes = None, dry_run: _DryRun = False
+) -> None:  # fmt: skip
     """Pre-train a model on speech without labels."""
-    _run(["pretraining"], recipe, folder, overrides or [], max_minutes, dry_run)
+    _run(True, recipe, folder, overrides, max_minutes=max_minutes, dry_run=dry_run)
 
 
 @app.command(
-    epilog=examples(
+    "finetune",
+    epilog=_examples(
         "w2vc finetune demo_ctc runs/demo-ctc",
         "w2vc finetune finetune_100h runs/100h model.start=runs/base/best",
-    )
+    ),
 )
-def finetune(
-    recipe: RecipeName,
-    folder: RunFolder,
-    overrides: Overrides = None,
-    max_minutes: Minutes = None,
-    dry_run: DryRun = False,
-) -> None:
+def _finetune(
+    recipe: _RecipeName, folder: _RunFolder, overrides: _Overrides = None, max_minutes: _Minutes = None, dry_run: _DryRun = False
+) -> None:  # fmt: skip
     """Fine-tune a model with labels: CTC, sequence, frame or x-vector, as the recipe says."""
-    _run([o for o in OBJECTIVES if o != "pretraining"], recipe, folder, overrides or [], max_minutes, dry_run)
+    _run(False, recipe, folder, overrides, max_minutes=max_minutes, dry_run=dry_run)
 
 
-@app.command()
-def recipes() -> None:
+@app.command("recipes")
+def _recipes() -> None:
     """List the recipes that come with the package."""
     for path in sorted(recipe_folder().glob("*.yaml")):
         found = Recipe.load(path)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from helpers import assert_close, count_and_die, randomise_, tiny_config
 from released import stand_in, write_released
 from w2vc import AutoProcessor, Wav2Vec2FeatureExtractor, load_speech
-from w2vc.config import Wav2Vec2ConformerConfig, parameter_counts
+from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.files import pretrained
 from w2vc.files.pretrained import BASE, PreTrainedModel, modern_name, read_checkpoint
 from w2vc.model.classification import (
@@ -799,9 +799,6 @@ def test_the_file_says_format_pt_and_holds_every_tensor(tmp_path: Path) -> None:
 def numbers_of(cls: type[PreTrainedModel], config: Wav2Vec2ConformerConfig) -> tuple[float, int]:
     with torch.device("meta"):
         model = cls(config)
-    assert model.num_parameters() == sum(
-        parameter_counts(config, pretraining=cls is Wav2Vec2ConformerForPreTraining).values()
-    )
     return round(model.num_parameters() / 1e6, 2), len(model.state_dict())
 
 

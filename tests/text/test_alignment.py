@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import helpers
-from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.data.audio import Wav2Vec2FeatureExtractor
 from w2vc.data.corpus import load_speech
 from w2vc.model.ctc import collapse, ctc_loss
+from w2vc.model.features import FrameClock
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
 from w2vc.text import alignment as module
 from w2vc.text.alignment import (
@@ -27,10 +27,7 @@ from w2vc.text.alignment import (
     align_words,
     best_path,
     force_align,
-    frame_timing,
     read_words,
-    spell,
-    time_words,
 )
 from w2vc.text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
 
@@ -132,23 +129,23 @@ def test_keeping_few_frames_changes_nothing(T: int) -> None:
         labels = torch.randint(1, 4, (1, min(T // 2, 6)), generator=torch.Generator().manual_seed(seed))
         states = module.extend_labels(labels)[0]
         skips = torch.tensor([s > 1 and bool(states[s] != states[s - 2]) for s in range(len(states))])
-        walk = module.best_walk(emissions, states, torch.where(skips, 0.0, -math.inf).double())
+        walk = module.viterbi(emissions, states, torch.where(skips, 0.0, -math.inf).double())
         assert walk.tolist() == walk_in_one_piece(emissions, states, skips)
 
 
 def test_memory_does_not_hold_the_whole_trellis(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the steps back, about sqrt(T) frames are alive at a time."""
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
-    peak, steps = 0, module._steps
+    peak, step = 0, module._step
 
-    def watched(*args: Any) -> Tensor:
+    def watched(*args: Any) -> tuple[Tensor, Tensor]:
         nonlocal peak
-        came = steps(*args)
+        best, came = step(*args)
         alive.add(came)
         peak = max(peak, len(alive))
-        return came
+        return best, came
 
-    monkeypatch.setattr(module, "_steps", watched)
+    monkeypatch.setattr(module, "_step", watched)
     force_align(draw(400, 3, 0), [1, 2, 1])
     assert 20 <= peak <= 2 * 20 + 2
 
@@ -288,7 +285,7 @@ def test_times_are_ordered_and_inside_the_audio(
     ids = tok.encode(text)
     T = 2 * len(ids) + extra
     config = helpers.tiny_config(add_adapter=adapter)
-    hop, width = frame_timing(config)
+    hop, width, _ = FrameClock.of(config, adapter=True)
     seconds = max((hop * (T - 1) + width - short) / 16_000, 0.0)
     words = align_words(torch.randn(T, len(tok), generator=g), text, tok, config=config, seconds=seconds)
     assert " ".join(w.label for w in words) == text
@@ -312,12 +309,13 @@ def test_confidence_falls_where_the_text_is_wrong() -> None:
 
 
 def test_confidence_counts_frames() -> None:
-    spans = [LabelSpan(3, 0, 1, 0.9), LabelSpan(4, 1, 4, 0.4), LabelSpan(WILDCARD, 4, 9, 0.1)]
-    (word,) = time_words([("abc", list(zip("abc", spans, strict=True)))])
+    path = torch.tensor([3, 4, 4, 4, *[WILDCARD] * 5])
+    scores = torch.tensor([0.9, 0.4, 0.4, 0.4, *[0.1] * 5], dtype=torch.float64).log()
+    letters = list(zip("abc", Alignment(path, scores).spans, strict=True))
+    word = module._time_word("abc", letters, FrameClock(), None)
     assert word.confidence == pytest.approx((0.9 * 0.4**3) ** 0.25)
     assert [c.confidence for c in word.chars] == pytest.approx([0.9, 0.4, 0.0])
-    (word,) = time_words([("a", [("a", LabelSpan(1, 0, 1, 0.0))])])
-    assert word.confidence == 0
+    assert module._time_word("a", [("a", LabelSpan(1, 0, 1, 0.0))], FrameClock(), None).confidence < 1e-99
 
 
 def test_unknown_characters() -> None:
@@ -325,7 +323,7 @@ def test_unknown_characters() -> None:
     logits = torch.zeros(40, len(tok))
     with pytest.raises(ValueError, match=r"word '1984' needs '1'.*wildcard=True"):
         align_words(logits, "the 1984 girl", tok)
-    with pytest.raises(ValueError, match=r"'T'.*it has 't': mind upper and lower case"):
+    with pytest.raises(ValueError, match=r"'T'.*mind upper and lower case"):
         align_words(logits, "The girl", tok)
     with pytest.raises(ValueError, match="'<unk>'"):
         align_words(logits, "the <unk>", tok)
@@ -335,12 +333,9 @@ def test_unknown_characters() -> None:
     assert words[1].confidence == 0
     assert [c.label for c in words[2].chars] == ["g", "i", "r", "l", "'", "s"]
     assert words[2].confidence > 0
-    assert spell("a12b3", tok, len(tok), wildcard=True) == [
-        ("a", tok.encode("a")[0]),
-        ("12", -1),
-        ("b", tok.encode("b")[0]),
-        ("3", -1),
-    ]
+    (word,) = align_words(logits, "a12b3", tok, wildcard=True)
+    assert [c.label for c in word.chars] == ["a", "12", "b", "3"]
+    assert [c.confidence > 0 for c in word.chars] == [True, False, True, False]
 
 
 def test_symbols_that_the_model_has_no_output_for() -> None:
@@ -405,11 +400,10 @@ def test_reading_a_path_equals_the_tokenizer(seed: int, T: int, lower: bool) -> 
         {"add_adapter": True, "num_adapter_layers": 1, "adapter_kernel_size": 5, "adapter_stride": 3},
     ],
 )
-def test_frame_timing_is_where_a_frame_listens(knobs: dict[str, Any]) -> None:
+def test_the_clock_says_where_a_frame_listens(knobs: dict[str, Any]) -> None:
     """The samples that change frame 5, found by its gradient, have the middle that the numbers say."""
-    assert frame_timing() == frame_timing(Wav2Vec2ConformerConfig()) == (320, 400)
     config = helpers.tiny_config(**knobs, feat_extract_norm="layer")  # group norm would hear everything
-    hop, width = frame_timing(config)
+    hop, width, _ = clock = FrameClock.of(config, adapter=True)
     model = Wav2Vec2ConformerModel(config).eval()
     audio = torch.randn(1, hop * 9 + width, requires_grad=True)
     frames, _ = model.feature_projection(model.feature_extractor(audio))
@@ -419,7 +413,7 @@ def test_frame_timing_is_where_a_frame_listens(knobs: dict[str, Any]) -> None:
     (frames[0, 5] * torch.randn(frames.shape[2])).sum().backward()
     assert audio.grad is not None
     heard = audio.grad[0].nonzero()[:, 0]
-    assert (heard[0] + heard[-1] + 1).item() / 2 == 5 * hop + width / 2
+    assert (heard[0] + heard[-1] + 1).item() / 2 == clock.middle(5) * 16_000 == 5 * hop + width / 2
 
 
 def test_words_of_the_builtin_speech_are_found_to_a_frame() -> None:

@@ -429,6 +429,7 @@ class Wav2Vec2FeatureExtractor:
     padding_side: str = "right"  # or "left", which the models here refuse
     unknown: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # a file's other keys
     model_input_names: ClassVar[list[str]] = ["input_values", "attention_mask"]
+    knobs: ClassVar[tuple[str, ...]] = ("feature_size", "sampling_rate", "padding_value", "return_attention_mask", "do_normalize", "padding_side")  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.feature_size != 1:

@@ -234,6 +234,13 @@ def _soundfile() -> Any:
     return soundfile
 
 
+def _encode(audio: Samples) -> bytes:
+    """Encode mono samples `[S]` at 16 kHz as a FLAC file in memory."""
+    file = io.BytesIO()
+    _soundfile().write(file, audio, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
 @lru_cache(maxsize=64)
 def _decode_whole(path: Path, changed: int) -> NDArray[np.int16]:
     """Decode a packed file whole and remember it; 64 files of a minute hold 120 MB."""
@@ -663,13 +670,6 @@ def _datasets() -> Any:
     except ImportError as error:
         raise ImportError('this needs the library datasets: pip install "w2vc[data,audio]"') from error
     return datasets
-
-
-def _encode(audio: Samples) -> bytes:
-    """Encode mono samples `[S]` at 16 kHz as a FLAC file in memory."""
-    file = io.BytesIO()
-    _soundfile().write(file, audio, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    return file.getvalue()
 
 
 @cache

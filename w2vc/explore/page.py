@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import refuse, write_atomically
+from ..config import refuse
 from ..data.audio import load_audio
 from ..data.corpus import SAMPLING_RATE, Utterance
+from ..files.atomic import write_file
 from .viz import Picture, Sound
 
 # %% auto #0
@@ -215,7 +216,7 @@ def save_page(path: str | Path, parts: Sequence[Explorer | str], *, title: str) 
     """Write explorers, and pieces of HTML between them such as `"<h2>Codes</h2>"`, as one page that needs nothing else."""
     content = "\n".join(part if isinstance(part, str) else part._repr_html_() for part in parts)
     template = Template((_PAGES / "page.html").read_text("utf-8"))
-    write_atomically(path, template.substitute(title=html.escape(title), content=content).encode())
+    write_file(path, template.substitute(title=html.escape(title), content=content))
     return Path(path)
 
 

@@ -5,49 +5,45 @@
 # %% ../../nbs/explore/views.ipynb #f53a7795
 from __future__ import annotations
 
-import base64
 import contextlib
 import html
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from ..config import refuse
-from ..data.batches import frame_targets, turn_order
-from ..evaluation.probes import utterance_batches
-from ..evaluation.reports import model_class
-from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
-from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
-from ..model.classification import resolve_problem_type
-from ..model.ctc import Wav2Vec2ConformerForCTC, extend_labels
-from ..text.alignment import TimedText, align_words, best_path, best_walk, read_words
-from ..text.decoding import CTCDecoder
-from .attention import Explorer, as_utterance, attention_explorer, clip_data, frame_clock
-from .codevectors import collect_codes, flatten_to_plane, main_phones, pack_sound
-
-# isort: split
-from ..data.corpus import Segment, Speech, Utterance, frame_labels, load_speech
+from ..data.batches import turn_order
+from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
 from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
-from ..files.pretrained import PreTrainedModel, demo_folder, eval_mode
-from ..model.fast import plain_forms
-from ..model.pretraining import Wav2Vec2ConformerForPreTraining
-from ..model.speaker import Wav2Vec2ConformerForXVector
-from ..text.tokenizer import AutoProcessor, Wav2Vec2Processor
-from ..text.transcription import frame_logits
-from .attention import gray_png, save_page, slider
+from ..evaluation.reports import model_class
+from .attention import attention_explorer
+from .codevectors import collect_codes, flatten_to_plane, phone_counts
+from .page import Explorer, as_utterance, clip_data, gray_png, root_bytes, save_page, slider
 from .tracing import as_input, html_table, trace
 from .viz import OKABE_ITO, Picture, figure, plot_matrix, plot_segments, plot_spectrogram
 
 # isort: split
+from ..files.pretrained import PreTrainedModel, demo_folder, eval_mode
+from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
+from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
+from ..model.classification import resolve_problem_type
+from ..model.ctc import Wav2Vec2ConformerForCTC, extend_labels, runs
+from ..model.fast import plain_forms
+from ..model.features import FrameClock
+from ..model.pretraining import Wav2Vec2ConformerForPreTraining
+from ..model.speaker import Wav2Vec2ConformerForXVector
+from ..text.alignment import TimedText, align_words, best_path, read_words, viterbi
+from ..text.decoding import CTCDecoder
+from ..text.tokenizer import AutoProcessor, Wav2Vec2Processor
+from ..text.transcription import frame_logits
 from .viz import plot_waveform, render
 
 # %% auto #0
@@ -63,7 +59,7 @@ __all__ = [
     "ctc_tracks",
     "track_explorer",
     "ctc_view",
-    "walk_scores",
+    "viterbi_scores",
     "trellis_view",
     "beam_view",
     "speaker_vectors",
@@ -79,27 +75,29 @@ __all__ = [
 
 # %% ../../nbs/explore/views.ipynb #fb6476b9
 def open_checkpoint(
-    model: Any = None, processor: Any = None, *, head: str | None = None
-) -> tuple[PreTrainedModel, Any]:
+    model: Any = None, processor: Any = None, *, head: str | None = None, kind: type[Any] = PreTrainedModel
+) -> tuple[Any, Any]:
     """Open a checkpoint of any class in fp32, with the processor or feature extractor that lies beside it.
 
     Args:
         model: A model, which is given back as it is; a folder or hub id; None: the demo checkpoint.
-        processor: The processor; None: what lies where the model was loaded from.
+        processor: None: what lies where the model was loaded from, if anything.
         head: Which demo checkpoint, as for `load_demo`.
+        kind: The class that is needed.
 
     Raises:
         FileNotFoundError: No checkpoint there.
+        ValueError: A model of another class.
     """
     model = demo_folder(head) if model is None else model
     if isinstance(model, str | os.PathLike):
         model = model_class(model).from_pretrained(model, dtype=torch.float32)
-    opened = cast(PreTrainedModel, model)
-    where = getattr(opened, "name_or_path", None)
-    if processor is None and where is not None:
+    if not isinstance(model, kind):
+        raise refuse("model", type(model).__name__, f"a {kind.__name__}")
+    if processor is None and model.name_or_path is not None:
         with contextlib.suppress(FileNotFoundError):  # weights alone: the usual feature extractor will do
-            processor = AutoProcessor.from_pretrained(where, revision=opened.revision)
-    return opened, processor
+            processor = AutoProcessor.from_pretrained(model.name_or_path, revision=model.revision)
+    return model, processor
 
 
 # %% ../../nbs/explore/views.ipynb #bd1729e1
@@ -114,9 +112,7 @@ class CTCReading:
         blank: Its number.
         read: The words of the best path, with times and letters.
         aligned: The words of the known text, with times and letters; empty if no text is known.
-        path: The best symbol of each frame, `[T]`.
-        hop: Seconds from one frame to the next.
-        middle: Middle of frame 0 in seconds.
+        clock: When frames are.
     """
 
     utterance: Utterance
@@ -125,14 +121,17 @@ class CTCReading:
     blank: int
     read: tuple[TimedText, ...]
     aligned: tuple[TimedText, ...]
-    path: Tensor
-    hop: float
-    middle: float
+    clock: FrameClock
 
     @property
     def text(self) -> str:
         """What is read."""
         return " ".join(word.label for word in self.read)
+
+    @property
+    def path(self) -> Tensor:
+        """The best symbol of each frame, `[T]`."""
+        return self.log_probs.argmax(-1)
 
 
 def read_ctc(model: Any, audio: Any, processor: Any = None, *, text: str | None = None) -> CTCReading:
@@ -140,35 +139,29 @@ def read_ctc(model: Any, audio: Any, processor: Any = None, *, text: str | None 
 
     Args:
         model: A `Wav2Vec2ConformerForCTC`, a folder or hub id; None: the demo checkpoint.
-        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …, as for `as_utterance`.
+        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, ….
         processor: Of the model, if that is not a folder.
         text: What is said; None: the utterance's own text.
 
     Raises:
         ValueError: A model without a CTC head, no processor, or a text that does not fit into the recording.
     """
-    model, processor = open_checkpoint(model, processor, head="ctc")
-    if not isinstance(model, Wav2Vec2ConformerForCTC):
-        raise refuse("model", type(model).__name__, "a Wav2Vec2ConformerForCTC, which has letters to show")
+    model, processor = open_checkpoint(model, processor, head="ctc", kind=Wav2Vec2ConformerForCTC)
     if not isinstance(processor, Wav2Vec2Processor):
         raise refuse("processor", type(processor).__name__, "the Wav2Vec2Processor that belongs to the model")
-    utterance, tokenizer = as_utterance(audio), processor.tokenizer
-    text, blank = utterance.text if text is None else text, tokenizer.pad_token_id or 0
-    logits = frame_logits(
-        [utterance.audio], model, normalise=processor.feature_extractor.do_normalize, chunk_seconds=None
-    )[0]
-    best, (hop, middle) = best_path(logits.log_softmax(-1), blank), frame_clock(model)
+    u, tokenizer = as_utterance(audio), processor.tokenizer
+    text, blank = u.text if text is None else text, tokenizer.pad_token_id or 0
+    normalise = processor.feature_extractor.do_normalize
+    logits = frame_logits([u.audio], model, normalise=normalise, chunk_seconds=None)[0]
+    log_probs = logits.log_softmax(-1)
     special = {blank: "blank", tokenizer.word_delimiter_token_id: "space"}
-    names = tuple(
-        special.get(i, name)
-        for i, name in enumerate(tokenizer.convert_ids_to_tokens(list(range(logits.shape[1]))))
-    )
-    facts: dict[str, Any] = {"config": model.config, "seconds": utterance.seconds}
+    names = tokenizer.convert_ids_to_tokens(list(range(logits.shape[1])))
+    symbols = tuple(special.get(i, name) for i, name in enumerate(names))
+    facts: dict[str, Any] = {"config": model.config, "seconds": u.seconds}
+    read = read_words(best_path(log_probs, blank), processor, **facts)
     aligned = align_words(logits, text, processor, wildcard=True, **facts) if text.strip() else []
-    read = read_words(best, processor, **facts)
-    return CTCReading(
-        utterance, logits.log_softmax(-1), names, blank, tuple(read), tuple(aligned), best.path, hop, middle
-    )
+    clock = FrameClock.of(model.config, adapter=True)
+    return CTCReading(u, log_probs, symbols, blank, tuple(read), tuple(aligned), clock)
 
 
 # %% ../../nbs/explore/views.ipynb #b75f0146
@@ -197,11 +190,6 @@ class Track(NamedTuple):
     labels: Sequence[str] = ()
     curve: Any = None
 
-    @property
-    def height(self) -> float:
-        """Rows of text that the track is high."""
-        return 0.8 * len(self.labels) if self.heat is not None else 2.2 if self.curve is not None else 1.5
-
 
 def plain_track(name: str, segments: Sequence[Any]) -> Track:
     """A track of words, phones or other segments, none of them wrong."""
@@ -209,47 +197,16 @@ def plain_track(name: str, segments: Sequence[Any]) -> Track:
 
 
 def plot_tracks(utterance: Utterance, tracks: Sequence[Track], hop: float) -> Any:
-    """Draw tracks under waveform and spectrogram, on one time axis in seconds; errors carry a pattern.
-
-    Args:
-        utterance: The recording.
-        tracks: From top to bottom.
-        hop: Seconds from one frame to the next.
-
-    Returns:
-        The figure, for `show`.
-    """
-    ratios = [3.2, 4.5, *(track.height for track in tracks)]
+    """Draw tracks under waveform and spectrogram, on one time axis, `hop` seconds a frame; errors carry a pattern. Returns the figure."""
+    heights = [0.8 * len(t.labels) if t.heat is not None else 1.5 if t.curve is None else 2.2 for t in tracks]
+    ratios = [3.2, 4.5, *heights]
     fig, axes = figure(len(ratios), height=0.6 + 0.17 * sum(ratios), sharex=True, height_ratios=ratios)
     plot_waveform(utterance.audio, utterance.sampling_rate, axes[0])
     plot_spectrogram(utterance.audio, utterance.sampling_rate, axes[1])
     axes[0].set(ylabel="wave", yticks=[])
     axes[1].set_ylabel("kHz")
     for ax, track in zip(axes[2:], tracks, strict=True):
-        if track.heat is not None:
-            rows = len(track.labels)
-            plot_matrix(
-                np.sqrt(track.heat),
-                ax,
-                extent=(0, np.shape(track.heat)[1] * hop, rows - 0.5, -0.5),
-                colorbar=False,
-                vmin=0,
-                vmax=1,
-            )
-            ax.set_yticks(range(rows), track.labels, fontsize=7)
-        elif track.curve is not None:
-            times = hop * (np.arange(len(track.curve)) + 0.5)
-            ax.fill_between(times, track.curve, color=OKABE_ITO.sky, step="mid", edgecolor=OKABE_ITO.blue)
-            ax.axhline(0.5, color=OKABE_ITO.black, linestyle="--", linewidth=0.8)
-            ax.set(ylim=(0, 1), yticks=[0, 1])
-        else:
-            plot_segments([stretch[:3] for stretch in track.stretches], ax)
-            for patch, label, (*_, sign) in zip(
-                list(ax.patches), list(ax.texts), track.stretches, strict=True
-            ):
-                patch.set_hatch(SIGNS.get(sign))
-                if sign and label.get_text():
-                    label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+        _plot_track(ax, track, hop)
         ax.set_ylabel(track.name, rotation=0, ha="right", va="center")
     for ax in axes:
         ax.set(xlim=(0, utterance.seconds), xlabel="")
@@ -258,190 +215,71 @@ def plot_tracks(utterance: Utterance, tracks: Sequence[Track], hop: float) -> An
     return fig
 
 
+def _plot_track(ax: Any, track: Track, hop: float) -> None:
+    """Draw one track."""
+    if track.heat is not None:
+        rows, n_frames = track.heat.shape
+        extent = (0, n_frames * hop, rows - 0.5, -0.5)
+        plot_matrix(np.sqrt(track.heat), ax, extent=extent, colorbar=False, vmin=0, vmax=1)
+        ax.set_yticks(range(rows), track.labels, fontsize=7)
+    elif track.curve is not None:
+        times = hop * (np.arange(len(track.curve)) + 0.5)
+        ax.fill_between(times, track.curve, color=OKABE_ITO.sky, step="mid", edgecolor=OKABE_ITO.blue)
+        ax.axhline(0.5, color=OKABE_ITO.black, linestyle="--", linewidth=0.8)
+        ax.set(ylim=(0, 1), yticks=[0, 1])
+    else:
+        plot_segments([stretch[:3] for stretch in track.stretches], ax)
+        for patch, label, (*_, sign) in zip(list(ax.patches), list(ax.texts), track.stretches, strict=True):
+            patch.set_hatch(SIGNS.get(sign))
+            if sign and label.get_text():
+                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+
+
 # %% ../../nbs/explore/views.ipynb #8fc861f1
 def wrong_words(read: Sequence[str], said: Sequence[str]) -> list[bool]:
     """Say for each word that was read whether it stands at no place where the said words agree with it."""
-    right: set[int] = set()
-    for block in SequenceMatcher(None, read, said, autojunk=False).get_matching_blocks():
-        right |= set(range(block.a, block.a + block.size))
+    blocks = SequenceMatcher(None, read, said, autojunk=False).get_matching_blocks()
+    right = {i for block in blocks for i in range(block.a, block.a + block.size)}
     return [i not in right for i in range(len(read))]
 
 
 def ctc_tracks(reading: CTCReading, least: float = 0.1) -> list[Track]:
-    """The tracks of a reading: words said, text aligned, words and letters read, probabilities over time.
-
-    Args:
-        reading: From `read_ctc`.
-        least: Symbols that never reach this probability are left out.
-    """
-    chances, u = reading.log_probs.exp(), reading.utterance
+    """The tracks of a reading: words said, text aligned, words and letters read, and the symbols that reach the probability `least`."""
+    chances, read, aligned = reading.log_probs.exp(), reading.read, reading.aligned
     peaks = [i for i in range(chances.shape[1]) if i != reading.blank and chances[:, i].max() >= least]
-    order = [
-        *sorted(peaks, key=lambda i: int((chances[:, i] >= 0.5 * chances[:, i].max()).int().argmax())),
-        reading.blank,
-    ]
+    peaks.sort(key=lambda i: int((chances[:, i] >= 0.5 * chances[:, i].max()).int().argmax()))
+    order = [*peaks, reading.blank]
     wrong = (
-        wrong_words([w.label for w in reading.read], [w.label for w in reading.aligned])
-        if reading.aligned
-        else []
+        wrong_words([w.label for w in read], [w.label for w in aligned]) if aligned else [False] * len(read)
     )
-    signs = ["wrong" if bad else "" for bad in wrong] or [""] * len(reading.read)
-    tracks = [plain_track("said", u.words)] if u.words else []
-    if reading.aligned:
-        tracks += [
-            plain_track("aligned", reading.aligned),
-            plain_track("", [c for w in reading.aligned for c in w.chars]),
-        ]
-    tracks += [
-        Track("read", [(w.label, w.start, w.end, sign) for w, sign in zip(reading.read, signs, strict=True)]),
-        plain_track("", [c for w in reading.read for c in w.chars]),
-        Track("", heat=chances[:, order].T.numpy(), labels=[reading.symbols[i] for i in order]),
-    ]
-    return tracks
+    tracks = [plain_track("said", reading.utterance.words)] if reading.utterance.words else []
+    if aligned:
+        tracks += [plain_track("aligned", aligned), plain_track("", [c for w in aligned for c in w.chars])]
+    words = [(w.label, w.start, w.end, "wrong" if bad else "") for w, bad in zip(read, wrong, strict=True)]
+    letters = plain_track("", [c for w in read for c in w.chars])
+    heat = Track("", heat=chances[:, order].T.numpy(), labels=[reading.symbols[i] for i in order])
+    return [*tracks, Track("read", words), letters, heat]
 
 
 # %% ../../nbs/explore/views.ipynb #32eac120
-_TRACK_BODY = """
-<p class="facts"></p><p class="read" aria-live="polite"></p>
-<div class="stage" tabindex="0" role="slider" aria-label="Selected frame"></div><p class="key"></p>
-<div class="play"><button type="button" class="here">Play from here</button></div>
-<p class="keys"><kbd>←</kbd> <kbd>→</kbd> one frame, with <kbd>Shift</kbd> one stretch, <kbd>Home</kbd> <kbd>End</kbd>, <kbd>Space</kbd> plays and stops. A click plays from there.</p>
-"""
-_TRACK_CSS = """
-& .stage { cursor:crosshair; touch-action:pan-y; user-select:none; -webkit-user-select:none; border-radius:4px; }
-& .facts { margin:0 0 4px; white-space:pre-line; } & .facts, & .read { overflow-wrap:anywhere; } & .read { min-height:3.4em; }
-& .play { display:flex; flex-wrap:wrap; gap:6px 12px; align-items:center; margin:6px 0 2px; } & .play audio { flex:1 1 220px; }
-& .keys, & .key { font-size:12px; color:var(--soft); margin:6px 0 0; } & .key:empty { display:none; }
-& kbd { font:inherit; border:1px solid var(--line); border-radius:3px; padding:0 4px; background:var(--panel); }
-"""
-_TRACK_JS = r"""
-const {clip, hop, middle, frames, tracks, said} = data;
-const stage = w.find(".stage"), audio = w.player("the whole recording", clip.sound);
-w.find(".play").append(audio);
-w.find(".facts").textContent = data.facts;
-w.find(".key").textContent = data.key;
-const sound = w.tint(await w.pixels(clip.spectrogram));
-for (const track of tracks) if (track.png) track.tint = w.tint(await w.pixels(track.png));
-const steps = [...new Set((tracks.find((t) => t.stretches) || {stretches: []}).stretches.map((s) => s[1]))].sort((a, b) => a - b);
-let frame = Math.min(data.frame, frames - 1), box = null, x = (t) => t;
-
-// ---- drawing
-const size = (width) => {
-  const slim = width < 560, left = slim ? 50 : 76, right = width - 8, tops = [];
-  let top = 14;
-  const rows = [slim ? 36 : 48, slim ? 60 : 80, ...tracks.map((t) => (t.tint ? 14 * t.labels.length : t.values ? 44 : 21))];
-  for (const high of rows) { tops.push([top, high]); top += high + 4; }
-  return {slim, left, right, tops, axis: top, all: top + 22};
-};
-const gutter = (c, text, y, small) => { c.font = w.font(small ? 10 : 11.5); c.fillStyle = w.color("soft"); c.textAlign = "right"; c.textBaseline = "middle"; c.fillText(text, box.left - 5, y); };
-const lines = (c, left, top, wide, high, slope) => {
-  c.beginPath();
-  for (let i = -high; i < wide + high; i += 6) { c.moveTo(left + i, top + (slope > 0 ? high : 0)); c.lineTo(left + i + high, top + (slope > 0 ? 0 : high)); }
-  c.stroke();
-};
-const hatch = (c, sign, left, top, wide, high) => {
-  c.save(); c.beginPath(); c.rect(left, top, wide, high); c.clip();
-  c.strokeStyle = c.fillStyle = w.color("mark-ink"); c.lineWidth = 1.3;
-  if (sign === "false alarm") { for (let i = 3; i < wide; i += 6) for (let j = 3; j < high; j += 6) { c.beginPath(); c.arc(left + i, top + j, 1.3, 0, 7); c.fill(); } }
-  else { lines(c, left, top, wide, high, 1); if (sign === "confused") lines(c, left, top, wide, high, -1); }
-  c.restore();
-};
-const drawTrack = (c, track, [top, high]) => {
-  gutter(c, track.name, top + high / 2);
-  if (track.tint) {
-    c.imageSmoothingEnabled = false;
-    c.drawImage(track.tint, box.left, top, x(frames * hop) - box.left, high);
-    track.labels.forEach((label, i) => gutter(c, label, top + (i + 0.5) * high / track.labels.length, true));
-  } else if (track.values) {
-    c.fillStyle = w.color("bar");
-    track.values.forEach((v, j) => c.fillRect(x(j * hop), top + high * (1 - v / 100), Math.max(x(hop) - x(0), 1), high * v / 100));
-    c.strokeStyle = w.color("ink"); c.setLineDash([3, 3]); c.lineWidth = 1;
-    c.beginPath(); c.moveTo(box.left, top + high / 2); c.lineTo(x(frames * hop), top + high / 2); c.stroke(); c.setLineDash([]);
-  } else {
-    w.segments(c, track.stretches.map(([label, start, end, sign]) => [sign ? "" : label, start, end]), x, top, high);
-    for (const [label, start, end, sign] of track.stretches) if (sign) {
-      const [left, wide] = [x(start), x(end) - x(start)];
-      hatch(c, sign, left, top, wide, high);
-      c.font = w.font(12);
-      const half = Math.min(c.measureText(label).width + 6, wide - 2) / 2;
-      if (label && half > 5) { c.fillStyle = w.color("paper"); c.fillRect(left + wide / 2 - half, top + 3, 2 * half, high - 6); }
-      c.fillStyle = w.color("ink");
-      w.fit(c, label, left + wide / 2, top + high / 2 + 0.5, wide - 4);
-    }
-  }
-};
-const view = w.canvas(stage, (width) => size(width).all, (c, width) => {
-  box = size(width);
-  x = (t) => box.left + (box.right - box.left) * t / clip.seconds;
-  w.wave(c, clip, x, ...box.tops[0]);
-  c.drawImage(sound, box.left, box.tops[1][0], box.right - box.left, box.tops[1][1]);
-  gutter(c, box.slim ? "wave" : "waveform", box.tops[0][0] + box.tops[0][1] / 2);
-  gutter(c, `${clip.top} kHz`, box.tops[1][0] + 7);
-  gutter(c, "0", box.tops[1][0] + box.tops[1][1] - 6);
-  tracks.forEach((track, i) => drawTrack(c, track, box.tops[i + 2]));
-  w.axis(c, x, clip.seconds, box.axis);
-  const at = x((frame + 0.5) * hop);
-  c.strokeStyle = c.fillStyle = w.color("mark"); c.lineWidth = 1.6;
-  c.beginPath(); c.moveTo(at, 10); c.lineTo(at, box.axis); c.stroke();
-  c.beginPath(); c.moveTo(at - 6, 0); c.lineTo(at + 6, 0); c.lineTo(at, 10); c.fill();
-});
-
-// ---- choosing and hearing
-const select = (i) => {
-  frame = Math.max(0, Math.min(frames - 1, i));
-  w.say(said[frame]);
-  stage.setAttribute("aria-valuenow", frame);
-  stage.setAttribute("aria-valuetext", said[frame]);
-  view.redraw();
-};
-stage.setAttribute("aria-valuemin", 0);
-stage.setAttribute("aria-valuemax", frames - 1);
-const pointed = (event) => Math.floor((event.clientX - view.canvas.getBoundingClientRect().left - box.left) / (box.right - box.left) * clip.seconds / hop);
-const here = () => w.play(audio, frame * hop);
-let press = null;
-stage.addEventListener("pointermove", (event) => { if (audio.paused) select(pointed(event)); });
-stage.addEventListener("pointerdown", (event) => { press = [event.clientX, event.clientY]; });
-stage.addEventListener("click", (event) => {
-  if (press && Math.hypot(event.clientX - press[0], event.clientY - press[1]) > 8) return;
-  select(pointed(event));
-  here();
-});
-w.find(".here").addEventListener("click", () => (audio.paused ? here() : audio.pause()));
-const label = () => { w.find(".here").textContent = audio.paused ? "Play from here" : "Stop"; w.find(".read").setAttribute("aria-live", audio.paused ? "polite" : "off"); };
-audio.addEventListener("pause", label);
-audio.addEventListener("play", () => {
-  label();
-  const follow = () => { if (audio.paused) return; select(Math.floor(audio.currentTime / hop)); requestAnimationFrame(follow); };
-  follow();
-});
-stage.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const side = {ArrowRight: 1, ArrowUp: 1, PageUp: 1, ArrowLeft: -1, ArrowDown: -1, PageDown: -1}[event.key];
-  if (side) {
-    const far = event.shiftKey || event.key.startsWith("Page"), places = steps.map((s) => Math.max(0, Math.ceil((s - middle) / hop)));
-    const next = side > 0 ? places.find((p) => p > frame) : places.filter((p) => p < frame).pop();
-    select(far ? (next === undefined ? (side > 0 ? frames - 1 : 0) : next) : frame + side);
-  } else if (event.key === "Home") select(0);
-  else if (event.key === "End") select(frames - 1);
-  else if (event.key === " " || event.key === "Enter") { if (audio.paused) here(); else audio.pause(); }
-  else return;
-  event.preventDefault();
-});
-select(frame);
-"""
-
-
-# %% ../../nbs/explore/views.ipynb #77bd00d6
-def track_explorer(title: str, utterance: Utterance, tracks: Sequence[Track], said: Sequence[str], *, hop: float, middle: float, facts: str = "", alt: str) -> Explorer:  # fmt: skip
+def track_explorer(
+    title: str,
+    u: Utterance,
+    tracks: Sequence[Track],
+    said: Sequence[str],
+    clock: FrameClock,
+    *,
+    facts: str = "",
+    alt: str,
+) -> Explorer:
     """Make tracks alive: point at a frame or step with the arrow keys to read what is said of it, and click to hear it.
 
     Args:
         title: Heading.
-        utterance: The recording.
+        u: The recording.
         tracks: From top to bottom.
         said: A sentence for each of the T frames.
-        hop: Seconds from one frame to the next.
-        middle: Middle of frame 0 in seconds.
+        clock: When frames are.
         facts: Lines above.
         alt: Description of the picture that stands where scripts may not run.
 
@@ -449,111 +287,100 @@ def track_explorer(title: str, utterance: Utterance, tracks: Sequence[Track], sa
         ValueError: No frames.
     """
     if not said:
-        raise refuse("audio", f"{utterance.seconds:.3f} s", "a recording that is long enough for one frame")
-    rows: list[dict[str, Any]] = []
-    for track in tracks:
-        row: dict[str, Any] = {"name": track.name}
-        if track.heat is not None:
-            bytes_ = np.round(255 * np.sqrt(np.asarray(track.heat, np.float64).clip(0, 1))).astype(np.uint8)
-            row |= {"png": gray_png(bytes_), "labels": list(track.labels)}
-        elif track.curve is not None:
-            row["values"] = np.round(100 * np.asarray(track.curve)).astype(int).tolist()
-        else:
-            row["stretches"] = [
-                [label, round(float(start), 3), round(float(end), 3), sign]
-                for label, start, end, sign in track.stretches
-            ]
-        rows.append(row)
+        raise refuse("audio", f"{u.seconds:.3f} s", "a recording that is long enough for one frame")
     used = {sign for track in tracks for *_, sign in track.stretches if sign}
     looks = {"wrong": "hatched", "missed": "hatched", "false alarm": "dotted", "confused": "crossed"}
     notes = [f"{looks[sign]}: {sign}" for sign in SIGNS if sign in used]
     if any(track.heat is not None for track in tracks):
         notes.append("brightness grows with the root of the probability")
-    kind, packed = pack_sound(utterance.audio)
-    clip = clip_data(utterance) | {"sound": f"data:{kind};base64,{base64.b64encode(packed).decode('ascii')}"}
     data = {
-        "clip": clip, "hop": hop, "middle": middle, "frames": len(said), "frame": len(said) // 2, "tracks": rows,
-        "said": list(said), "facts": facts, "key": ("; ".join(notes) + ".").capitalize() if notes else "",
+        "clip": clip_data(u), "hop": clock.step, "middle": clock.middle(), "frames": len(said), "frame": len(said) // 2,
+        "tracks": [_track_data(track) for track in tracks], "said": list(said), "facts": facts,
+        "key": ("; ".join(notes) + ".").capitalize() if notes else "",
     }  # fmt: skip
-    fallback = render(plot_tracks(utterance, tracks, hop), alt)
-    return Explorer(title, _TRACK_BODY, _TRACK_JS, data, fallback=fallback, css=_TRACK_CSS)
+    return Explorer(title, "tracks", data, render(plot_tracks(u, tracks, clock.step), alt))
 
 
-def _inside(segments: Sequence[Any], time: float) -> Any:
+def _track_data(track: Track) -> dict[str, Any]:
+    """What a page needs of a track."""
+    if track.heat is not None:
+        return {"name": track.name, "png": gray_png(root_bytes(track.heat)[0]), "labels": list(track.labels)}
+    if track.curve is not None:
+        return {"name": track.name, "values": np.round(100 * np.asarray(track.curve)).astype(int).tolist()}
+    rows = [
+        [label, round(float(start), 3), round(float(end), 3), sign]
+        for label, start, end, sign in track.stretches
+    ]
+    return {"name": track.name, "stretches": rows}
+
+
+# %% ../../nbs/explore/views.ipynb #77bd00d6
+def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None = None) -> Explorer:
+    """Show how a CTC model reads one recording: letters over time, blanks, the text read, and the known text aligned; arguments as of `read_ctc`."""
+    reading = read_ctc(model, audio, processor, text=text)
+    u, said = reading.utterance, []
+    values, best = reading.log_probs.exp().topk(min(3, len(reading.symbols)))
+    for t, (chances, symbols) in enumerate(zip(values.tolist(), best.tolist(), strict=True)):
+        top = [
+            f"{reading.symbols[i]} {100 * p:.0f} %"
+            for p, i in zip(chances, symbols, strict=True)
+            if p >= 0.005
+        ]
+        known, time = "", reading.clock.middle(t)
+        if word := _at(reading.aligned, time):
+            letter = _at(word.chars, time)
+            known = (
+                f" The text has {letter.label} of “{word.label}” here."
+                if letter
+                else f" The text is in “{word.label}”."
+            )
+        said.append(f"Frame {t}, {t * reading.clock.step:.2f} s: {', '.join(top)}.{known}")
+    facts = f"Read: {reading.text or '(nothing)'}\n"
+    if reading.aligned:
+        facts += f"Known text: {' '.join(w.label for w in reading.aligned)}\n"
+    if said:
+        blanks = 100 * float((reading.path == reading.blank).float().mean())
+        facts += f"The blank is the best symbol of {blanks:.0f} % of the frames."
+    name = u.text or u.id
+    alt = f"Letters over time for {name}: short peaks of probability for each letter, with blanks between, under the sound; the model reads: {reading.text or 'nothing'}."
+    return track_explorer(
+        f"Letters over time: {name}", u, ctc_tracks(reading), said, reading.clock, facts=facts, alt=alt
+    )
+
+
+def _at(segments: Sequence[Any], time: float) -> Any:
     """The segment at a time, or None."""
     return next((s for s in segments if s.start <= time < s.end), None)
 
 
-# %% ../../nbs/explore/views.ipynb #96e72a95
-def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None = None) -> Explorer:
-    """Show how a CTC model reads one recording: letters over time, blanks, the text read, and the known text aligned.
-
-    Args:
-        model: A `Wav2Vec2ConformerForCTC`, a folder or hub id; None: the demo checkpoint.
-        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …, as for `as_utterance`.
-        processor: Of the model, if that is not a folder.
-        text: What is said; None: the utterance's own text.
-
-    Raises:
-        ValueError: As `read_ctc`.
-    """
-    reading = read_ctc(model, audio, processor, text=text)
-    u, said = reading.utterance, []
-    values, symbols = reading.log_probs.exp().topk(min(3, len(reading.symbols)))
-    for t, (chances, best) in enumerate(zip(values.tolist(), symbols.tolist(), strict=True)):
-        time = t * reading.hop + reading.middle
-        guesses = ", ".join(
-            f"{reading.symbols[i]} {100 * p:.0f} %" for p, i in zip(chances, best, strict=True) if p >= 0.005
-        )
-        word = _inside(reading.aligned, time)
-        letter = _inside(word.chars, time) if word else None
-        known = (
-            f" The text has {letter.label} of “{word.label}” here."
-            if letter
-            else f" The text is in “{word.label}”."
-            if word
-            else ""
-        )
-        said.append(f"Frame {t}, {t * reading.hop:.2f} s: {guesses}.{known}")
-    blanks = 100 * float((reading.path == reading.blank).float().mean()) if said else 0
-    facts = f"Read: {reading.text or '(nothing)'}\n"
-    if reading.aligned:
-        facts += f"Known text: {' '.join(w.label for w in reading.aligned)}\n"
-    facts += f"The blank is the best symbol of {blanks:.0f} % of the frames."
-    alt = f"Letters over time for {u.text or u.id}: short peaks of probability for each letter, with blanks between, under the sound; the model reads: {reading.text or 'nothing'}."
-    return track_explorer(
-        f"Letters over time: {u.text or u.id}",
-        u,
-        ctc_tracks(reading),
-        said,
-        hop=reading.hop,
-        middle=reading.middle,
-        facts=facts,
-        alt=alt,
-    )
-
-
 # %% ../../nbs/explore/views.ipynb #9a7e4f31
-def walk_scores(log_probs: Tensor, states: Tensor, bars: Tensor) -> Tensor:
-    """Log probability of the best walk to each state of a trellis at each frame, `[T, states]`; Viterbi's forward pass.
+def viterbi_scores(log_probs: Tensor, states: Tensor, bars: Tensor) -> Tensor:
+    """Log probability of the best path to each state of a trellis at each frame, `[T, states]`: Viterbi's forward pass.
 
     Args:
         log_probs: `[T, V]`.
-        states: Symbol of each state, blanks woven in.
+        states: Symbol of each state, blanks between the labels.
         bars: For each state 0 if it can be reached from two states before, else minus infinity.
     """
     reach = torch.full((len(states) + 2,), -torch.inf, dtype=log_probs.dtype)
     reach[2] = 0.0  # before the first frame we stand on the first blank
     rows = []
     for frame in log_probs:
-        best = torch.maximum(torch.maximum(reach[2:], reach[1:-1]), reach[:-2] + bars) + frame[states]
-        rows.append(best)
-        reach = pad(best, (2, 0), value=-torch.inf)
+        rows.append(torch.maximum(torch.maximum(reach[2:], reach[1:-1]), reach[:-2] + bars) + frame[states])
+        reach = pad(rows[-1], (2, 0), value=-torch.inf)
     return torch.stack(rows)
 
 
-def trellis_view(model: Any, audio: Any, processor: Any = None, *, text: str | None = None, words: slice = slice(None), depth: float = 30.0) -> Picture:  # fmt: skip
-    """Draw the trellis of a known text, with the best walk through it.
+def trellis_view(
+    model: Any,
+    audio: Any,
+    processor: Any = None,
+    *,
+    text: str | None = None,
+    words: slice = slice(None),
+    depth: float = 30.0,
+) -> Picture:
+    """Draw the trellis of a known text, with the best path through it.
 
     Args:
         model: As for `read_ctc`.
@@ -561,69 +388,61 @@ def trellis_view(model: Any, audio: Any, processor: Any = None, *, text: str | N
         processor: As for `read_ctc`.
         text: What is said; None: the utterance's own text.
         words: Which words to draw; all by default.
-        depth: What is worse than the best walk of its frame by this much (natural logarithm) is dark.
+        depth: What is worse than the best path of its frame by this much (natural logarithm) is dark.
 
     Raises:
         ValueError: No text is known, or none of its words is chosen; and as `read_ctc`.
     """
     reading = read_ctc(model, audio, processor, text=text)
-    chosen = reading.aligned[words]
+    chosen, clock = reading.aligned[words], reading.clock
     if not chosen:
         raise refuse(
             "text",
-            text if text is not None else reading.utterance.text,
+            reading.utterance.text if text is None else text,
             "a text, and words= that choose some of it",
         )
-    spelled = [
-        c.label
-        for i, w in enumerate(reading.aligned)
-        for c in ([TimedText("space", 0, 0, 0)] if i else []) + list(w.chars)
-    ]
+    spelled = [label for word in reading.aligned for label in ("space", *(c.label for c in word.chars))][1:]
     number = {name: i for i, name in enumerate(reading.symbols)}
     if unknown := [s for s in spelled if s not in number]:
         raise refuse("text", unknown, "letters that the model can write")
     states = extend_labels(torch.tensor([[number[s] for s in spelled]]), reading.blank)[0]
     bars = torch.where(states == pad(states, (2, 0), value=reading.blank)[:-2], -torch.inf, 0.0).double()
-    emissions = reading.log_probs.double()
-    walk, scores = best_walk(emissions, states, bars), walk_scores(emissions, states, bars)
-    first, last = (round((t - reading.middle) / reading.hop) for t in (chosen[0].start, chosen[-1].end))
-    first, last = max(first - 3, 0), min(last + 3, len(walk) - 1)
-    low, high = int(walk[first]), int(walk[last]) + 1
+    log_probs = reading.log_probs.double()
+    path, scores = viterbi(log_probs, states, bars), viterbi_scores(log_probs, states, bars)
+    first, last = (
+        max(clock.frame(chosen[0].start) - 3, 0),
+        min(clock.frame(chosen[-1].end) + 3, len(path) - 1),
+    )
+    low, high = int(path[first]), int(path[last]) + 1
     shown = (scores - scores.max(1, keepdim=True).values).clamp(min=-depth)[first : last + 1, low:high]
     fig, ax = figure(height=1.2 + 0.105 * (high - low))
-    edges = (first * reading.hop, (last + 1) * reading.hop, high - 0.5, low - 0.5)
-    plot_matrix(
-        shown.T,
-        ax,
-        "time (s)",
-        "letters of the text, with blanks between",
-        extent=edges,
-        colorbar="log probability behind the best",
-    )
-    ax.plot(
-        reading.hop * (np.arange(first, last + 1) + 0.5), walk[first : last + 1], color="white", linewidth=3
-    )
-    ax.plot(
-        reading.hop * (np.arange(first, last + 1) + 0.5),
-        walk[first : last + 1],
-        color=OKABE_ITO.vermillion,
-        linewidth=1.4,
-        label="the best walk",
-    )
+    edges = (first * clock.step, (last + 1) * clock.step, high - 0.5, low - 0.5)
+    bar, rows = "log probability behind the best", "letters of the text, with blanks between"
+    plot_matrix(shown.T, ax, "time (s)", rows, extent=edges, colorbar=bar)
+    times, steps = clock.step * (np.arange(first, last + 1) + 0.5), path[first : last + 1]
+    ax.plot(times, steps, color="white", linewidth=3)
+    ax.plot(times, steps, color=OKABE_ITO.vermillion, linewidth=1.4, label="the best path")
     letters = [s for s in range(low, high) if s % 2]
-    ax.set_yticks(
-        letters, ["␣" if spelled[s // 2] == "space" else spelled[s // 2] for s in letters], fontsize=7
-    )
+    ax.set_yticks(letters, [spelled[s // 2].replace("space", "␣") for s in letters], fontsize=7)
     ax.legend(loc="upper right", fontsize=9)
     said = " ".join(w.label for w in chosen)
     return render(
         fig,
-        f"The trellis of {said}: time to the right, letters with blanks between them downwards. A narrow bright ridge runs from the upper left to the lower right, and the line of the best walk lies on it, in steps.",
+        f"The trellis of {said}: time to the right, letters with blanks between them downwards. A narrow bright ridge runs from the upper left to the lower right, and the line of the best path lies on it, in steps.",
     )
 
 
 # %% ../../nbs/explore/views.ipynb #89b7b7ae
-def beam_view(model: Any, audio: Any, processor: Any = None, *, beam_width: int = 20, n_best: int = 5, every: float = 0.2, **knobs: Any) -> Explorer:  # fmt: skip
+def beam_view(
+    model: Any,
+    audio: Any,
+    processor: Any = None,
+    *,
+    beam_width: int = 20,
+    n_best: int = 5,
+    every: float = 0.2,
+    **options: Any,
+) -> Explorer:
     """Show the hypotheses of a beam search as the sound goes on, with a slider over time.
 
     Args:
@@ -633,79 +452,51 @@ def beam_view(model: Any, audio: Any, processor: Any = None, *, beam_width: int 
         beam_width: Hypotheses that live at once.
         n_best: Hypotheses to show.
         every: Seconds from one picture to the next.
-        **knobs: Of `CTCDecoder`, such as `language_model=`.
+        **options: Of `CTCDecoder`, such as `language_model=`.
 
     Raises:
         ValueError: As `read_ctc`, or a step of no length.
     """
     model, processor = open_checkpoint(model, processor, head="ctc")
     reading = read_ctc(model, audio, processor)
-    if every < reading.hop:
-        raise refuse("every", every, f"seconds, at least one frame: {reading.hop}")
-    decoder, T, step = (
-        CTCDecoder(processor, beam_width=beam_width, **knobs),
-        len(reading.path),
-        round(every / reading.hop),
-    )
+    hop, T = reading.clock.step, len(reading.path)
+    if every < hop:
+        raise refuse("every", every, f"seconds, at least one frame: {hop}")
+    decoder = CTCDecoder(processor, beam_width=beam_width, **options)
     pictures: dict[str, Picture] = {}
-    for t in [*range(step, T, step), T]:
+    for t in [*range(round(every / hop), T, round(every / hop)), T]:
         found = decoder.decode(reading.log_probs[:t], n_best=n_best)
-        shares = torch.tensor([h.total for h in found]).softmax(0).tolist()
+        shares = (100 * torch.tensor([h.total for h in found]).softmax(0)).tolist()
+        texts = [h.text or "(nothing yet)" for h in found]
         fig, ax = figure(height=1.9)
-        ax.barh(
-            range(len(found)),
-            [100 * s for s in shares],
-            color="#DCEAF5",
-            edgecolor=OKABE_ITO.blue,
-            height=0.8,
-        )
-        for row, hypothesis in enumerate(found):
-            ax.text(1, row, f"{hypothesis.text or '(nothing yet)'}", va="center", fontsize=9)
+        ax.barh(range(len(found)), shares, color="#DCEAF5", edgecolor=OKABE_ITO.blue, height=0.8)
+        for row, words in enumerate(texts):
+            ax.text(1, row, words, va="center", fontsize=9)
         ax.set(
             ylim=(n_best - 0.5, -0.5), xlim=(0, 100), yticks=range(n_best), yticklabels=range(1, n_best + 1)
         )
         ax.set(xlabel="share of the hypotheses shown (%)", ylabel="rank")
-        texts = "; ".join(
-            f"{h.text or 'nothing yet'} {100 * s:.0f} %" for h, s in zip(found, shares, strict=True)
-        )
-        pictures[f"{t * reading.hop:.2f} s"] = render(
-            fig, f"Best hypotheses after {t * reading.hop:.2f} s: {texts}."
-        )
-    return slider(
-        f"Beam search, width {beam_width}: {reading.utterance.text or reading.utterance.id}",
-        "heard so far",
-        pictures,
-        start=len(pictures) - 1,
-    )
+        told = "; ".join(f"{words} {share:.0f} %" for words, share in zip(texts, shares, strict=True))
+        pictures[f"{t * hop:.2f} s"] = render(fig, f"Best hypotheses after {t * hop:.2f} s: {told}.")
+    title = f"Beam search, width {beam_width}: {reading.utterance.text or reading.utterance.id}"
+    return slider(title, "heard so far", pictures, start=len(pictures) - 1)
 
 
 # %% ../../nbs/explore/views.ipynb #800eb131
-def speaker_vectors(model: Any, speech: Speech, extractor: Any = None) -> Tensor:
+def speaker_vectors(model: Any, speech: Speech) -> Tensor:
     """Compute one vector per utterance, `[utterances, D]`, in the order of the speech.
 
     Args:
         model: A `Wav2Vec2ConformerForXVector`, a folder or hub id; None: the demo checkpoint.
-        speech: Utterances of different names, each long enough for the head.
-        extractor: The model's feature extractor, if that is not a folder.
+        speech: Utterances, each long enough for the head.
 
     Raises:
         ValueError: A model without an x-vector head.
     """
-    model, extractor = open_checkpoint(model, extractor, head="speaker")
-    if not isinstance(model, Wav2Vec2ConformerForXVector):
-        raise refuse(
-            "model", type(model).__name__, "a Wav2Vec2ConformerForXVector, which gives vectors of voices"
-        )
-    found: dict[str, Tensor] = {}
+    model, _ = open_checkpoint(model, head="speaker", kind=Wav2Vec2ConformerForXVector)
     with plain_forms(model), eval_mode(model):
-        for batch in utterance_batches(model, speech, extractor):
-            vectors = (
-                model(batch["input_values"], batch["attention_mask"], return_dict=True)
-                .embeddings.float()
-                .cpu()
-            )
-            found |= {u.id: vector for u, vector in zip(batch["utterances"], vectors, strict=True)}
-    return torch.stack([found[u.id] for u in speech])
+        rows = [model(as_input(model, u), return_dict=True).embeddings[0].float().cpu() for u in speech]
+    return torch.stack(rows)
 
 
 def plot_scores(scores: Any, same: Any, ax: Any = None, *, threshold: float | None = None) -> Any:
@@ -719,97 +510,86 @@ def plot_scores(scores: Any, same: Any, ax: Any = None, *, threshold: float | No
     """
     scores, same = np.asarray(scores), np.asarray(same)
     ax = figure(height=2.6)[1] if ax is None else ax
-    equal = equal_error_rate(scores, same)
-    threshold = equal.threshold if threshold is None else threshold
+    threshold = equal_error_rate(scores, same).threshold if threshold is None else threshold
     bins = np.linspace(min(scores.min(), threshold), max(scores.max(), threshold), 36)
-    for values, name, look in (
-        (scores[~same], "two voices", {"facecolor": "#E8EEF4", "edgecolor": OKABE_ITO.blue, "hatch": "...."}),
-        (
-            scores[same],
-            "one voice",
-            {"facecolor": "none", "edgecolor": OKABE_ITO.vermillion, "linewidth": 1.8, "histtype": "step"},
-        ),
-    ):
+    dotted = {"facecolor": "#E8EEF4", "edgecolor": OKABE_ITO.blue, "hatch": "...."}
+    outline = {"facecolor": "none", "edgecolor": OKABE_ITO.vermillion, "linewidth": 1.8, "histtype": "step"}
+    for values, name, look in ((scores[~same], "two voices", dotted), (scores[same], "one voice", outline)):
         ax.hist(values, bins, weights=np.full(len(values), 100 / len(values)), label=name, **look)
     ax.axvline(threshold, color=OKABE_ITO.black, linestyle="--", label="threshold")
     missed, alarms = 100 * (scores[same] < threshold).mean(), 100 * (scores[~same] >= threshold).mean()
-    ax.set(
-        xlabel="cosine",
-        ylabel="share of pairs (%)",
-        title=f"threshold {threshold:.2f}: {missed:.1f} % of one voice refused, {alarms:.1f} % of two accepted",
-    )
-    ax.title.set_fontsize(9.5)
+    ax.set(xlabel="cosine", ylabel="share of pairs (%)")
+    errors = f"{missed:.1f} % of one voice refused, {alarms:.1f} % of two accepted"
+    ax.set_title(f"threshold {threshold:.2f}: {errors}", fontsize=9.5)
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 
 # %% ../../nbs/explore/views.ipynb #fa654130
-_MARKERS = "osD^vPX*<>ph"
-
-
-def speaker_view(model: Any, speech: Speech, extractor: Any = None) -> Picture:
+def speaker_view(model: Any, speech: Speech) -> Picture:
     """Draw how well voices part: a map (PCA), all cosines sorted by speaker, and the scores with the EER threshold.
 
     Args:
         model: As for `speaker_vectors`.
         speech: Utterances of two speakers or more, at least two of one.
-        extractor: As for `speaker_vectors`.
 
     Raises:
         ValueError: Not both kinds of pairs.
     """
     speech = Speech(sorted(speech, key=lambda u: u.speaker), speech.name, speech.split)
-    vectors = speaker_vectors(model, speech, extractor)
+    vectors = speaker_vectors(model, speech)
     names, speakers = [u.speaker for u in speech], list(speech.speakers)
     cosines, same = score_pairs(vectors, names)
     upper = np.triu_indices(len(names), 1)
     if not 0 < same[upper].sum() < len(upper[0]):
-        raise refuse(
-            "speech",
-            f"{len(names)} utterances of {len(speakers)} speakers",
-            "two speakers or more, at least two utterances of one",
-        )
+        came = f"{len(names)} utterances of {len(speakers)} speakers"
+        raise refuse("speech", came, "two speakers or more, at least two utterances of one")
     fig, axes = figure(2, 2, height=6.4, height_ratios=[1.5, 1])
     for ax in axes[1]:
         ax.remove()
     below = fig.add_subplot(axes[1, 0].get_gridspec()[1, :])
     below.spines[["top", "right"]].set_visible(False)
-    points, note = flatten_to_plane(torch.nn.functional.normalize(vectors, dim=1).numpy())
-    for i, name in enumerate(speakers):
-        mine = points[[n == name for n in names]]
-        look = {
-            "marker": _MARKERS[i % len(_MARKERS)],
-            "color": OKABE_ITO[i % 7],
-            "markeredgecolor": "black",
-            "markeredgewidth": 0.4,
-        }
-        axes[0, 0].plot(*mine.T, linestyle="", markersize=5.5, label=name, **look)
-    axes[0, 0].set(title=note, xticks=[], yticks=[], xlabel="first direction", ylabel="second direction")
-    if len(speakers) <= 16:
-        axes[0, 0].legend(
-            frameon=False,
-            fontsize=8,
-            ncols=4,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.08),
-            columnspacing=1,
-            handletextpad=0.1,
-        )
-    axes[0, 0].title.set_fontsize(9.5)
+    _plot_voices(axes[0, 0], vectors, names)
     plot_matrix(cosines, axes[0, 1], center=0, colorbar="cosine", vmin=-1, vmax=1)
     sizes = np.array([names.count(name) for name in speakers])
     edges = np.cumsum(sizes) - 0.5
-    for ticks in (axes[0, 1].set_xticks, axes[0, 1].set_yticks):
+    for ticks, line in (
+        (axes[0, 1].set_xticks, axes[0, 1].axvline),
+        (axes[0, 1].set_yticks, axes[0, 1].axhline),
+    ):
         ticks(edges - sizes / 2, speakers, fontsize=8)
-    for edge in edges[:-1]:
-        axes[0, 1].axvline(edge, color="black", linewidth=0.5)
-        axes[0, 1].axhline(edge, color="black", linewidth=0.5)
+        for edge in edges[:-1]:
+            line(edge, color="black", linewidth=0.5)
     plot_scores(cosines[upper], same[upper], below)
     equal = equal_error_rate(cosines[upper], same[upper])
+    one, two = np.median(cosines[upper][same[upper]]), np.median(cosines[upper][~same[upper]])
     return render(
         fig,
-        f"{len(speakers)} voices, {len(names)} utterances. Upper left, a map of their vectors, one sign per voice. Upper right, all cosines, sorted by voice: squares along the diagonal are pairs of one voice. Below, histograms of cosines: the median of one voice is {np.median(cosines[upper][same[upper]]):.2f}, of two {np.median(cosines[upper][~same[upper]]):.2f}; the equal error rate is {100 * equal.value:.1f} % at {equal.threshold:.2f}.",
+        f"{len(speakers)} voices, {len(names)} utterances. Upper left, a map of their vectors, one sign per voice. Upper right, all cosines, sorted by voice: squares along the diagonal are pairs of one voice. Below, histograms of cosines: the median of one voice is {one:.2f}, of two {two:.2f}; the equal error rate is {100 * equal.value:.1f} % at {equal.threshold:.2f}.",
     )
+
+
+def _plot_voices(ax: Any, vectors: Tensor, names: Sequence[str]) -> None:
+    """Draw vectors as points, one sign per voice."""
+    points, note = flatten_to_plane(normalize(vectors, dim=1).numpy())
+    speakers, signs = list(dict.fromkeys(names)), "osD^vPX*<>ph"
+    for i, name in enumerate(speakers):
+        mine = points[[n == name for n in names]]
+        look: dict[str, Any] = {"marker": signs[i % len(signs)], "color": OKABE_ITO[i % 7]}
+        ax.plot(
+            *mine.T,
+            linestyle="",
+            markersize=5.5,
+            label=name,
+            markeredgecolor="black",
+            markeredgewidth=0.4,
+            **look,
+        )
+    ax.set(xticks=[], yticks=[], xlabel="first direction", ylabel="second direction")
+    ax.set_title(note, fontsize=9.5)
+    if len(speakers) <= 16:
+        where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08)}
+        ax.legend(frameon=False, fontsize=8, ncols=4, columnspacing=1, handletextpad=0.1, **where)
 
 
 # %% ../../nbs/explore/views.ipynb #cdc8ab63
@@ -821,99 +601,64 @@ def error_stretches(truth: Tensor, found: Tensor, hop: float) -> list[tuple[str,
         found: `[T, speakers]` bool, in the same order of speakers.
         hop: Seconds from one frame to the next.
     """
-    missing = truth.sum(1) - found.sum(1)
+    missing, wrong = (truth.sum(1) - found.sum(1)).tolist(), (truth != found).any(1).tolist()
     kinds = [
-        "missed" if gap > 0 else "false alarm" if gap < 0 else "confused" if wrong else ""
-        for gap, wrong in zip(missing.tolist(), (truth != found).any(1).tolist(), strict=True)
+        "missed" if gap > 0 else "false alarm" if gap < 0 else "confused" if bad else ""
+        for gap, bad in zip(missing, wrong, strict=True)
     ]
-    ends = [0, *(t + 1 for t in range(len(kinds) - 1) if kinds[t] != kinds[t + 1]), len(kinds)]
-    return [("", a * hop, b * hop, kinds[a]) for a, b in pairwise(ends) if b > a and kinds[a]]
+    return [("", run.start * hop, run.end * hop, str(run.label)) for run in runs(kinds, blank="")]
 
 
-def turns_view(model: Any, audio: Any, extractor: Any = None) -> Explorer:
+def turns_view(model: Any, audio: Any) -> Explorer:
     """Show who speaks when: the true turns, the probability and the turns that a frame head finds, and its errors.
 
     Args:
         model: A `Wav2Vec2ConformerForAudioFrameClassification` whose labels may be true together; a folder or hub id; None: the demo checkpoint.
         audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …; truth is drawn where an utterance brings turns.
-        extractor: Not needed: the sound is brought to mean 0 and variance 1.
 
     Raises:
         ValueError: Another kind of model.
     """
-    model, _ = open_checkpoint(model, extractor, head="frame")
-    if (
-        not isinstance(model, FrameModel)
-        or resolve_problem_type(model.config) != "multi_label_classification"
-    ):
-        raise refuse(
-            "model",
-            type(model).__name__,
-            "a Wav2Vec2ConformerForAudioFrameClassification with problem_type multi_label_classification",
-        )
-    u, labels = (
-        as_utterance(audio) if not isinstance(audio, Utterance) else audio,
-        [model.config.id2label[i] for i in range(model.config.num_labels)],
-    )
-    hop, middle = frame_clock(model, u.sampling_rate)
+    model, _ = open_checkpoint(model, head="frame", kind=FrameModel)
+    if resolve_problem_type(model.config) != "multi_label_classification":
+        raise refuse("model", type(model).__name__, "one with problem_type multi_label_classification")
+    u, labels = as_utterance(audio), [model.config.id2label[i] for i in range(model.config.num_labels)]
+    clock = FrameClock.of(model.config, u.sampling_rate)
+    hop, middle = clock.step, clock.middle()
     with plain_forms(model), eval_mode(model):
         chances = (
             model(as_input(model, u), return_dict=True).logits[0].sigmoid().float().cpu()
         )  # [T, speakers]
     found = chances > 0.5
     turns = activity_turns(found, labels, hop=hop, middle=middle)
-    tracks: list[Track] = []
-    errors_track: list[Track] = []
-    facts, truth, names = "", None, {label: label for label in labels}
+    names, facts, said_of_truth = {label: label for label in labels}, "", [""] * len(found)
+    above: list[Track] = []
+    errors: list[Track] = []
     if u.turns:
         known = turn_order(u)
-        errors = diarization_error_rate(known, turns)
-        names |= errors.mapping
-        order = [
-            labels.index({v: k for k, v in errors.mapping.items()}.get(label, label)) for label in labels
+        rate = diarization_error_rate(known, turns)
+        names |= rate.mapping
+        truth = torch.from_numpy(frame_activity(known, labels, len(found), hop, middle))
+        back = {theirs: ours for ours, theirs in rate.mapping.items()}
+        order = [labels.index(back.get(label, label)) for label in labels]
+        ordered = found[:, order] if len(set(order)) == len(labels) else found
+        facts = f"Error rate {100 * rate.rate:.1f} % of {rate.total:.1f} s of speech: missed {rate.missed:.2f} s, false alarm {rate.false_alarm:.2f} s, confused {rate.confusion:.2f} s."
+        above = [
+            plain_track("" if i else "true", [t for t in known if t.label == name])
+            for i, name in enumerate(labels)
         ]
-        truth = frame_targets(
-            known, {label: i for i, label in enumerate(labels)}, len(found), hop, middle, many=True
-        ).bool()
-        facts = f"Error rate {100 * errors.rate:.1f} % of {errors.total:.1f} s of speech: missed {errors.missed:.2f} s, false alarm {errors.false_alarm:.2f} s, confused {errors.confusion:.2f} s."
-        tracks = [
-            plain_track("true" if i == 0 else "", [t for t in known if t.label == label])
-            for i, label in enumerate(labels)
-        ]
-        errors_track = [
-            Track(
-                "errors",
-                error_stretches(
-                    truth, found[:, order] if sorted(order) == list(range(len(labels))) else found, hop
-                ),
-            )
-        ]
-    tracks += [
-        plain_track(
-            "" if i else "model", [Segment(names[label], t.start, t.end) for t in turns if t.label == label]
-        )
-        for i, label in enumerate(labels)
-    ]
-    tracks += errors_track
-    tracks += [Track(f"chance {i + 1}", curve=chances[:, i].numpy()) for i in range(len(labels))]
+        errors = [Track("errors", error_stretches(truth, ordered, hop))]
+        speaking = [[name for name, on in zip(labels, row, strict=True) if on] for row in truth.tolist()]
+        said_of_truth = [f" Truth: {' and '.join(who) or 'nobody'}." for who in speaking]
     said = []
     for t, row in enumerate(chances.tolist()):
-        guesses = ", ".join(f"{names[label]} {100 * p:.0f} %" for label, p in zip(labels, row, strict=True))
-        real = (
-            ""
-            if truth is None
-            else " Truth: "
-            + (
-                " and ".join(label for label, on in zip(labels, truth[t].tolist(), strict=True) if on)
-                or "nobody"
-            )
-            + "."
-        )
-        said.append(f"Frame {t}, {t * hop:.2f} s: {guesses}.{real}")
+        guesses = [f"{names[label]} {100 * p:.0f} %" for label, p in zip(labels, row, strict=True)]
+        said.append(f"Frame {t}, {t * hop:.2f} s: {', '.join(guesses)}.{said_of_truth[t]}")
+    answers = [[Segment(names[name], t.start, t.end) for t in turns if t.label == name] for name in labels]
+    tracks = [*above, *(plain_track("" if i else "model", row) for i, row in enumerate(answers)), *errors]
+    tracks += [Track(f"chance {i + 1}", curve=chances[:, i].numpy()) for i in range(len(labels))]
     alt = f"Who speaks when in {u.id}: turns over time{' as they are, the errors of the model with a pattern for each kind,' if u.turns else ''} and the turns that the model finds, with its probability for each speaker. {facts}"
-    return track_explorer(
-        f"Who speaks when: {u.id}", u, tracks, said, hop=hop, middle=middle, facts=facts, alt=alt
-    )
+    return track_explorer(f"Who speaks when: {u.id}", u, tracks, said, clock, facts=facts, alt=alt)
 
 
 # %% ../../nbs/explore/views.ipynb #8c4731a2
@@ -929,83 +674,63 @@ def codes_view(model: Any, audio: Any, extractor: Any = None, *, reference: Spee
     Raises:
         ValueError: A model without a quantizer.
     """
-    model, extractor = open_checkpoint(model, extractor)
-    if not isinstance(model, Wav2Vec2ConformerForPreTraining):
-        raise refuse(
-            "model", type(model).__name__, "a Wav2Vec2ConformerForPreTraining, which has a quantizer"
-        )
+    model, extractor = open_checkpoint(model, extractor, kind=Wav2Vec2ConformerForPreTraining)
     u = as_utterance(audio)
     reference = load_speech("builtin", "dev") if reference is None else reference
     named, codes = (
         collect_codes(model, reference, extractor),
         collect_codes(model, Speech([u]), extractor).codes,
     )  # [T, G]
-    hop, middle = frame_clock(model, u.sampling_rate)
-    phones = [main_phones(named, g) for g in range(codes.shape[1])]
-    shares = [
-        [
-            float((named.phones[named.codes[:, g] == c] == p).mean()) if p else 0.0
-            for c, p in enumerate(phones[g])
-        ]
-        for g in range(codes.shape[1])
-    ]
+    clock = FrameClock.of(model.config, u.sampling_rate)
     tracks = [plain_track(row, getattr(u, row)) for row in ("words", "phones") if getattr(u, row)]
+    said = [f"Frame {t}, {t * clock.step:.2f} s" for t in range(len(codes))]
+    if u.phones:
+        phones = frame_labels(u.phones, len(codes), clock.step, clock.middle())
+        said = [f"{text}, in {phone}" if phone else text for text, phone in zip(said, phones, strict=True)]
     for g, column in enumerate(codes.T.tolist()):
-        runs: list[tuple[int, float, float]] = []
-        for code, group in groupby(column):
-            at = runs[-1][2] if runs else 0.0
-            runs.append((code, at, at + hop * len(list(group))))
-        tracks.append(Track(f"group {g}", [(str(code), first, last, "") for code, first, last in runs]))
-        tracks.append(Track("mostly", [(phones[g][code], first, last, "") for code, first, last in runs]))
-    here = frame_labels(u.phones, len(codes), hop, middle) if u.phones else [""] * len(codes)
-    said = []
-    for t, row in enumerate(codes.tolist()):
-        parts = [
-            f"group {g} code {code}"
-            + (
-                f" (mostly {phones[g][code]}, {100 * shares[g][code]:.0f} %)"
-                if phones[g][code]
-                else " (never met)"
-            )
-            for g, code in enumerate(row)
+        counts, names = phone_counts(named, g)  # [V, phones]
+        main = [names[int(row.argmax())] if row.any() else "" for row in counts]
+        shares = 100 * counts.max(1, initial=0) / named.counts[g].clip(1)
+        stretches = [
+            (run.label, run.start * clock.step, run.end * clock.step) for run in runs(column, blank=None)
         ]
-        said.append(f"Frame {t}, {t * hop:.2f} s{', in ' + here[t] if here[t] else ''}: {', '.join(parts)}.")
+        tracks.append(Track(f"group {g}", [(str(code), start, end, "") for code, start, end in stretches]))
+        tracks.append(Track("mostly", [(main[code], start, end, "") for code, start, end in stretches]))
+        told = [
+            f" (mostly {main[code]}, {shares[code]:.0f} %)" if main[code] else " (never met)"
+            for code in column
+        ]
+        said = [
+            f"{text}{',' if g else ':'} group {g} code {code}{more}"
+            for text, code, more in zip(said, column, told, strict=True)
+        ]
     alt = f"The codes of {codes.shape[1]} groups over time under the sound of {u.text or u.id}: each code lasts one or a few frames, and below it stands the phone that uses it most."
     facts = f"The phone that uses a code most was counted on {reference.seconds / 60:.1f} minutes of other speech."
     return track_explorer(
-        f"Codes: {u.text or u.id}", u, tracks, said, hop=hop, middle=middle, facts=facts, alt=alt
+        f"Codes: {u.text or u.id}", u, tracks, [f"{text}." for text in said], clock, facts=facts, alt=alt
     )
 
 
 # %% ../../nbs/explore/views.ipynb #cacb088a
 def answers_table(model: SequenceModel, utterance: Utterance, n: int = 10) -> str:
-    """The most probable labels of a recording, as a table of HTML.
-
-    Args:
-        model: With one label per recording.
-        utterance: The recording.
-        n: Labels to list.
-    """
+    """The `n` most probable labels of a recording, as a table of HTML."""
     with plain_forms(model), eval_mode(model):
         logits = model(as_input(model, utterance), return_dict=True).logits[0].float()
     many = resolve_problem_type(model.config) == "multi_label_classification"
     values, places = (logits.sigmoid() if many else logits.softmax(-1)).topk(min(n, len(logits)))
-    rows = [
-        (0, [str(model.config.id2label[i]), f"{100 * p:.1f} %"])
+    answers = [
+        (str(model.config.id2label[i]), f"{100 * p:.1f} %")
         for p, i in zip(values.tolist(), places.tolist(), strict=True)
     ]
-    return html_table("Answers of the model", ["label", "probability"], rows)
+    return html_table("Answers of the model", ["label", "probability"], [(0, answer) for answer in answers])
 
 
 def _few_maps(model: PreTrainedModel, seconds: float, layers: Any, heads: Any) -> dict[str, Any]:
     """Choose four layers and four heads where a page would become heavy, unless somebody chose."""
-    config = model.config
-    pixels = (seconds / frame_clock(model)[0]) ** 2 * config.num_hidden_layers * config.num_attention_heads
+    L, H = model.config.num_hidden_layers, model.config.num_attention_heads
+    pixels = (seconds / FrameClock.of(model.config).step) ** 2 * L * H
     if layers is None and heads is None and pixels > 4_000_000:
-        layers = sorted(
-            {round(x) for x in np.linspace(0, config.num_hidden_layers - 1, min(4, config.num_hidden_layers))}
-        )
-        heads = list(range(min(4, config.num_attention_heads)))
+        layers, heads = sorted({round(x) for x in np.linspace(0, L - 1, min(4, L))}), list(range(min(4, H)))
     return {"layers": layers, "heads": heads}
 
 
@@ -1025,10 +750,10 @@ def _views(model: PreTrainedModel, processor: Any, u: Utterance, text: str | Non
 # %% ../../nbs/explore/views.ipynb #285ff7f2
 def explore_page(audio: Any, model: Any = None, output: str | os.PathLike[str] = "page.html", *, processor: Any = None, text: str | None = None,
                  start: float = 0.0, end: float | None = None, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Path:  # fmt: skip
-    """Write the explorers of one recording as one page, which needs nothing else.
+    """Write the explorers of one recording as one page, which needs nothing else; returns its path.
 
     Args:
-        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …, as for `as_utterance`; some seconds long.
+        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …; some seconds long.
         model: Any model of this package, a folder or hub id; None: the demo checkpoint, with CTC and with its quantizer.
         output: File to write; replaced if there, as a whole or not at all.
         processor: Of the model, if that is not a folder.
@@ -1037,9 +762,6 @@ def explore_page(audio: Any, model: Any = None, output: str | os.PathLike[str] =
         end: Where to stop, in seconds; None: at the end.
         layers: Layers of the attention explorer; None: all, or four where a page would become heavy.
         heads: Its heads; None: all, or four.
-
-    Returns:
-        The path of the page.
 
     Raises:
         ValueError: Sound or text that cannot be used, no such layer or head, or a recording too long for a page.
@@ -1052,9 +774,9 @@ def explore_page(audio: Any, model: Any = None, output: str | os.PathLike[str] =
             raise refuse("start", start, f"seconds from 0 to the end, {end:g}")
         u = Utterance(u.id, u.cut(start, end), u.sampling_rate)  # what was known of the whole no longer fits
     opened = (
-        [open_checkpoint(model, processor)]
-        if model is not None
-        else [open_checkpoint(head="ctc"), open_checkpoint()]
+        [open_checkpoint(head="ctc"), open_checkpoint()]
+        if model is None
+        else [open_checkpoint(model, processor)]
     )
     first = opened[0][0]
     attention = attention_explorer(first, u, **_few_maps(first, u.seconds, layers, heads))
@@ -1062,15 +784,10 @@ def explore_page(audio: Any, model: Any = None, output: str | os.PathLike[str] =
     names = " and ".join(
         f"{type(m).__name__} ({m.num_parameters() / 1e6:.1f} million parameters)" for m, _ in opened
     )
-    parts: list[Explorer | str] = [
-        f"<h1>{html.escape(title)}</h1><p>{u.seconds:.2f} s of sound, seen by {html.escape(names)}. Everything on this page is in this file.</p>"
-    ]
+    about = f"{u.seconds:.2f} s of sound, seen by {names}. Everything on this page is in this file."
+    parts: list[Explorer | str] = [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"]
     for each, beside in opened:
         parts += _views(each, beside, u, text)
-    parts += [
-        "<h2>Attention</h2>",
-        attention,
-        "<h2>Shapes</h2>",
-        trace(first, u, depth=3, repeats=1)._repr_html_(),
-    ]
+    parts += ["<h2>Attention</h2>", attention]
+    parts += ["<h2>Shapes</h2>", trace(first, u, depth=3, repeats=1)._repr_html_()]
     return save_page(Path(output), parts, title=title)

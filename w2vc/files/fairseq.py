@@ -549,7 +549,7 @@ def _convert_config(
     good = {}
     for name, value in options.items():
         try:
-            good[name] = Wav2Vec2ConformerConfig.RULES[name](name, value)
+            good[name] = Wav2Vec2ConformerConfig.checked(name, value)
         except ValueError as error:
             errors.append(str(error))
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -15,23 +16,19 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
 from ..config import Wav2Vec2ConformerConfig
-from ..model.ctc import extend_labels, min_input_length
-from ..model.features import receptive_field
-from .tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, offsets_in_seconds
+from ..model.ctc import extend_labels, min_input_length, runs
+from ..model.features import FrameClock
+from .tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 # %% auto #0
 __all__ = [
     "WILDCARD",
-    "Spelled",
     "LabelSpan",
     "Alignment",
-    "best_walk",
+    "viterbi",
     "force_align",
     "best_path",
     "TimedText",
-    "frame_timing",
-    "time_words",
-    "spell",
     "align_words",
     "read_words",
 ]
@@ -39,7 +36,7 @@ __all__ = [
 
 # %% ../../nbs/text/alignment.ipynb #497a5d60
 class LabelSpan(NamedTuple):
-    """The frames on which a path says one label.
+    """The frames `start` to `end - 1`, on which a path says one label.
 
     Attributes:
         label: the symbol's number, or `WILDCARD`.
@@ -75,35 +72,23 @@ class Alignment:
 
     @property
     def spans(self) -> list[LabelSpan]:
-        """The runs of equal symbols, in order and without the blanks: one span for each label that the path spells."""
-        symbols, counts = torch.unique_consecutive(self.path, return_counts=True)
-        ends = counts.cumsum(0)
-        sums = pad(self.scores.cumsum(0), (1, 0))
-        means = ((sums[ends] - sums[ends - counts]) / counts).exp().clamp(max=1)
-        rows = zip(symbols.tolist(), (ends - counts).tolist(), ends.tolist(), means.tolist(), strict=True)
-        return [LabelSpan(*row) for row in rows if row[0] != self.blank]
+        """The runs of equal symbols without the blanks: one span for each label that the path spells."""
+        found = runs(self.path, self.blank)
+        return [
+            LabelSpan(*run, min(self.scores[run.start : run.end].mean().exp().item(), 1.0)) for run in found
+        ]
 
 
 # %% ../../nbs/text/alignment.ipynb #561d93a2
-def _sources(reach: Tensor, bars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The scores of the states from which a walk comes: the same one, the one before, and the one before that."""
-    return reach[2:], reach[1:-1], reach[:-2] + bars
-
-
-def _advance(reach: Tensor, emitted: Tensor, bars: Tensor) -> Tensor:
-    """Go on by one frame: the best score of each state, behind two states that nobody can be on."""
-    stay, one, two = _sources(reach, bars)
-    return pad(torch.maximum(torch.maximum(stay, one), two) + emitted, (2, 0), value=-math.inf)
-
-
-def _steps(reach: Tensor, bars: Tensor) -> Tensor:
-    """How many states back the best walk to each state comes from: 0, 1 or 2; if equally good, the fewest."""
-    stay, one, two = _sources(reach, bars)
-    return torch.where(two > torch.maximum(stay, one), 2, (one > stay).to(torch.int8))
+def _step(reach: Tensor, emitted: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
+    """Go on by one frame: the best score of each state, and how many states back its walk comes from (0, 1 or 2)."""
+    padded = pad(reach, (2, 0), value=-math.inf)
+    best, came = torch.stack([reach, padded[1:-1], padded[:-2] + bars]).max(0)  # if equally good, the fewest
+    return best + emitted, came.to(torch.int8)
 
 
 # %% ../../nbs/text/alignment.ipynb #73a41be9
-def best_walk(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
+def viterbi(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
     """Find the most probable walk through the trellis (Viterbi, 1967), in memory for about sqrt(T) frames.
 
     Forward, the scores are kept at every sqrt(T)-th frame only. Backward, block by block, the steps between are
@@ -111,7 +96,7 @@ def best_walk(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
 
     Args:
         emissions: log probabilities `[T, V]`.
-        states: the symbol of each state, blanks woven in; the walk starts on one of the first two.
+        states: the symbol of each state, `extend_labels` of the labels; the walk starts on one of the first two.
         bars: for each state 0 if a walk may come to it from two states before, else minus infinity.
 
     Returns:
@@ -121,27 +106,27 @@ def best_walk(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
         ValueError: every walk has probability 0.
     """
     T, block = len(emissions), max(math.isqrt(len(emissions)), 1)
-    reach = torch.full((len(states) + 2,), -math.inf, dtype=emissions.dtype)
-    reach[2] = 0.0  # before the first frame we stand on the first blank
+    reach = torch.full((len(states),), -math.inf, dtype=emissions.dtype)
+    reach[0] = 0.0  # before the first frame we stand on the first blank
     kept = []
     for t in range(T):
         if t % block == 0:
             kept.append(reach)
-        reach = _advance(reach, emissions[t][states], bars)
+        reach, _ = _step(reach, emissions[t][states], bars)
     state = len(states) - 1
     if state and reach[-2] >= reach[-1]:  # the last label rather than the blank after it
         state -= 1
-    if reach[state + 2] == -math.inf:
+    if reach[state] == -math.inf:
         raise ValueError("log_probs: no path that spells the labels has a probability above 0")
     walk = torch.zeros(T, dtype=torch.long)
-    for i in reversed(range(len(kept))):
-        frames, reach, steps = range(i * block, min((i + 1) * block, T)), kept[i], []
-        for t in frames:
-            steps.append(_steps(reach, bars))
-            reach = _advance(reach, emissions[t][states], bars)
-        for t in reversed(frames):
+    for first in reversed(range(0, T, block)):
+        reach, steps, last = kept.pop(), [], min(first + block, T)
+        for t in range(first, last):
+            reach, came = _step(reach, emissions[t][states], bars)
+            steps.append(came)
+        for t in reversed(range(first, last)):
             walk[t] = state
-            state -= int(steps[t - frames.start][state])
+            state -= int(steps.pop()[state])
     return walk
 
 
@@ -150,42 +135,31 @@ WILDCARD = -1  # a label that stands for anything at all
 _SHY = math.log(0.9)  # a little less than the best symbol, so that it takes no more than it must
 
 
-def _checked(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> tuple[Tensor, Tensor]:
-    """Refuse what cannot be aligned; returns log probabilities in float64 on the host, and labels `[1, labels]`."""
+def _check(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> Tensor:
+    """Refuse what cannot be aligned; returns the labels, `[1, labels]`."""
     if not isinstance(log_probs, Tensor) or log_probs.dim() != 2 or not log_probs.is_floating_point():
-        came = (
-            f"{log_probs.dtype} {tuple(log_probs.shape)}"
-            if isinstance(log_probs, Tensor)
-            else type(log_probs).__name__
-        )
-        raise ValueError(f"log_probs: got {came}, expected floats [T, V] of one utterance")
-    row = torch.as_tensor(labels, dtype=torch.long).cpu().reshape(1, -1)
-    T, V = log_probs.shape
-    log_probs = log_probs.detach().to("cpu", torch.float64)
+        came = type(log_probs).__name__ if not isinstance(log_probs, Tensor) else log_probs.dtype
+        shape = tuple(getattr(log_probs, "shape", ()))
+        raise ValueError(f"log_probs: got {came} {shape}, expected floats [T, V] of one utterance")
     if log_probs.isnan().any() or (log_probs > 1e-3).any():
         raise ValueError("log_probs: holds NaN or values above 0; of logits, take log_softmax(-1) first")
+    (T, V), row = log_probs.shape, torch.as_tensor(labels, dtype=torch.long).cpu().reshape(1, -1)
     strange = (row != WILDCARD) & ((row < 0) | (row >= V) | (row == blank))
     if strange.any():
         place = int(strange[0].nonzero()[0])
-        raise ValueError(
-            f"labels[{place}] = {int(row[0, place])} is refused: allowed are 0..{V - 1} without the blank {blank}, "
-            f"and {WILDCARD} for the wildcard"
-        )
+        allowed = f"0..{V - 1} without the blank {blank}, and {WILDCARD} for the wildcard"
+        raise ValueError(f"labels[{place}] = {int(row[0, place])} is refused: allowed are {allowed}")
     needed = int(min_input_length(row, torch.tensor([row.shape[1]])))
     if needed > T:
         raise ValueError(
-            f"labels: {row.shape[1]} labels need {needed} frames (one each, and one more between two equal ones), and "
-            f"there are {T}: the text is too long for this audio, so it cannot be what was said"
+            f"labels: {row.shape[1]} labels need {needed} frames, and there are {T}: too long a text"
         )
-    return log_probs, row
+    return row
 
 
 # %% ../../nbs/text/alignment.ipynb #fa212328
 def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 0) -> Alignment:
     """Find the most probable path that spells the labels (Graves et al., 2006, section 4.1, with max in place of sum).
-
-    The result has the structure of torchaudio's `forced_align` and `merge_tokens`: a symbol and a log probability for
-    each frame, and a span for each label. Of equally good paths, the one that enters each state as early as it can is taken.
 
     Args:
         log_probs: `[T, V]` of one utterance, on any device; the work is done on the host in float64.
@@ -193,36 +167,30 @@ def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 
         blank: the blank's number.
 
     Returns:
-        The path, `[T]`, with its log probability on each frame; its `spans` are those of the labels, in order.
+        The path, `[T]`, with its log probability on each frame; its `spans` are those of the labels, in order. Of
+        equally good paths, the one that enters each state as early as it can.
 
     Raises:
         ValueError: wrong shapes, logits in place of log probabilities, labels outside the vocabulary, more labels than
-            fit into the frames (it says how many frames they need), or no path with a probability above 0.
+            fit into the frames, or no path with a probability above 0.
     """
-    emissions, row = _checked(log_probs, labels, blank)
+    row = _check(log_probs, labels, blank)
+    emissions = log_probs.detach().to("cpu", torch.float64)
     anything = emissions.max(1, keepdim=True).values + _SHY if emissions.shape[1] else emissions
     emissions = torch.cat([emissions, anything], 1)  # the wildcard's column is the last: -1 finds it
     states = extend_labels(row, blank)[0]
     bars = torch.where(states == pad(states, (2, 0), value=blank)[:-2], -math.inf, 0.0).to(emissions)
-    path = states[best_walk(emissions, states, bars)]
+    path = states[viterbi(emissions, states, bars)]
     return Alignment(path, emissions.gather(1, (path % emissions.shape[1])[:, None])[:, 0], blank)
 
 
 def best_path(log_probs: Tensor, blank: int = 0) -> Alignment:
-    """Take the most probable symbol of each frame, whatever it spells: an alignment of the text that is read so.
-
-    Args:
-        log_probs: `[T, V]` of one utterance, on any device.
-        blank: the blank's number.
-
-    Returns:
-        The path, `[T]`, with its log probability on each frame.
-    """
+    """Take the most probable symbol of each frame of `[T, V]`, whatever it spells: an alignment of what is read so."""
     scores, path = log_probs.detach().to("cpu", torch.float64).max(1)
     return Alignment(path, scores, blank)
 
 
-# %% ../../nbs/text/alignment.ipynb #ed2a8f4c
+# %% ../../nbs/text/alignment.ipynb #4392a06a
 @dataclass(frozen=True)
 class TimedText:
     """A word or a letter, when it was said, and how far to trust that.
@@ -243,111 +211,42 @@ class TimedText:
     chars: tuple[TimedText, ...] = ()
 
 
-def frame_timing(config: Wav2Vec2ConformerConfig | None = None) -> tuple[int, int]:
-    """Say where a model's frames lie in time.
-
-    Args:
-        config: the sizes; None: those of the published models.
-
-    Returns:
-        Hop and width: the samples from one frame to the next, and those that one frame hears; (320, 400) in the
-        published models. An adapter pads with zeros at both ends, which shifts its frames; the width is then that of
-        the stretch from sample 0 on whose middle is the middle of frame 0.
-    """
-    if config is None:
-        return 320, 400
-    width, hop = receptive_field(config.conv_kernel, config.conv_stride)
-    for _ in range(config.num_adapter_layers if config.add_adapter else 0):
-        width += (config.adapter_kernel_size - 3) * hop  # kernel - 1, and one frame of zeros on each side
-        hop *= config.adapter_stride
-    return hop, width
-
-
-# %% ../../nbs/text/alignment.ipynb #4392a06a
-Spelled = list[tuple[str, LabelSpan]]  # the letters of a word and their frames
-
-
-def time_words(
-    words: Sequence[tuple[str, Spelled]],
-    *,
-    config: Wav2Vec2ConformerConfig | None = None,
-    seconds: float | None = None,
-) -> list[TimedText]:
-    """Turn frames into seconds, never outside the audio, for words and their letters.
-
-    Args:
-        words: each with its letters and their frames; at least one letter each.
-        config: the model's, which says where its frames lie; None: as in the published models.
-        seconds: the length of the audio; None: unknown, and only times before 0 are cut off.
-
-    Returns:
-        One entry per word, with its letters in `chars`.
-    """
-    hop, width = frame_timing(config)
-    timed = []
-    for word, letters in words:
-        spans = [span for _, span in letters]
-        rows = [{"start_offset": s.start, "end_offset": s.end} for s in spans]
-        times = offsets_in_seconds(rows, hop=hop, width=width, seconds=seconds)
-        chars = tuple(
-            TimedText(label, time["start"], time["end"], _confidence([span]))
-            for (label, span), time in zip(letters, times, strict=True)
-        )
-        timed.append(TimedText(word, chars[0].start, chars[-1].end, _confidence(spans), chars))
-    return timed
-
-
-def _confidence(spans: Sequence[LabelSpan]) -> float:
-    """Geometric mean of the probabilities on all frames of some spans; wildcards do not count."""
-    real = [(span.end - span.start, span.score) for span in spans if span.label != WILDCARD]
-    if not real or not all(score for _, score in real):
-        return 0.0
-    return math.exp(sum(n * math.log(score) for n, score in real) / sum(n for n, _ in real))
+def _time_word(
+    word: str, letters: Sequence[tuple[str, LabelSpan]], clock: FrameClock, seconds: float | None
+) -> TimedText:
+    """Turn the frames of a word's letters into seconds, never outside the audio."""
+    chars = []
+    for letter, span in letters:
+        score = 0.0 if span.label == WILDCARD else span.score
+        chars.append(TimedText(letter, *clock.span(span.start, span.end, seconds), score))
+    known = [span for _, span in letters if span.label != WILDCARD]
+    frames = sum(span.end - span.start for span in known)
+    logs = sum((span.end - span.start) * math.log(max(span.score, 1e-300)) for span in known)
+    return TimedText(
+        word, chars[0].start, chars[-1].end, math.exp(logs / frames) if known else 0.0, tuple(chars)
+    )
 
 
 # %% ../../nbs/text/alignment.ipynb #830334a2
 def _tokenizer(processor: Wav2Vec2Processor | Wav2Vec2CTCTokenizer) -> Wav2Vec2CTCTokenizer:
-    """The tokenizer, which may come in a processor."""
     return processor.tokenizer if isinstance(processor, Wav2Vec2Processor) else processor
 
 
-def spell(
-    word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, *, wildcard: bool = False
-) -> list[tuple[str, int]]:
-    """Spell a word in symbols that a model can say: pairs of letter and label.
-
-    Args:
-        word: without spaces.
-        tokenizer: knows the symbols.
-        size: V, the outputs of the model: it cannot say symbols from V on. Special tokens are not used either.
-        wildcard: let each stretch that cannot be spelled become one `WILDCARD`.
-
-    Returns:
-        A pair for each label; a wildcard's "letter" is the stretch that it stands for.
-
-    Raises:
-        ValueError: the word cannot be spelled, and there is no wildcard.
-    """
-    vocab, special = tokenizer.get_vocab(), tokenizer.all_special_tokens
-    usable = {symbol: i for symbol, i in vocab.items() if i < size and symbol not in special}
-    pairs: list[tuple[str, int]] = []
+def _spell(word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, wildcard: bool) -> list[tuple[str, int]]:
+    """Spell a word in letters and labels below `size`; a stretch that cannot be spelled becomes one wildcard, if allowed."""
+    special, pairs = tokenizer.all_special_tokens, list[tuple[str, int]]()
     for token in tokenizer.tokenize(word):
-        label = usable.get(token, WILDCARD)
-        text = token.lower() if tokenizer.do_lower_case else token
+        label = tokenizer.get_vocab().get(token, size)
+        label = label if label < size and token not in special else WILDCARD
         if label == WILDCARD and not wildcard:
-            other = token.swapcase()
-            hint = (
-                f"it has {other!r}: mind upper and lower case"
-                if other in usable
-                else "spell it in other letters"
-            )
+            hint = "mind upper and lower case; with wildcard=True it stands for anything"
             raise ValueError(
-                f"text: the word {word!r} needs {token!r}, which is not in the vocabulary; {hint}, or pass "
-                "wildcard=True to let it stand for anything"
+                f"text: the word {word!r} needs {token!r}, which is not in the vocabulary ({hint})"
             )
+        letter = token.lower() if tokenizer.do_lower_case else token
         if label == WILDCARD and pairs and pairs[-1][1] == WILDCARD:
-            text = pairs.pop()[0] + text
-        pairs.append((text, label))
+            letter = pairs.pop()[0] + letter
+        pairs.append((letter, label))
     return pairs
 
 
@@ -378,20 +277,21 @@ def align_words(
         ValueError: a word cannot be spelled, the text is too long for the audio, or the logits are not `[T, V]` or hold NaN.
     """
     tokenizer, V = _tokenizer(processor), logits.shape[-1]
-    words = [(word, spell(word, tokenizer, V, wildcard=wildcard)) for word in text.split()]
+    words = text.split()
+    spelled = [_spell(word, tokenizer, V, wildcard) for word in words]
     gap = tokenizer.word_delimiter_token_id
     between = [gap] if gap is not None and gap < V and gap != tokenizer.pad_token_id else []
-    labels = [label for _, pairs in words for label in (*between, *(symbol for _, symbol in pairs))][
+    labels = [label for pairs in spelled for label in (*between, *(label for _, label in pairs))][
         len(between) :
     ]
     log_probs = log_softmax(logits, -1, dtype=torch.float32)
     spans = iter(force_align(log_probs, labels, tokenizer.pad_token_id or 0).spans)
-    spelled: list[tuple[str, Spelled]] = []
-    for word, pairs in words:
-        if between and spelled:
+    clock, timed = FrameClock.of(config, adapter=True), list[TimedText]()
+    for word, pairs in zip(words, spelled, strict=True):
+        if between and timed:
             next(spans)
-        spelled.append((word, [(letter, next(spans)) for letter, _ in pairs]))
-    return time_words(spelled, config=config, seconds=seconds)
+        timed.append(_time_word(word, [(letter, next(spans)) for letter, _ in pairs], clock, seconds))
+    return timed
 
 
 # %% ../../nbs/text/alignment.ipynb #f32a9844
@@ -402,26 +302,14 @@ def read_words(
     config: Wav2Vec2ConformerConfig | None = None,
     seconds: float | None = None,
 ) -> list[TimedText]:
-    """Read the words of a path, with their times: for the text that a model found itself.
-
-    Args:
-        alignment: a path, such as `best_path(log_probs)`.
-        processor: a processor or a tokenizer.
-        config: the model's, which says where its frames lie; None: as in the published models.
-        seconds: the length of the audio; no time lies beyond it.
-
-    Returns:
-        One entry per word, in order and not overlapping, with its letters in `chars`.
-    """
-    tokenizer = _tokenizer(processor)
-    words: list[tuple[str, Spelled]] = []
-    letters: Spelled = []
-    spans = alignment.spans
-    symbols = tokenizer.convert_ids_to_tokens([span.label for span in spans]) if spans else []
-    for symbol, span in [*zip(symbols, spans, strict=True), (tokenizer.word_delimiter_token, None)]:
-        if span is not None and symbol != tokenizer.word_delimiter_token:
-            letters.append((symbol.lower() if tokenizer.do_lower_case else symbol, span))
-        elif letters:
-            words.append(("".join(letter for letter, _ in letters), letters))
-            letters = []
-    return time_words(words, config=config, seconds=seconds)
+    """Read the words of a path, such as `best_path(log_probs)`, with their times; arguments as in `align_words`."""
+    tokenizer, spans = _tokenizer(processor), alignment.spans
+    symbols = tokenizer.convert_ids_to_tokens([span.label for span in spans])
+    letters = [symbol.lower() if tokenizer.do_lower_case else symbol for symbol in symbols]
+    clock, words = FrameClock.of(config, adapter=True), list[TimedText]()
+    pairs = zip(symbols, zip(letters, spans, strict=True), strict=True)
+    for is_gap, members in groupby(pairs, key=lambda pair: pair[0] == tokenizer.word_delimiter_token):
+        if not is_gap:
+            word = [letter for _, letter in members]
+            words.append(_time_word("".join(letter for letter, _ in word), word, clock, seconds))
+    return words

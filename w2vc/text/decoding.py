@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gzip
+import heapq
 import json
 import math
 import os
@@ -13,21 +14,19 @@ import re
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
+from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..config import nearest
-from ..files.atomic import read_json, write_file, write_together
-from ..files.hub import find_file, pin_revision
-from ..model.ctc import collapse
-from .tokenizer import VOCAB_FILE, Wav2Vec2CTCTokenizer, Wav2Vec2Processor, runs_of
+from ..files.atomic import read_folder, read_json, replace_folder, write_file
+from ..files.hub import find_folder
+from ..model.ctc import collapse, runs
+from .tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 # %% auto #0
 __all__ = [
@@ -35,6 +34,7 @@ __all__ = [
     "NGramModel",
     "estimate_ngram",
     "HotWords",
+    "TextState",
     "TextScorer",
     "Hypothesis",
     "beam_search",
@@ -50,17 +50,14 @@ def _check_scores(logits: Any, dims: tuple[int, ...], blank: int) -> torch.Tenso
         wanted = " or ".join({2: "(frames, symbols)", 3: "(batch, frames, symbols)"}[d] for d in dims)
         raise ValueError(f"logits: got shape {tuple(scores.shape)}, expected {wanted}")
     if not scores.is_floating_point():
-        raise ValueError(
-            f"logits: got dtype {scores.dtype}, expected floats: a score for each symbol, not ids"
-        )
+        raise ValueError(f"logits: got dtype {scores.dtype}, expected floats, a score for each symbol")
     if not 0 <= blank < scores.shape[-1]:
         raise ValueError(f"blank={blank} is refused: the logits have the symbols 0..{scores.shape[-1] - 1}")
     broken = scores.isnan() | (scores == math.inf) | (scores == -math.inf).all(-1, keepdim=True)
     if broken.any():
         place = broken.nonzero()[0].tolist()
         raise ValueError(
-            f"logits{place} = {float(scores[tuple(place)])} is refused: scores are finite, "
-            "or -inf for some, but not all, symbols of a frame"
+            f"logits{place} = {float(scores[tuple(place)])} is refused: a frame needs a finite score"
         )
     return scores
 
@@ -130,11 +127,6 @@ class NGramModel:
     def __contains__(self, word: str) -> bool:
         return word in self.words
 
-    @cached_property
-    def sorted_words(self) -> list[str]:
-        """All words in order, so that those with the same beginning stand together."""
-        return sorted(self.words)
-
     def start(self) -> tuple[str, ...]:
         """The memory before the first word of a sentence."""
         return (_BOS,) if self.order > 1 and (_BOS,) in self.logp else ()
@@ -179,28 +171,19 @@ class NGramModel:
 
     def to_arpa(self, path: str | os.PathLike[str]) -> None:
         """Write an ARPA file; gzipped if its name ends in ".gz"."""
-        data = _arpa_text(self).encode()
+        orders = range(1, self.order + 1)
+        grams = {n: sorted(gram for gram in self.logp if len(gram) == n) for n in orders}
+        lines = ["\\data\\", *(f"ngram {n}={len(grams[n])}" for n in orders)]
+        for n in orders:
+            lines += ["", f"\\{n}-grams:"]
+            for gram in grams[n]:
+                toll = f"\t{self.backoff.get(gram, 0.0) / _LN10:.7f}" if n < self.order else ""
+                lines.append(f"{self.logp[gram] / _LN10:.7f}\t{' '.join(gram)}{toll}")
+        data = "\n".join([*lines, "", "\\end\\", ""]).encode()
         write_file(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
 
 
 # %% ../../nbs/text/decoding.ipynb #f696d0e3
-def _count_ngrams(texts: Iterable[str | Sequence[str]], order: int) -> Counter[tuple[str, ...]]:
-    """Count all rows of up to `order` words that end in a word, or in the end of a sentence."""
-    counts: Counter[tuple[str, ...]] = Counter()
-    for number, text in enumerate(texts):
-        tokens = text.split() if isinstance(text, str) else list(text)
-        odd = [
-            token for token in tokens if token in {_BOS, _EOS} or not token or re.search(r"[ \t\r\n]", token)
-        ]
-        if odd:
-            raise ValueError(f"texts: number {number} contains {odd[0]!r}, which no n-gram can hold")
-        said = (_BOS, *tokens, _EOS)
-        counts.update(
-            said[end - n : end] for end in range(2, len(said) + 1) for n in range(1, min(order, end) + 1)
-        )
-    return counts
-
-
 def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGramModel:
     """Make a language model of texts, by the method of Witten and Bell (1991, method C; Eq. 42.2).
 
@@ -215,124 +198,98 @@ def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGra
     """
     if order < 1:
         raise ValueError(f"order={order} is refused: it must be at least 1")
-    counts = _count_ngrams(texts, order)
+    counts: Counter[tuple[str, ...]] = Counter()  # c(h w)
+    for number, text in enumerate(texts):
+        tokens = text.split() if isinstance(text, str) else list(text)
+        for token in tokens:
+            if token in {_BOS, _EOS} or not token or re.search(r"[ \t\r\n]", token):
+                raise ValueError(f"texts: number {number} contains {token!r}, which no n-gram can hold")
+        said = (_BOS, *tokens, _EOS)
+        counts.update(
+            said[end - n : end] for end in range(2, len(said) + 1) for n in range(1, min(order, end) + 1)
+        )
     if not counts:
         raise ValueError("texts is empty: there is nothing to count")
     seen: Counter[tuple[str, ...]] = Counter()  # c(h)
-    kinds: Counter[tuple[str, ...]] = Counter()  # n(h)
     for gram, count in counts.items():
         seen[gram[:-1]] += count
-        kinds[gram[:-1]] += 1
+    kinds = Counter(gram[:-1] for gram in counts)  # n(h)
     counts.setdefault((_UNK,), 0)
     chance: _Table = {(): 1 / sum(len(gram) == 1 for gram in counts)}
     for gram in sorted(counts, key=len):  # P(w|h') is there before P(w|h) needs it
         past = gram[:-1]
         chance[gram] = (counts[gram] + kinds[past] * chance[gram[1:]]) / (seen[past] + kinds[past])
     del chance[()]
-    logp: _Table = {gram: math.log(p) for gram, p in chance.items()} | {(_BOS,): -99.0 * _LN10}  # never said
+    logp = {gram: math.log(p) for gram, p in chance.items()} | {(_BOS,): -99.0 * _LN10}  # never said
     return NGramModel(
         logp, {past: math.log(kinds[past] / (seen[past] + kinds[past])) for past in seen if past}
     )
 
 
 # %% ../../nbs/text/decoding.ipynb #2b700d11
-def _arpa_text(model: NGramModel) -> str:
-    """Write a model down as an ARPA file."""
-    by_order: dict[int, list[tuple[str, ...]]] = {n: [] for n in range(1, model.order + 1)}
-    for gram in model.logp:
-        by_order[len(gram)].append(gram)
-    lines = ["\\data\\", *(f"ngram {n}={len(grams)}" for n, grams in by_order.items())]
-    for n, grams in by_order.items():
-        lines += ["", f"\\{n}-grams:"]
-        for gram in sorted(grams):
-            toll = f"\t{model.backoff.get(gram, 0.0) / _LN10:.7f}" if n < model.order else ""
-            lines.append(f"{model.logp[gram] / _LN10:.7f}\t{' '.join(gram)}{toll}")
-    return "\n".join([*lines, "", "\\end\\", ""])
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Read a text file, gzipped or not: for each line its place, for messages, and its text."""
-    number = 0
-    with path.open("rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        try:
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
-                if number == 1 and line.startswith(b"mmap lm "):
-                    raise ValueError(
-                        f"{path} is a KenLM binary, which only KenLM reads: give the ARPA file that it was made from"
-                    )
-                yield (
-                    f"{path}, line {number}",
-                    line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n"),
-                )
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 text ({error.reason})") from None
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{path}, after line {number}: the archive is cut short or damaged ({error})"
-            ) from None
-
-
-def _arpa_entry(line: str, order: int, where: str) -> tuple[tuple[str, ...], float, float]:
-    """Read one n-gram: log10 probability, words, and perhaps a log10 back-off weight; gives natural logarithms."""
-    fields = re.split("[ \t]+", line)  # by these two alone: other spaces may be parts of words
-    if len(fields) not in {order + 1, order + 2}:
-        raise ValueError(
-            f"{where}: {line!r} is no {order}-gram: a number, {order} words, and perhaps a number are needed"
-        )
+def _arpa_lines(path: Path) -> list[str]:
+    """The lines of a text file, gzipped or not."""
+    data = path.read_bytes()
     try:
-        scores = [float(field) * _LN10 for field in (fields[0], *fields[order + 1 :])]
-    except ValueError:
-        raise ValueError(f"{where}: {line!r} has no number where one is needed") from None
-    if not all(map(math.isfinite, scores)) or scores[0] > 0:
-        raise ValueError(
-            f"{where}: {line!r}: log probabilities are finite and not above 0, weights are finite"
-        )
-    words = tuple(_UNK if word == "<UNK>" else word for word in fields[1 : order + 1])
-    return words, scores[0], sum(scores[1:])
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        if data.startswith(b"mmap lm "):
+            raise ValueError(
+                f"{path} is a KenLM binary, which only KenLM reads: give the ARPA file that it was made from"
+            )
+        return [line.strip(" \t\r") for line in data.decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: the archive is cut short or damaged ({error})") from None
 
 
 def _read_arpa(path: Path) -> tuple[_Table, _Table]:
     """Read an ARPA file: a header of counts, a section for each order, and an end mark."""
     logp: _Table = {}
     backoff: _Table = {}
-    counts: list[int] = []
-    found: Counter[int] = Counter()
-    order, where = -1, str(path)  # -1: before the header, 0: in it
-    for where, line in _numbered_lines(path):
-        mark = re.fullmatch(r"\\(data|end|\d+-grams:)\\?", line)
-        if mark is not None:
+    counts: list[int] = []  # promised in the header
+    order, found = -1, 0  # -1: before the header, 0: in it
+    for number, line in enumerate(_arpa_lines(path), 1):
+        where = f"{path}, line {number}: "
+        if mark := re.fullmatch(r"\\(data|end|\d+-grams:)\\?", line):
             expected = ["data", *(f"{n}-grams:" for n in range(1, len(counts) + 1)), "end"][order + 1]
-            if order > 0 and found[order] != counts[order - 1]:
+            if order > 0 and found != counts[order - 1]:
                 raise ValueError(
-                    f"{where}: {counts[order - 1]} {order}-grams are promised, {found[order]} came before"
+                    f"{where}{counts[order - 1]} {order}-grams are promised, {found} came before"
                 )
             if mark[1] != expected:
-                raise ValueError(f"{where}: \\{mark[1]} where \\{expected} is expected")
+                raise ValueError(f"{where}\\{mark[1]} where \\{expected} is expected")
             if mark[1] == "end":
                 return logp, backoff
-            order += 1
+            order, found = order + 1, 0
         elif order == 0 and line:
             count = re.fullmatch(r"ngram\s+(\d+)\s*=\s*(\d+)", line)
             if count is None or int(count[1]) != len(counts) + 1:
-                raise ValueError(f"{where}: {line!r} is not 'ngram {len(counts) + 1}=<how many>'")
+                raise ValueError(f"{where}{line!r} is not 'ngram {len(counts) + 1}=<how many>'")
             counts.append(int(count[2]))
         elif order > 0 and line:
-            gram, score, toll = _arpa_entry(line, order, where)
-            if gram in logp or (order > 1 and not all((word,) in logp for word in gram)):
+            fields = re.split("[ \t]+", line)  # by these two alone: other spaces may be parts of words
+            gram = tuple(_UNK if word == "<UNK>" else word for word in fields[1 : order + 1])
+            try:
+                score, toll = [float(x) * _LN10 for x in (fields[0], *(fields[order + 1 :] or ["0"]))]
+            except ValueError:
+                score = toll = math.nan
+            if len(gram) != order or not -math.inf < score <= 0 or not math.isfinite(toll):
                 raise ValueError(
-                    f"{where}: {' '.join(gram)!r} is there twice, or has a word that is no 1-gram"
+                    f"{where}{line!r} is no {order}-gram: a log probability, {order} words, perhaps a weight"
                 )
-            logp[gram], found[order] = score, found[order] + 1
+            if gram in logp or (order > 1 and not all((word,) in logp for word in gram)):
+                raise ValueError(f"{where}{' '.join(gram)!r} is there twice, or has a word that is no 1-gram")
+            logp[gram], found = score, found + 1
             if toll:
                 backoff[gram] = toll
-    problem = (
-        "no ARPA file, it has no line \\data\\"
-        if order < 0
-        else "the file ends without \\end\\: it is cut short"
+    end = (
+        "the file ends without \\end\\: it is cut short"
+        if order >= 0
+        else "no ARPA file, it has no line \\data\\"
     )
-    raise ValueError(f"{where}: {problem}")
+    raise ValueError(f"{path}, line {number}: {end}")
 
 
 # %% ../../nbs/text/decoding.ipynb #ec6de38d
@@ -351,14 +308,13 @@ class HotWords:
         given = [words] if isinstance(words, str) else words or ()
         pairs = given.items() if isinstance(given, Mapping) else ((word, weight) for word in given)
         self.bonus = {" ".join(word.split()): float(bonus) for word, bonus in pairs}
-        for word, bonus in self.bonus.items():
-            if not word or not 0 < bonus < math.inf:
-                raise ValueError(
-                    f"hotwords: {word!r} with the weight {bonus} is refused: a word and a number above 0 are needed"
-                )
         self.memory = max((word.count(" ") for word in self.bonus), default=0)  # words before the last one
         self.begun: dict[str, float] = {}  # the beginning of a hot-word -> the share that it has earned
         for word, bonus in self.bonus.items():
+            if not word or not 0 < bonus < math.inf:
+                raise ValueError(
+                    f"hotwords: {word!r} with the weight {bonus}: a word and a number above 0 are needed"
+                )
             for n in range(1, len(word) + 1):
                 self.begun[word[:n]] = max(self.begun.get(word[:n], 0.0), bonus * n / len(word))
 
@@ -368,8 +324,6 @@ class HotWords:
 
     def ahead(self, words: tuple[str, ...], part: str) -> float:
         """The largest share of a hot-word that has begun and may still become whole."""
-        if not self.memory:  # single words only: nothing to look back for
-            return self.begun.get(part, 0.0)
         return max(self.begun.get(tail, 0.0) for tail in self._tails(words, part))
 
     def _tails(self, words: tuple[str, ...], last: str) -> list[str]:
@@ -378,7 +332,7 @@ class HotWords:
 
 
 # %% ../../nbs/text/decoding.ipynb #0154d2e2
-class _Said(NamedTuple):
+class TextState(NamedTuple):
     """What a prefix has said so far, as words, and what that adds to its score.
 
     Attributes:
@@ -403,8 +357,26 @@ class _Said(NamedTuple):
         return self.lm + self.hot + self.ahead
 
 
-class _Words:
-    """What a scorer of texts knows: symbols, model, weights; see `TextScorer`."""
+# %% ../../nbs/text/decoding.ipynb #21287b97
+class TextScorer:
+    """Scores the text of prefixes while they grow: language model, number of words, hot-words (Eq. 42.3).
+
+    Args:
+        symbols: All symbols, by their numbers.
+        word_delimiter: The symbol between words; None: there is none.
+        language_model: An n-gram model of words, or of symbols.
+        alpha: Weight of its natural log probability.
+        beta: Bonus for each of its words, a natural logarithm.
+        unk_score_offset: Added to the log10 probability of a word that the model does not know; `alpha` weighs it too.
+        score_boundary: Whether the beginning and the end of the sentence count.
+        unit: What the model's words are: "word", or "symbol" for a model of letters.
+        known_words: Words beyond these count as unknown; None: those of the model.
+        hotwords: Words with a bonus, see `HotWords`; spelled as the text is.
+        hotword_weight: Their bonus, a natural logarithm.
+
+    Raises:
+        ValueError: A model or hot-words that the symbols cannot spell, or an impossible option.
+    """
 
     def __init__(
         self,
@@ -427,11 +399,9 @@ class _Words:
         self.hot = HotWords(hotwords, hotword_weight)
         self.active = language_model is not None or bool(self.hot.bonus)
         self.delimiter = self.symbols.index(word_delimiter) if word_delimiter in self.symbols else -1
-        self.known: frozenset[str] = language_model.words if language_model else frozenset()
-        self.sorted_known = language_model.sorted_words if language_model else []
-        if language_model and known_words is not None:
-            self.known = self.known.intersection(known_words)
-            self.sorted_known = sorted(self.known)
+        words = language_model.words if language_model else frozenset()
+        self.known = words if known_words is None else words.intersection(known_words)
+        self.sorted_known = sorted(self.known)  # those with the same beginning stand together
         if not all(map(math.isfinite, (self.alpha, self.beta, self.unknown))):
             raise ValueError(
                 f"alpha={alpha}, beta={beta}, unk_score_offset={unk_score_offset} must be finite numbers"
@@ -453,49 +423,24 @@ class _Words:
             for i, s in enumerate(self.symbols)
             if i != self.delimiter and not re.fullmatch(r"[<\[].+[>\]]", s)
         ]
-        letters = frozenset("".join(plain))
+        letters, symbols = frozenset("".join(plain)), frozenset(self.symbols)
         for word in self.hot.bonus:
             if strange := sorted(frozenset(word) - letters - {" "}):
                 raise ValueError(
                     f"hotwords: {word!r} cannot be spelled, no symbol has {', '.join(map(repr, strange))}"
                 )
-        symbols = frozenset(self.symbols)
-        if self.model and not any(
-            word in symbols if self.unit == "symbol" else letters.issuperset(word) for word in self.known
-        ):
-            words, these = (", ".join(map(repr, some[:3])) for some in (self.sorted_known, plain))
+        spelled = symbols.__contains__ if self.unit == "symbol" else letters.issuperset
+        if self.model and not any(map(spelled, self.known)):
             raise ValueError(
-                f"language_model: none of its words ({words}, …) is {'one' if self.unit == 'symbol' else 'spelled with some'} "
-                f"of the symbols ({these}, …): is one side in upper case, or unit={self.unit!r} wrong?"
+                f"language_model: none of its words ({', '.join(map(repr, self.sorted_known[:3]))}, …) can be spelled with "
+                f"the symbols ({', '.join(map(repr, plain[:3]))}, …): is one side in upper case, or unit={self.unit!r} wrong?"
             )
 
-
-# %% ../../nbs/text/decoding.ipynb #21287b97
-class TextScorer(_Words):
-    """Scores the text of prefixes while they grow: language model, number of words, hot-words (Eq. 42.3).
-
-    Args:
-        symbols: All symbols, by their numbers.
-        word_delimiter: The symbol between words; None: there is none.
-        language_model: An n-gram model of words, or of symbols.
-        alpha: Weight of its natural log probability.
-        beta: Bonus for each of its words, a natural logarithm.
-        unk_score_offset: Added to the log10 probability of a word that the model does not know; `alpha` weighs it too.
-        score_boundary: Whether the beginning and the end of the sentence count.
-        unit: What the model's words are: "word", or "symbol" for a model of letters.
-        known_words: Words beyond these count as unknown; None: those of the model.
-        hotwords: Words with a bonus, see `HotWords`; spelled as the text is.
-        hotword_weight: Their bonus, a natural logarithm.
-
-    Raises:
-        ValueError: A model or hot-words that the symbols cannot spell, or an impossible knob.
-    """
-
-    def start(self) -> _Said:
+    def start(self) -> TextState:
         """Before anything is said."""
-        return _Said(self.model.start() if self.model and self.boundary else ())
+        return TextState(self.model.start() if self.model and self.boundary else ())
 
-    def extend(self, said: _Said, symbol: int) -> _Said:
+    def extend(self, said: TextState, symbol: int) -> TextState:
         """Say one symbol more."""
         if not self.active:
             return said
@@ -506,25 +451,27 @@ class TextScorer(_Words):
             return said._replace(ahead=self.hot.ahead(said.words, "")) if self.hot.memory else said
         part = said.part + self.symbols[symbol]
         ahead = self.hot.ahead(said.words, part) if self.hot.bonus else 0.0
-        if self.model and self.unit == "word" and not self._begins_a_word(part):
-            ahead += self.unknown  # it will be unknown, however it goes on
-        return _Said(said.context, said.words, part, said.lm, said.hot, ahead)
+        if self.model and self.unit == "word":
+            place = bisect_left(self.sorted_known, part)  # the first known word that may begin so
+            if not "".join(self.sorted_known[place : place + 1]).startswith(part):
+                ahead += self.unknown  # it will be unknown, however it goes on
+        return said._replace(part=part, ahead=ahead)
 
-    def finish(self, said: _Said) -> _Said:
+    def finish(self, said: TextState) -> TextState:
         """End the text: its last word, and the end of the sentence."""
         said = self._end_word(said) if said.part else said._replace(ahead=0.0)
         if self.model and self.boundary:
             said = said._replace(lm=said.lm + self.alpha * self.model.step(said.context, _EOS)[1])
         return said
 
-    def _end_word(self, said: _Said) -> _Said:
+    def _end_word(self, said: TextState) -> TextState:
         """The word that has begun is whole."""
-        hot = said.hot + self.hot.whole(said.words, said.part) if self.hot.bonus else said.hot
+        hot = said.hot + self.hot.whole(said.words, said.part)
         words = (*said.words, said.part)[-self.hot.memory :] if self.hot.memory else ()
-        whole = _Said(said.context, words, "", said.lm, hot, 0.0)
+        whole = said._replace(words=words, part="", hot=hot, ahead=0.0)
         return self._hear(whole, said.part) if self.unit == "word" else whole
 
-    def _hear(self, said: _Said, token: str) -> _Said:
+    def _hear(self, said: TextState, token: str) -> TextState:
         """Ask the language model, if there is one."""
         if self.model is None:
             return said
@@ -532,26 +479,16 @@ class TextScorer(_Words):
         lm = said.lm + self.alpha * logp + self.beta + (0.0 if token in self.known else self.unknown)
         return said._replace(context=context, lm=lm)
 
-    def _begins_a_word(self, part: str) -> bool:
-        """Whether any known word begins so."""
-        place = bisect_left(self.sorted_known, part)
-        return place < len(self.sorted_known) and self.sorted_known[place].startswith(part)
-
 
 # %% ../../nbs/text/decoding.ipynb #35c2e532
-_Floats = NDArray[np.float64]
-_Ints = NDArray[np.int64]
-
-
 class _Prefix:
-    """A node of the tree of prefixes; the labels stand on the way from the root to it."""
+    """Labels, as a node of a tree: they stand on the way from the root to it."""
 
-    __slots__ = ("children", "parent", "place", "said", "symbol")
+    __slots__ = ("__weakref__", "after", "parent", "said", "symbol")
 
-    def __init__(self, parent: _Prefix | None, symbol: int, said: _Said) -> None:
+    def __init__(self, parent: _Prefix | None, symbol: int, said: TextState) -> None:
         self.parent, self.symbol, self.said = parent, symbol, said
-        self.children: dict[int, _Prefix] | None = None  # by their symbols; most prefixes never have any
-        self.place = -1  # in the beam; -1: not in it
+        self.after: dict[int, TextState] = {}  # what is said with one symbol more, as far as anybody asked
 
     def labels(self) -> tuple[int, ...]:
         """Walk up to the root."""
@@ -561,167 +498,111 @@ class _Prefix:
             node = node.parent
         return tuple(reversed(symbols))
 
-    def release(self) -> None:
-        """Cut it off, with every ancestor that nothing needs any more."""
-        node = self
-        while node.parent is not None and node.place < 0 and not node.children:
-            if node.parent.children:
-                node.parent.children.pop(node.symbol, None)
-            node = node.parent
+    def __lt__(self, other: _Prefix) -> bool:
+        return self.labels() < other.labels()  # asked only where ranks are equal
 
 
-def _best_places(ranks: _Floats, width: int, floor: float, labels: Callable[[int], tuple[int, ...]]) -> _Ints:
-    """Find the best `width` of some ranks, best first; of equal ones, the smaller labels.
-
-    Args:
-        ranks: One for each candidate; minus infinity is never taken.
-        width: How many.
-        floor: Leave out what is worse than the best by more than this (a negative number).
-        labels: Gives the labels of a candidate; asked only where ranks are equal.
-    """
-    alive = np.flatnonzero((ranks > -np.inf) & (ranks >= ranks.max() + floor))
-    if len(alive) > width:
-        alive = alive[ranks[alive] >= np.partition(ranks[alive], -width)[-width]]
-    order = alive[np.argsort(-ranks[alive], kind="stable")]
-    if (np.diff(ranks[order]) == 0).any():
-        order = np.array(sorted(order.tolist(), key=lambda i: (-ranks[i], labels(i))))
-    return order[:width]
-
-
-class _Beam:
-    """The prefixes that are alive, best first, as arrays over their places. Column 0: ending in the blank, 1: in a label.
+class _Ways(NamedTuple):
+    """The paths that spell a prefix and end in the blank, or all those that end in its last label.
 
     Attributes:
-        last: The last label of each prefix; -1 for the empty one.
-        up: The place of its parent; -1 if that is not in the beam.
-        sums: Log probability of all its paths, `[beam, 2]`.
-        bests: Log probability of its best single path, `[beam, 2]`.
-        added: What the text adds to its rank with one symbol more, `[beam, V]`; NaN: not asked yet.
-        history: After each frame `last`, and where the best paths came from: 2 * place + column, `[beam, 2]`.
+        total: Log probability of all of them.
+        best: Log probability of the best one.
+        path: The best one as a chain, last frame first: (symbol, (symbol, … ())).
     """
 
-    def __init__(self, n_symbols: int, blank: int, scorer: TextScorer) -> None:
-        self.blank, self.scorer = blank, scorer
-        self.sums = np.array([[0.0, -np.inf]])  # before the first frame nothing is said, as after a blank
-        self.bests = self.sums.copy()
-        self.added = np.full((1, n_symbols), np.nan if scorer.active else 0.0)
-        self.history: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
-        self.prefixes: list[_Prefix] = []
-        self.place([_Prefix(None, -1, scorer.start())])
+    total: float = -math.inf
+    best: float = -math.inf
+    path: tuple[Any, ...] = ()
 
-    def place(self, prefixes: list[_Prefix]) -> None:
-        """Let these prefixes take the places of the old ones, and cut off what nothing needs any more."""
-        before, self.prefixes = self.prefixes, prefixes
-        for prefix in before:
-            prefix.place = -1
-        for place, prefix in enumerate(prefixes):
-            prefix.place = place
-        for prefix in before:
-            prefix.release()
-        self.last = np.array([prefix.symbol for prefix in prefixes])
-        self.up = np.array([-1 if prefix.parent is None else prefix.parent.place for prefix in prefixes])
+    def __or__(self, other: _Ways) -> _Ways:
+        """These paths and those."""
+        best, path = (self.best, self.path) if self.best >= other.best else (other.best, other.path)
+        return _Ways(_log_add(self.total, other.total), best, path)
 
-    def child(self, row: int, symbol: int) -> _Prefix:
-        """The prefix at a place with one symbol more: the old node, if the tree still has it."""
-        parent = self.prefixes[row]
-        if parent.children is None:
-            parent.children = {}
-        if symbol not in parent.children:
-            parent.children[symbol] = _Prefix(parent, symbol, self.scorer.extend(parent.said, symbol))
-        return parent.children[symbol]
+    def then(self, symbol: int, logp: float) -> _Ways:
+        """These paths, and one frame more that says `symbol`."""
+        return _Ways(self.total + logp, self.best + logp, (symbol, self.path))
 
-    def ranks(self) -> _Floats:
-        """What the texts of the prefixes add to their ranks, `[beam]`."""
-        return np.array([prefix.said.rank for prefix in self.prefixes])
 
-    def ranks_longer(self, wanted: NDArray[np.bool_], symbols: _Ints) -> _Floats:
-        """The same with one symbol more, `[beam, symbols]`, where it is wanted; a scorer is asked once for each."""
-        added = self.added[:, symbols]
-        for row, column in np.argwhere(np.isnan(added) & wanted).tolist():
-            symbol = int(symbols[column])
-            added[row, column] = self.scorer.extend(self.prefixes[row].said, symbol).rank
-            self.added[row, symbol] = added[row, column]
-        return np.where(wanted, added, -np.inf)
+_NONE = _Ways()
+_Beam = dict[_Prefix, tuple[_Ways, _Ways]]  # ending in the blank, ending in the last label
+
+
+def _log_add(a: float, b: float) -> float:
+    """log(e^a + e^b)."""
+    low, high = (a, b) if a < b else (b, a)
+    return high + math.log1p(math.exp(low - high)) if low < high else high + math.log(2.0)
 
 
 # %% ../../nbs/text/decoding.ipynb #f3006ea2
-def _extend_best(beam: _Beam, rows: _Ints, symbols: _Ints, frame: _Floats) -> tuple[_Floats, _Ints]:
-    """The best single paths of prefixes in `rows` with one symbol more, and where each comes from."""
-    column = np.where(beam.last[rows] == symbols, 0, beam.bests[rows].argmax(1))
-    return beam.bests[rows, column] + frame[symbols], 2 * rows + column
-
-
-def _grow(beam: _Beam, frame: _Floats, symbols: _Ints) -> tuple[_Floats, _Floats, _Ints, _Floats]:
-    """Let every prefix stay as it is, or take one symbol more (Hannun et al., 2014, algorithm 1; Eq. 42.1).
+class _Search:
+    """One step of the search, from the prefixes of one frame to those of the next.
 
     Args:
-        beam: The prefixes.
-        frame: Log probabilities, `[V + 1]`; minus infinity for symbols that are left out, and in the last place.
-        symbols: The symbols that may be added.
-
-    Returns:
-        For prefixes that stay, new `sums`, `bests`, and where the best paths come from; for those that grow, the log
-        probability, `[beam, symbols]`.
+        scorer: Scores the text of prefixes.
+        blank: The blank's number.
+        width: Prefixes that live at once.
+        floor: A prefix that is worse than the best one by more than this is dropped (a negative number).
     """
-    last, places = beam.last, np.arange(len(beam.last))
-    total, best = np.logaddexp(beam.sums[:, 0], beam.sums[:, 1]), beam.bests.max(1)
-    sums = np.stack([total + frame[beam.blank], beam.sums[:, 1] + frame[last]], 1)
-    bests = np.stack([best + frame[beam.blank], beam.bests[:, 1] + frame[last]], 1)
-    back = np.stack([2 * places + beam.bests.argmax(1), 2 * places + 1], 1)
-    again = last[:, None] == symbols  # the last label once more: only after a blank it is a second one
-    longer = np.where(again, beam.sums[:, :1], total[:, None]) + frame[symbols]
-    column = np.full(len(frame), -1)
-    column[symbols] = np.arange(len(symbols))
-    kids = np.flatnonzero((beam.up >= 0) & (column[last] >= 0))  # in the beam already
-    rows, columns = beam.up[kids], column[last[kids]]
-    sums[kids, 1] = np.logaddexp(sums[kids, 1], longer[rows, columns])
-    longer[rows, columns] = -np.inf
-    score, source = _extend_best(beam, rows, last[kids], frame)
-    better = score > bests[kids, 1]
-    bests[kids[better], 1], back[kids[better], 1] = score[better], source[better]
-    return sums, bests, back, longer
 
+    def __init__(self, scorer: TextScorer, blank: int, width: int, floor: float) -> None:
+        self.scorer, self.blank, self.width, self.floor = scorer, blank, width, floor
+        self.alive: WeakValueDictionary[tuple[_Prefix, int], _Prefix] = WeakValueDictionary()
 
-def _advance(beam: _Beam, frame: _Floats, symbols: _Ints, width: int, floor: float) -> None:
-    """Hear one frame, and keep the `width` best prefixes that are not worse than the best one by more than `floor`."""
-    n, columns = len(beam.prefixes), max(len(symbols), 1)
-    sums, bests, back, longer = _grow(beam, frame, symbols)
-    stay = np.logaddexp(sums[:, 0], sums[:, 1]) + beam.ranks()
-    ranks = np.concatenate([stay, (longer + beam.ranks_longer(longer > -np.inf, symbols)).ravel()])
+    def grow(
+        self, beam: _Beam, frame: Sequence[float], symbols: Sequence[int]
+    ) -> tuple[_Beam, list[tuple[float, _Prefix, int, _Ways]]]:
+        """Let every prefix stay as it is, or take one symbol more (Hannun et al., 2014, algorithm 1; Eq. 42.1).
 
-    def labels(i: int) -> tuple[int, ...]:
-        row, column = (i, -1) if i < n else divmod(i - n, columns)
-        return beam.prefixes[row].labels() + (() if i < n else (int(symbols[column]),))
+        Returns:
+            The prefixes of the beam with their new paths; and new ones: rank, prefix, symbol, the paths before it.
+        """
+        grown: _Beam = {}
+        new: list[tuple[float, _Prefix, int, _Ways]] = []
+        inside = {(prefix.parent, prefix.symbol): prefix for prefix in beam}
 
-    kept = _best_places(ranks, width, floor, labels)
-    new = kept >= n
-    rows = np.where(new, (kept - n) // columns, kept)
-    said = symbols[(kept[new] - n) % columns]
-    best, source = _extend_best(beam, rows[new], said, frame)
-    added = longer.ravel()[kept[new] - n]
-    grown = iter(
-        [beam.child(row, symbol) for row, symbol in zip(rows[new].tolist(), said.tolist(), strict=True)]
-    )
-    prefixes = [
-        next(grown) if is_new else beam.prefixes[row]
-        for row, is_new in zip(rows.tolist(), new.tolist(), strict=True)
-    ]
-    beam.sums, beam.bests, back, beam.added = sums[rows], bests[rows], back[rows], beam.added[rows]
-    beam.sums[new, 0] = beam.bests[new, 0] = -np.inf
-    beam.sums[new, 1], beam.bests[new, 1], back[new, 1] = added, best, source
-    if beam.scorer.active:
-        beam.added[new] = np.nan
-    beam.place(prefixes)
-    beam.history.append((beam.last.astype(np.int32), back.astype(np.int32)))  # half of the memory of an hour
+        def add(prefix: _Prefix, ways: _Ways, symbol: int) -> None:
+            ways, (in_blank, in_label) = ways.then(symbol, frame[symbol]), grown.get(prefix, (_NONE, _NONE))
+            at_blank = symbol == self.blank
+            grown[prefix] = (in_blank | ways, in_label) if at_blank else (in_blank, in_label | ways)
 
+        for prefix, (in_blank, in_label) in beam.items():
+            either = in_blank | in_label
+            for symbol in symbols:
+                if symbol == self.blank:
+                    add(prefix, either, symbol)
+                    continue
+                if symbol == prefix.symbol:  # the last label once more: only after a blank it is a second one
+                    add(prefix, in_label, symbol)
+                before = in_blank if symbol == prefix.symbol else either
+                if (child := inside.get((prefix, symbol))) is not None:
+                    add(child, before, symbol)
+                elif before.total > -math.inf:
+                    rank = before.total + frame[symbol] + self.say(prefix, symbol).rank
+                    new.append((rank, prefix, symbol, before))
+        return grown, new
 
-def _best_path(beam: _Beam, place: int) -> tuple[int, ...]:
-    """Walk the best single path of a prefix from the last frame back to the first."""
-    path, column = [], int(beam.bests[place].argmax())
-    for last, back in reversed(beam.history):
-        path.append(int(last[place]) if column else beam.blank)
-        place, column = divmod(int(back[place, column]), 2)
-    return tuple(reversed(path))
+    def say(self, prefix: _Prefix, symbol: int) -> TextState:
+        """The text of a prefix with one symbol more."""
+        if symbol not in prefix.after:
+            prefix.after[symbol] = self.scorer.extend(prefix.said, symbol)
+        return prefix.after[symbol]
+
+    def step(self, beam: _Beam, frame: Sequence[float], symbols: Sequence[int]) -> _Beam:
+        """Hear one frame, and keep the best prefixes; of equal ones, those with the smaller labels."""
+        grown, new = self.grow(beam, frame, symbols)
+        ranks = {p: _log_add(a.total, b.total) + p.said.rank for p, (a, b) in grown.items()}
+        all_ranks = [*ranks.values(), *(candidate[0] for candidate in new)]
+        floor = max(max(all_ranks) + self.floor, heapq.nlargest(self.width, all_ranks)[-1])
+        for rank, prefix, symbol, before in new:
+            if rank >= floor:
+                child = self.alive.get((prefix, symbol))  # one object as long as anything needs it
+                if child is None:
+                    child = self.alive[prefix, symbol] = _Prefix(prefix, symbol, self.say(prefix, symbol))
+                ranks[child], grown[child] = rank, (_NONE, before.then(symbol, frame[symbol]))
+        best = sorted((-rank, prefix) for prefix, rank in ranks.items() if rank >= floor and rank > -math.inf)
+        return {prefix: grown[prefix] for _, prefix in best[: self.width]}
 
 
 # %% ../../nbs/text/decoding.ipynb #cdccd102
@@ -763,52 +644,39 @@ class Hypothesis:
         )
 
 
-def _finish(beam: _Beam, n_best: int, distinct: bool) -> list[Hypothesis]:
+def _finish(beam: _Beam, scorer: TextScorer, blank: int) -> Iterator[Hypothesis]:
     """Score the ends of the texts, sort, and walk the best paths back."""
-    scorer, found = beam.scorer, []
-    for place, (prefix, sums) in enumerate(zip(beam.prefixes, beam.sums, strict=True)):
-        said, acoustic = scorer.finish(prefix.said), float(np.logaddexp(*sums))
-        found.append((-(acoustic + said.lm + said.hot), prefix.labels(), place, acoustic, said))
-    hypotheses: dict[Any, Hypothesis] = {}
-    for _, ids, place, acoustic, said in sorted(found, key=lambda entry: entry[:2]):
-        if len(hypotheses) == n_best:
-            break
-        text = (
-            "".join(" " if i == scorer.delimiter else scorer.symbols[i] for i in ids)
-            if scorer.symbols
-            else ""
+    ends = {prefix: scorer.finish(prefix.said) for prefix in beam}
+    sums = {prefix: _log_add(a.total, b.total) for prefix, (a, b) in beam.items()}
+    for prefix in sorted(beam, key=lambda p: (-(sums[p] + ends[p].rank), p)):
+        chain, path = (beam[prefix][0] | beam[prefix][1]).path, []
+        while chain:
+            path.append(chain[0])
+            chain = chain[1]
+        ids, symbols = prefix.labels(), scorer.symbols
+        text = "".join(" " if i == scorer.delimiter else symbols[i] for i in ids) if symbols else ""
+        frames = tuple((run.start, run.end) for run in runs(reversed(path), blank))
+        yield Hypothesis(
+            ids, tuple(reversed(path)), frames, sums[prefix], ends[prefix].lm, ends[prefix].hot, text.strip()
         )
-        key = tuple(text.split()) if distinct else ids
-        if key not in hypotheses:
-            path = _best_path(beam, place)
-            runs = runs_of([str(symbol) for symbol in path])
-            frames = tuple((run.start, run.end) for run in runs if run.symbol != str(beam.blank))
-            hypotheses[key] = Hypothesis(ids, path, frames, acoustic, said.lm, said.hot, text.strip())
-    return list(hypotheses.values())
 
 
 # %% ../../nbs/text/decoding.ipynb #21059d8c
-def _log_probs(logits: Any, blank: int, normalise: bool) -> _Floats:
-    """Make log probabilities of scores: `[T, V]`, float64, on the host."""
+def _log_probs(logits: Any, blank: int, normalise: bool) -> list[list[float]]:
+    """Make log probabilities of scores: `[T, V]`, in float64."""
     scores = _check_scores(logits, (2,), blank).to("cpu", torch.float64)
-    if not normalise:
-        if scores.numel() and scores.max() > 1e-4:
-            raise ValueError(
-                f"logits: {float(scores.max()):.3g} is no log probability, those are at most 0: pass normalise=True"
-            )
-        return scores.numpy()
-    if len(scores) and (scores >= 0).all() and ((scores.sum(-1) - 1).abs() < 1e-3).all():
+    if not normalise and scores.numel() and scores.max() > 1e-4:
+        raise ValueError(f"logits: {float(scores.max()):.3g} is no log probability: pass normalise=True")
+    if normalise and len(scores) and (scores >= 0).all() and ((scores.sum(-1) - 1).abs() < 1e-3).all():
         raise ValueError("logits: each frame sums to 1, so these are probabilities: pass their logarithm")
-    return scores.log_softmax(-1).numpy()
+    return (scores.log_softmax(-1) if normalise else scores).tolist()
 
 
-def _considered(frame: _Floats, token_min_logp: float | None, top_k: int | None) -> _Ints:
+def _considered(frame: Sequence[float], token_min_logp: float, top_k: int | None) -> list[int]:
     """The symbols of a frame that are worth a look; the most probable one always is."""
-    floor = -np.inf if token_min_logp is None else min(token_min_logp, float(frame.max()))
-    kept = np.flatnonzero((frame >= floor) & (frame > -np.inf))
-    if top_k is not None and top_k < len(kept):
-        kept = np.sort(kept[np.argsort(-frame[kept], kind="stable")[:top_k]])
-    return kept
+    floor = min(token_min_logp, max(frame))
+    kept = [symbol for symbol, logp in enumerate(frame) if logp >= floor and logp > -math.inf]
+    return sorted(sorted(kept, key=lambda symbol: -frame[symbol])[:top_k])
 
 
 def beam_search(
@@ -840,183 +708,116 @@ def beam_search(
         normalise: Take the log softmax first, which does no harm to log probabilities. False takes them as they are.
         symbols: The symbols by their numbers; needed for text.
         scorer: Scores the text, and brings its own symbols.
-        **text: In place of a scorer, knobs of `TextScorer`, such as `language_model=`, `hotwords=`, `alpha=`.
+        **text: In place of a scorer, options of `TextScorer`, such as `language_model=`, `hotwords=`, `alpha=`.
 
     Returns:
         Hypotheses, the best first; of equal ones, the one with the smaller labels.
 
     Raises:
-        ValueError: Scores of another shape, NaN, or probabilities; an impossible knob; text to score without symbols; or
+        ValueError: Scores of another shape, NaN, or probabilities; an impossible option; text to score without symbols; or
             both a scorer and what would make one.
     """
-    for name, value in (
+    for name, count in (
         ("beam_width", beam_width),
         ("n_best", n_best),
         ("top_k", 1 if top_k is None else top_k),
     ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is refused: it must be a whole number from 1 up")
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}={count!r} is refused: it must be a whole number from 1 up")
     for name, limit in (("token_min_logp", token_min_logp), ("beam_prune_logp", beam_prune_logp)):
         if limit is not None and not limit <= 0:
             raise ValueError(f"{name}={limit!r} is refused: it must be a log probability, at most 0, or None")
-    if scorer is None:
-        if symbols is None and any(value is not None for value in text.values()):
-            raise ValueError(
-                f"symbols= is needed: {', '.join(text)} score text, and numbers alone spell none"
-            )
-        scorer = TextScorer(symbols or [], **text)
-    elif symbols is not None or text:
-        both = ", ".join([*(["symbols"] if symbols is not None else []), *text])
-        raise ValueError(f"scorer= was given, so {both} would have no effect: give them to the TextScorer")
+    if scorer is not None and (symbols is not None or text):
+        raise ValueError(f"scorer= was given, so {', '.join(text) or 'symbols'} would have no effect")
+    if symbols is None and any(value is not None for value in text.values()):
+        raise ValueError(f"symbols= is needed: {', '.join(text)} score text, and numbers alone spell none")
+    scorer = scorer or TextScorer(symbols or [], **text)
     log_probs = _log_probs(logits, blank, normalise)
-    if scorer.symbols and len(scorer.symbols) < log_probs.shape[1]:
-        raise ValueError(f"symbols: got {len(scorer.symbols)}, and the logits have {log_probs.shape[1]}")
-    beam = _Beam(log_probs.shape[1], blank, scorer)
+    if scorer.symbols and log_probs and len(scorer.symbols) < len(log_probs[0]):
+        raise ValueError(f"symbols: got {len(scorer.symbols)}, and the logits have {len(log_probs[0])}")
+    search = _Search(scorer, blank, beam_width, -math.inf if beam_prune_logp is None else beam_prune_logp)
+    beam: _Beam = {
+        _Prefix(None, -1, scorer.start()): (_Ways(0.0, 0.0), _NONE)
+    }  # nothing is said, as after a blank
     for frame in log_probs:
-        kept = _considered(frame, token_min_logp, top_k)
-        audible = np.full(len(frame) + 1, -np.inf)
-        audible[kept] = frame[kept]
-        _advance(
-            beam,
-            audible,
-            kept[kept != blank],
-            beam_width,
-            -math.inf if beam_prune_logp is None else beam_prune_logp,
-        )
-    return _finish(beam, n_best, distinct)
+        floor = -math.inf if token_min_logp is None else token_min_logp
+        beam = search.step(beam, frame, _considered(frame, floor, top_k))
+    found: dict[Any, Hypothesis] = {}
+    for hypothesis in _finish(beam, scorer, blank):
+        found.setdefault(tuple(hypothesis.text.split()) if distinct else hypothesis.ids, hypothesis)
+        if len(found) == n_best:
+            break
+    return list(found.values())
 
 
 # %% ../../nbs/text/decoding.ipynb #f46facc9
-_ALPHABET_FILE, _LM_FOLDER = "alphabet.json", "language_model"
+_SEARCH = {"beam_width", "token_min_logp", "top_k", "beam_prune_logp", "normalise"}
+_TEXT = {
+    "alpha",
+    "beta",
+    "unk_score_offset",
+    "score_boundary",
+    "unit",
+    "known_words",
+    "hotwords",
+    "hotword_weight",
+}
+_ALPHABET_FILE, _FOLDER = "alphabet.json", "language_model"
 
 
-def _alphabet_of(tokenizer: Wav2Vec2CTCTokenizer) -> list[str]:
-    """The symbols as pyctcdecode writes them down: "" for the blank, " " for the word delimiter, "⁇" for the unknown."""
-    roles = {tokenizer.unk_token: "⁇", tokenizer.word_delimiter_token: " ", tokenizer.pad_token: ""}
-    symbols = [tokenizer.decoder.get(i, "⁇") for i in range(max(tokenizer.decoder) + 1)]
-    return [roles.get(symbol, symbol) for symbol in symbols]
-
-
-def _check_alphabet(tokenizer: Wav2Vec2CTCTokenizer, content: Mapping[str, Any]) -> None:
-    """Refuse an `alphabet.json` that is not the tokenizer's: every word would be spelled wrong."""
-    labels = content.get("labels")
-    if not isinstance(labels, list) or content.get("is_bpe"):
-        raise ValueError(
-            f"{_ALPHABET_FILE}: 'labels' must be a list of symbols, with 'is_bpe' false: CTC spells with characters"
-        )
-    own, needed = _alphabet_of(tokenizer), max(tokenizer.encoder.values()) + 1
-    wrong = [
-        (i, a, b)
-        for i, (a, b) in enumerate(zip(own, labels, strict=False))
-        if b not in {a, tokenizer.decoder.get(i)}
-    ]
-    if wrong or len(labels) < needed:
-        some = "; ".join(f"symbol {i} is {b!r} there and {a!r} here" for i, a, b in wrong[:3])
-        raise ValueError(
-            f"{_ALPHABET_FILE} is not the tokenizer's: {some or f'{len(labels)} symbols there, {needed} here'}"
-        )
-
-
-def _find_language_model(
-    name_or_path: str | os.PathLike[str], revision: str | None
-) -> tuple[NGramModel | None, dict[str, Any]]:
-    """Open what `language_model/` of a checkpoint holds: the model, and knobs for it."""
-    attrs = find_file(name_or_path, f"{_LM_FOLDER}/attrs.json", revision=revision)
-    folder = Path(name_or_path) / _LM_FOLDER
-    if attrs is not None and not folder.is_dir():  # on the hub, where the other names are not known
-        import huggingface_hub
-
-        root = huggingface_hub.snapshot_download(
-            str(name_or_path), revision=revision, allow_patterns=f"{_LM_FOLDER}/*"
-        )
-        folder = Path(root) / _LM_FOLDER
-    if not folder.is_dir():
-        return None, {}
-    knobs = {} if attrs is None else read_json(attrs)
-    files = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.name[0] not in "._" and path.name not in {"attrs.json", "unigrams.txt"}
-    ]
-    arpa = [path for path in files if path.suffix in {".arpa", ".gz"}] or files
-    if len(arpa) != 1:
-        raise ValueError(
-            f"{folder} must hold one ARPA file, and holds {', '.join(path.name for path in arpa) or 'none'}"
-        )
-    if (folder / "unigrams.txt").is_file():
-        knobs["known_words"] = (folder / "unigrams.txt").read_text(encoding="utf-8").split("\n")
-    return NGramModel.from_arpa(arpa[0]), knobs
-
-
-class _DecoderParts:
-    """The vocabulary, model and knobs of a decoder; see `CTCDecoder`."""
-
-    search_knobs: ClassVar[tuple[str, ...]] = (
-        "beam_width",
-        "token_min_logp",
-        "top_k",
-        "beam_prune_logp",
-        "normalise",
-    )
-    text_knobs: ClassVar[tuple[str, ...]] = (
-        "alpha", "beta", "unk_score_offset", "score_boundary", "unit", "known_words", "hotwords", "hotword_weight",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        tokenizer: Wav2Vec2CTCTokenizer | Wav2Vec2Processor,
-        language_model: NGramModel | str | os.PathLike[str] | None = None,
-        **knobs: Any,
-    ) -> None:
-        self.tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Wav2Vec2Processor) else tokenizer
-        if not isinstance(self.tokenizer, Wav2Vec2CTCTokenizer):
-            raise ValueError(
-                f"tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor, not a {type(tokenizer).__name__}"
-            )
-        if self.tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer has no pad_token, which is the blank of CTC")
-        if isinstance(language_model, (str, os.PathLike)):
-            language_model = NGramModel.from_arpa(language_model)
-        self.language_model = language_model
-        decoder, unknown = self.tokenizer.decoder, self.tokenizer.unk_token or ""
-        self.symbols = [decoder.get(i, unknown) for i in range(max(decoder) + 1)]
-        self.knobs = knobs
-        self._usual = self._parts(knobs)
-
-    def __repr__(self) -> str:
-        knobs = "".join(f", {name}={value!r}" for name, value in self.knobs.items() if name != "known_words")
-        return f"{type(self).__name__}({len(self.symbols)} symbols, {self.language_model or 'no language model'}{knobs})"
-
-    def _parts(self, knobs: Mapping[str, Any]) -> tuple[TextScorer, dict[str, Any]]:
-        """Make the scorer that some knobs ask for, and pick out the knobs of the search."""
-        known = dict.fromkeys((*self.search_knobs, *self.text_knobs))
-        for name in knobs:
-            if name not in known:
-                raise ValueError(f"{name}= is no knob of a decoder{nearest(name, known)}")
-        lower, delimiter = self.tokenizer.do_lower_case, self.tokenizer.word_delimiter_token
-        symbols = [s.lower() if lower and s != delimiter else s for s in self.symbols]
-        text = {name: value for name, value in knobs.items() if name in self.text_knobs}
-        search = {name: value for name, value in knobs.items() if name in self.search_knobs}
-        return TextScorer(symbols, delimiter, self.language_model, **text), search
-
-
-# %% ../../nbs/text/decoding.ipynb #9bdddc0f
-class CTCDecoder(_DecoderParts):
+class CTCDecoder:
     """Turns logits into text: a vocabulary, a beam search, and what is known about the language.
 
     Args:
         tokenizer: A tokenizer, or a processor that has one; its padding symbol is the blank.
         language_model: An n-gram model, or the path of an ARPA file.
-        **knobs: Any knob of `beam_search` (`beam_width`, `token_min_logp`, `top_k`, `beam_prune_logp`, `normalise`) and of
+        **options: Any of `beam_search` (`beam_width`, `token_min_logp`, `top_k`, `beam_prune_logp`, `normalise`) and of
             `TextScorer` (`alpha`, `beta`, `unk_score_offset`, `score_boundary`, `unit`, `known_words`, `hotwords`,
             `hotword_weight`), with the defaults there.
 
     Raises:
-        ValueError: An unknown knob, or what those two refuse.
+        ValueError: An unknown option, or what those two refuse.
     """
 
+    def __init__(
+        self,
+        tokenizer: Wav2Vec2CTCTokenizer | Wav2Vec2Processor,
+        language_model: NGramModel | str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Wav2Vec2Processor) else tokenizer
+        if not isinstance(self.tokenizer, Wav2Vec2CTCTokenizer) or self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor, with a pad_token, not {tokenizer!r}"
+            )
+        if isinstance(language_model, (str, os.PathLike)):
+            language_model = NGramModel.from_arpa(language_model)
+        self.language_model = language_model
+        decoder, unknown = self.tokenizer.decoder, self.tokenizer.unk_token or ""
+        self.symbols = [decoder.get(i, unknown) for i in range(max(decoder) + 1)]
+        self.options = options
+        self.scorer = self._scorer(options)
+
+    def __repr__(self) -> str:
+        options = "".join(
+            f", {name}={value!r}" for name, value in self.options.items() if name != "known_words"
+        )
+        return f"{type(self).__name__}({len(self.symbols)} symbols, {self.language_model or 'no language model'}{options})"
+
+    def _scorer(self, options: Mapping[str, Any]) -> TextScorer:
+        """The scorer that some options ask for."""
+        for name in options:
+            if name not in _SEARCH | _TEXT:
+                raise ValueError(
+                    f"{name}= is no option of a decoder{nearest(name, dict.fromkeys(_SEARCH | _TEXT))}"
+                )
+        lower, delimiter = self.tokenizer.do_lower_case, self.tokenizer.word_delimiter_token
+        symbols = [s.lower() if lower and s != delimiter else s for s in self.symbols]
+        text = {name: value for name, value in options.items() if name in _TEXT}
+        return TextScorer(symbols, delimiter, self.language_model, **text)
+
     def decode(
-        self, logits: Any, length: int | None = None, *, n_best: int | None = None, **knobs: Any
+        self, logits: Any, length: int | None = None, *, n_best: int | None = None, **options: Any
     ) -> Any:
         """Decode one utterance.
 
@@ -1024,7 +825,7 @@ class CTCDecoder(_DecoderParts):
             logits: `[T, V]`.
             length: Real frames; None: all.
             n_best: None for the best hypothesis alone; a number for a list of the best, no two with the same words.
-            **knobs: Knobs that differ for this call, such as `hotwords=`.
+            **options: Those that differ for this call, such as `hotwords=`.
 
         Returns:
             A `Hypothesis`, or a list of them, with text and offsets as the tokenizer writes them (single spaces).
@@ -1032,18 +833,19 @@ class CTCDecoder(_DecoderParts):
         Raises:
             ValueError: Scores that are not those of this vocabulary, or what `beam_search` refuses.
         """
-        scorer, search = self._parts({**self.knobs, **knobs}) if knobs else self._usual
-        blank = int(self.tokenizer.pad_token_id or 0)
+        scorer = self._scorer({**self.options, **options}) if options else self.scorer
+        blank = int(self.tokenizer.pad_token_id)
         scores = _check_scores(logits, (2,), blank)
         fewest, most = max([*self.tokenizer.encoder.values(), blank, scorer.delimiter]) + 1, len(self.symbols)
         if not fewest <= scores.shape[1] <= most:
-            sizes = "" if fewest == most else f"{fewest} to "
             raise ValueError(
-                f"logits: got {scores.shape[1]} symbols per frame, and the vocabulary has {sizes}{most}"
+                f"logits: got {scores.shape[1]} symbols per frame, and the vocabulary has {fewest} to {most}"
             )
         (count,) = _frame_counts(length, 1, len(scores))
-        options: dict[str, Any] = {"blank": blank, "scorer": scorer, "distinct": True, **search}
-        found = beam_search(scores[:count], n_best=1 if n_best is None else n_best, **options)
+        search = {name: value for name, value in {**self.options, **options}.items() if name in _SEARCH}
+        found = beam_search(
+            scores[:count], n_best=n_best or 1, blank=blank, scorer=scorer, distinct=True, **search
+        )
         read = [self._read(hypothesis) for hypothesis in found]
         return read[0] if n_best is None else read
 
@@ -1060,39 +862,34 @@ class CTCDecoder(_DecoderParts):
         )
         gap = re.escape(self.tokenizer.replace_word_delimiter_char)
         text = re.sub(f"({gap})+", r"\1", read.text) if gap else read.text
-        return replace(
-            hypothesis,
-            text=text,
-            char_offsets=tuple(read.char_offsets),
-            word_offsets=tuple(read.word_offsets),
-        )
+        chars, words = tuple(read.char_offsets), tuple(read.word_offsets)
+        return replace(hypothesis, text=text, char_offsets=chars, word_offsets=words)
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **knobs: Any
+        cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **options: Any
     ) -> Self:
         """Open the tokenizer of a checkpoint, and its language model where it has one.
 
         The model is looked for where transformers' `Wav2Vec2ProcessorWithLM` keeps it, in `language_model/`: an ARPA file,
-        `attrs.json` with the knobs it was tuned for, and `unigrams.txt` with the words that count as known. An
+        `attrs.json` with the options it was tuned for, and `unigrams.txt` with the words that count as known. An
         `alphabet.json` must name the symbols in the tokenizer's order.
 
         Args:
             name_or_path: A folder or a hub id.
             revision: Branch, tag or commit on the hub.
-            **knobs: Knobs of the decoder; they come before those of the file.
+            **options: Those of the decoder; they come before those of the file.
 
         Raises:
             FileNotFoundError: No such folder or checkpoint, or it has no vocabulary.
             ValueError: A KenLM binary, an alphabet that is not the tokenizer's, or another file that cannot be used.
         """
-        revision = pin_revision(name_or_path, VOCAB_FILE, revision=revision)
-        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(name_or_path, revision=revision)
-        alphabet = find_file(name_or_path, _ALPHABET_FILE, revision=revision)
-        if alphabet is not None:
-            _check_alphabet(tokenizer, read_json(alphabet))
-        model, kept = _find_language_model(name_or_path, revision)
-        return cls(tokenizer, model, **{**kept, **knobs})
+        folder = find_folder(name_or_path, revision, patterns=("*.json", f"{_FOLDER}/*"))
+        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(folder)
+        if (folder / _ALPHABET_FILE).is_file():
+            _check_alphabet(tokenizer, read_json(folder / _ALPHABET_FILE))
+        model, kept = read_folder(folder / _FOLDER, _read_language_model)
+        return cls(tokenizer, model, **{**kept, **options})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer, and the language model where `from_pretrained` (and pyctcdecode) look for it.
@@ -1100,22 +897,59 @@ class CTCDecoder(_DecoderParts):
         Raises:
             ValueError: The model is one of symbols, for which these files have no word.
         """
-        scorer = self._usual[0]
-        if scorer.unit != "word":
-            raise ValueError(f"unit={scorer.unit!r}: these files hold models of words only")
-        self.tokenizer.save_pretrained(save_directory)
-        content = {"labels": _alphabet_of(self.tokenizer), "is_bpe": False}
-        write_file(
-            Path(save_directory) / _ALPHABET_FILE, (json.dumps(content, ensure_ascii=False) + "\n").encode()
+        if self.scorer.unit != "word":
+            raise ValueError(f"unit={self.scorer.unit!r}: these files hold models of words only")
+        old = [f"{_FOLDER}/{pattern}" for pattern in ("*.arpa", "*.arpa.gz", "*.bin", "*.binary")]
+        with replace_folder(save_directory, remove=old) as fresh:
+            self.tokenizer.save_pretrained(fresh)
+            content = {"labels": _alphabet_of(self.tokenizer), "is_bpe": False}
+            write_file(fresh / _ALPHABET_FILE, json.dumps(content, ensure_ascii=False) + "\n")
+            if self.language_model is not None:
+                usual = {"alpha": 0.5, "beta": 1.5, "unk_score_offset": -10.0, "score_boundary": True}
+                attrs = {name: self.options.get(name, value) for name, value in usual.items()}
+                write_file(fresh / _FOLDER / "attrs.json", json.dumps(attrs))
+                write_file(
+                    fresh / _FOLDER / "unigrams.txt", "".join(f"{w}\n" for w in self.scorer.sorted_known)
+                )
+                self.language_model.to_arpa(fresh / _FOLDER / "lm.arpa")
+
+
+# %% ../../nbs/text/decoding.ipynb #9bdddc0f
+def _alphabet_of(tokenizer: Wav2Vec2CTCTokenizer) -> list[str]:
+    """The symbols as pyctcdecode writes them down: "" for the blank, " " for the word delimiter, "⁇" for the unknown."""
+    roles = {tokenizer.unk_token: "⁇", tokenizer.word_delimiter_token: " ", tokenizer.pad_token: ""}
+    symbols = [tokenizer.decoder.get(i, "⁇") for i in range(max(tokenizer.decoder) + 1)]
+    return [roles.get(symbol, symbol) for symbol in symbols]
+
+
+def _check_alphabet(tokenizer: Wav2Vec2CTCTokenizer, content: Mapping[str, Any]) -> None:
+    """Refuse an `alphabet.json` that is not the tokenizer's: every word would be spelled wrong."""
+    labels, own = content.get("labels"), _alphabet_of(tokenizer)
+    if not isinstance(labels, list) or content.get("is_bpe"):
+        raise ValueError(f"{_ALPHABET_FILE}: 'labels' must be a list of symbols, with 'is_bpe' false")
+    if len(labels) <= max(tokenizer.encoder.values()):
+        raise ValueError(
+            f"{_ALPHABET_FILE} is not the tokenizer's: {len(labels)} symbols there, {len(own)} here"
         )
-        if self.language_model is not None:
-            defaults = {"alpha": 0.5, "beta": 1.5, "unk_score_offset": -10.0, "score_boundary": True}
-            attrs = {name: self.knobs.get(name, value) for name, value in defaults.items()}
-            files: dict[str, Any] = {
-                "attrs.json": json.dumps(attrs).encode(),
-                "unigrams.txt": "".join(f"{word}\n" for word in scorer.sorted_known).encode(),
-                "lm.arpa": self.language_model.to_arpa,
-            }
-            write_together(
-                Path(save_directory) / _LM_FOLDER, files, remove=("*.arpa", "*.arpa.gz", "*.bin", "*.binary")
+    for i, (here, there) in enumerate(zip(own, labels, strict=False)):
+        if there not in {here, tokenizer.decoder.get(i)}:
+            raise ValueError(
+                f"{_ALPHABET_FILE} is not the tokenizer's: symbol {i} is {there!r} there and {here!r} here"
             )
+
+
+def _read_language_model(folder: Path) -> tuple[NGramModel | None, dict[str, Any]]:
+    """Open what `language_model/` of a checkpoint holds: the model, and options for it."""
+    if not folder.is_dir():
+        return None, {}
+    options = read_json(folder / "attrs.json") if (folder / "attrs.json").is_file() else {}
+    if (words := folder / "unigrams.txt").is_file():
+        options["known_words"] = words.read_text(encoding="utf-8").split("\n")
+    known = {"attrs.json", "unigrams.txt"}
+    files = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._" and path.name not in known]
+    arpa = [path for path in files if path.suffix in {".arpa", ".gz"}] or files
+    if len(arpa) != 1:
+        raise ValueError(
+            f"{folder} must hold one ARPA file, and holds {', '.join(p.name for p in arpa) or 'none'}"
+        )
+    return NGramModel.from_arpa(arpa[0]), options

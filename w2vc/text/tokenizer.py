@@ -6,35 +6,30 @@
 from __future__ import annotations
 
 import json
-import numbers
 import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 
 from ..config import nearest
-from ..data.audio import BatchFeature, Wav2Vec2FeatureExtractor, plan_lengths
-from ..files.atomic import read_json, write_together
-from ..files.hub import find_file, lacks, pin_revision
+from ..data.audio import BatchFeature, Wav2Vec2FeatureExtractor, pad_rows
+from ..files.atomic import read_folder, read_json, replace_folder, write_file
+from ..files.hub import find_folder, missing_file
+from ..model.ctc import Run, runs
+from ..model.features import FrameClock
 from ..model.wav2vec2 import ModelOutput
 
 # %% auto #0
 __all__ = [
-    "TOKENIZER_FILE",
     "VOCAB_FILE",
-    "ADDED_FILE",
-    "SPECIAL",
-    "BOTH",
-    "Run",
-    "runs_of",
     "word_offsets",
     "vocabulary_problems",
     "build_vocabulary",
@@ -47,38 +42,6 @@ __all__ = [
 ]
 
 
-# %% ../../nbs/text/tokenizer.ipynb #083ecb51
-class Run(NamedTuple):
-    """A stretch of frames that carry the same symbol.
-
-    Attributes:
-        symbol: what they carry.
-        start: the first frame.
-        end: the frame after the last one.
-    """
-
-    symbol: str
-    start: int
-    end: int
-
-
-def runs_of(symbols: Sequence[str], group: bool = True) -> list[Run]:
-    """Cut a path, one symbol per frame, into runs of equal symbols (Graves et al., 2006, section 3.1).
-
-    Args:
-        symbols: one per frame, `[T]`.
-        group: False makes every frame a run of its own.
-    """
-    if not group:
-        return [Run(symbol, t, t + 1) for t, symbol in enumerate(symbols)]
-    runs, start = [], 0
-    for symbol, members in groupby(symbols):
-        end = start + len(list(members))
-        runs.append(Run(symbol, start, end))
-        start = end
-    return runs
-
-
 # %% ../../nbs/text/tokenizer.ipynb #1330e9d7
 def word_offsets(chars: Sequence[Mapping[str, Any]], delimiter: str = " ") -> list[dict[str, Any]]:
     """Join character offsets to word offsets: a word runs from its first character's start to its last one's end.
@@ -88,16 +51,11 @@ def word_offsets(chars: Sequence[Mapping[str, Any]], delimiter: str = " ") -> li
         delimiter: the character between words.
     """
     words = []
-    for is_space, members in groupby(chars, key=lambda char: char["char"] == delimiter):
-        letters = list(members)
-        if not is_space:
-            words.append(
-                {
-                    "word": "".join(letter["char"] for letter in letters),
-                    "start_offset": letters[0]["start_offset"],
-                    "end_offset": letters[-1]["end_offset"],
-                }
-            )
+    for is_gap, members in groupby(chars, key=lambda char: char["char"] == delimiter):
+        if not is_gap:
+            letters = list(members)
+            word, start = "".join(letter["char"] for letter in letters), letters[0]["start_offset"]
+            words.append({"word": word, "start_offset": start, "end_offset": letters[-1]["end_offset"]})
     return words
 
 
@@ -108,50 +66,26 @@ def vocabulary_problems(
     unk_token: str | None = "<unk>",
     word_delimiter_token: str | None = "|",
     *,
-    do_lower_case: bool = False,
     blank: int | None = None,
     size: int | None = None,
 ) -> list[str]:
-    """Say what would go wrong with a vocabulary; an empty list means nothing known.
-
-    Args:
-        vocab: symbol -> id.
-        pad_token: the padding symbol, which is the CTC blank too.
-        unk_token: what stands for all that cannot be spelled.
-        word_delimiter_token: what stands between words.
-        do_lower_case: text is looked up in upper case.
-        blank: the model's blank index, `config.pad_token_id`.
-        size: the number of the model's outputs, `config.vocab_size`.
-    """
-    odd = [symbol for symbol, index in vocab.items() if not _is_id(index)]
-    if odd:
-        return [f"ids must be whole numbers from 0 up; those of {_some(odd)} are not"]
-    found = []
-    ids = Counter(vocab.values())
+    """Say what would go wrong without any error; `blank` and `size` (of the output) are the model's, if known."""
+    ids, roles = Counter(vocab.values()), [pad_token, unk_token, word_delimiter_token]
+    last = max(ids, default=-1)
     shared = [symbol for symbol, index in vocab.items() if ids[index] > 1]
-    if shared:
-        found.append(f"{_some(shared)} share an id: only one of them can come back from decoding")
-    gaps = sorted(set(range(max(ids, default=-1) + 1)) - set(ids))
-    if gaps:
-        found.append(f"no symbol has the id {_some(gaps)}: a model that says so is read as unknown")
-    roles = {"pad_token": pad_token, "unk_token": unk_token, "word_delimiter_token": word_delimiter_token}
-    for role, token in roles.items():
-        if token is None or token not in vocab:
-            found.append(f"{role}={token!r} is not in the vocabulary")
-    for (one, a), (other, b) in [(x, y) for x in roles.items() for y in roles.items() if x[0] < y[0]]:
-        if a is not None and a == b:
-            found.append(f"{one} and {other} are the same symbol, {a!r}")
-    found += _unreachable(vocab, [t for t in roles.values() if t], word_delimiter_token, do_lower_case)
-    if blank is not None and pad_token is not None and vocab.get(pad_token, blank) != blank:
-        found.append(f"the model's blank is {blank}, and {pad_token!r} has the id {vocab[pad_token]}")
-    if size is not None and max(ids, default=-1) >= size:
-        found.append(f"the model has {size} outputs, and the ids go up to {max(ids)}")
-    return found
-
-
-def _is_id(value: Any) -> bool:
-    """Say whether a value can be an id: a whole number from 0 up."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    gaps = sorted(set(range(last)) - set(ids))
+    missing = [role for role in roles if role not in vocab]
+    mixed = [s for s in vocab if s not in roles and (" " in s or (word_delimiter_token or " ") in s)]
+    misplaced = blank is not None and vocab.get(pad_token or "", blank) != blank
+    checks = [
+        (shared, f"{_some(shared)} share an id: only one of them can come back from decoding"),
+        (gaps, f"no symbol has the id {_some(gaps)}: a model that says so is read as unknown"),
+        (missing, f"{_some(missing)} is not in the vocabulary"),
+        (mixed, f"a space or the word delimiter is in {_some(mixed)}: words would run together"),
+        (misplaced, f"the model's blank is {blank}, which is not the id of {pad_token!r}"),
+        (size is not None and last >= size, f"the model has {size} outputs, and the ids go up to {last}"),
+    ]
+    return [problem for wrong, problem in checks if wrong]
 
 
 def _some(things: Iterable[Any], most: int = 4) -> str:
@@ -161,38 +95,16 @@ def _some(things: Iterable[Any], most: int = 4) -> str:
     return ", ".join(map(repr, things[:most])) + more
 
 
-def _unreachable(
-    vocab: Mapping[str, int], roles: Sequence[str], delimiter: str | None, do_lower_case: bool
-) -> list[str]:
-    """Find the symbols that no text can be spelled with, or that look like another one when read back."""
-    found = []
-    plain = [symbol for symbol in vocab if symbol not in roles]
-    if "" in vocab:
-        found.append("the empty string is a symbol")
-    mixed = [
-        s for s in plain if delimiter and (" " in s or (delimiter in s and not s.startswith(("<", "["))))
-    ]
-    if mixed:
-        found.append(
-            f"a space or the word delimiter {delimiter!r} is in {_some(mixed)}: words would run together"
-        )
-    lower = [s for s in plain if len(s) == 1 and s != s.upper()]
-    if do_lower_case and lower:
-        found.append(f"do_lower_case looks letters up in upper case, and {_some(lower)} are in lower case")
-    return found
-
-
 # %% ../../nbs/text/tokenizer.ipynb #f776706f
-def build_vocabulary(  # noqa: PLR0917
+def build_vocabulary(
     texts: Iterable[str],
     symbols: Iterable[str] = (),
+    *,
     pad_token: str = "<pad>",
     bos_token: str | None = "<s>",
     eos_token: str | None = "</s>",
     unk_token: str = "<unk>",
     word_delimiter_token: str = "|",
-    *,
-    min_count: int = 1,
 ) -> dict[str, int]:
     """Make a vocabulary of all characters in some texts: the blank first, then the others, frequent ones first.
 
@@ -204,11 +116,9 @@ def build_vocabulary(  # noqa: PLR0917
         eos_token: end of sentence, likewise.
         unk_token: what stands for all other characters.
         word_delimiter_token: what stands for the space.
-        min_count: leave out characters that are rarer than this.
 
     Raises:
-        ValueError: a text contains the word delimiter or a special token, so that reading back would be wrong, or no
-            text has a character.
+        ValueError: a text contains the word delimiter or a special token, or no text has a character.
     """
     special = [t for t in (pad_token, bos_token, eos_token, unk_token, word_delimiter_token) if t]
     counts: Counter[str] = Counter()
@@ -216,22 +126,132 @@ def build_vocabulary(  # noqa: PLR0917
         for token in special:
             if token in text:
                 raise ValueError(
-                    f"text {i} contains {token!r}, which has a meaning of its own: choose another, or clean the text"
+                    f"text {i} contains {token!r}, which has a meaning of its own: choose another"
                 )
         counts.update(text.replace(" ", ""))
     if not counts:
         raise ValueError("texts is empty, or has spaces only: there is nothing to build a vocabulary from")
-    plain = [c for c, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if n >= min_count]
+    plain = sorted(counts, key=lambda c: (-counts[c], c))
     vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys([*special, *plain, *symbols]))}
-    problems = vocabulary_problems(vocab, pad_token, unk_token, word_delimiter_token, blank=0)
-    if problems:
+    if problems := vocabulary_problems(vocab, pad_token, unk_token, word_delimiter_token):
         raise ValueError("; ".join(problems))
     return vocab
 
 
 # %% ../../nbs/text/tokenizer.ipynb #e4026417
-TOKENIZER_FILE, VOCAB_FILE, ADDED_FILE = "tokenizer_config.json", "vocab.json", "added_tokens.json"
-SPECIAL = (
+class _Alphabet:
+    """Symbols and their ids in both directions, and the rule by which a text is cut into symbols.
+
+    Args:
+        vocab: symbol -> id.
+        wanted: symbols that there must be, with the ids that they should have; None, or a taken id: the next free one.
+        special: those of them that are no text.
+        delimiter: the one that stands for a space.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        wanted: Mapping[str, int | None],
+        special: Sequence[str],
+        delimiter: str | None,
+    ) -> None:
+        odd = [s for s, i in vocab.items() if not isinstance(i, int) or isinstance(i, bool) or i < 0]
+        if odd:
+            raise ValueError(
+                f"the vocabulary must give each symbol a whole number from 0 up; {_some(odd)} have none"
+            )
+        self.decoder, self.added = {index: symbol for symbol, index in vocab.items()}, {}
+        for symbol, index in wanted.items():
+            if symbol not in vocab:
+                free = (
+                    index
+                    if index is not None and index not in self.decoder
+                    else max(self.decoder, default=-1) + 1
+                )
+                self.added[symbol], self.decoder[free] = free, symbol
+        self.ids = {**vocab, **self.added}
+        self.delimiter = delimiter
+        whole = {*special, *self.added} - {delimiter, ""}
+        self.spaced = {
+            t for t in special if len(t) > 1 and t in vocab
+        }  # take the spaces around them with them
+        self._whole = re.compile(f"({_any_of(whole)})") if whole else None
+        self._symbol = re.compile(_any_of({s for s in self.ids if len(s) > 1} - whole, "."), re.DOTALL)
+
+    def cut(self, text: str, upper: bool = False) -> list[str]:
+        """Cut a text: special tokens first, then at each place the longest symbol that fits, else one character."""
+        pieces = self._whole.split(text) if self._whole else [text]  # text, token, text, token, ..., text
+        found: list[str] = []
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                found.append(piece)
+                continue
+            part = piece.lstrip() if i > 0 and pieces[i - 1] in self.spaced else piece
+            part = part.rstrip() if i + 1 < len(pieces) and pieces[i + 1] in self.spaced else part
+            symbols = self._symbol.findall(part.upper() if upper else part)
+            found += [self.delimiter or " " if symbol == " " else symbol for symbol in symbols]
+        return found
+
+
+def _any_of(symbols: Iterable[str], *more: str) -> str:
+    """A pattern for any of some symbols, the longest first."""
+    return "|".join([*map(re.escape, sorted(symbols, key=len, reverse=True)), *more])
+
+
+# %% ../../nbs/text/tokenizer.ipynb #45c8de0e
+def _id_list(ids: Any) -> list[int]:
+    """Bring ids, or one id, to a list of ints; refuse scores and batches."""
+    array = np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids)
+    if array.size and array.dtype.kind not in "iub":
+        raise ValueError(
+            f"ids must be whole numbers, and these are {array.dtype}: of logits, take argmax(-1) first"
+        )
+    if array.ndim > 1:
+        raise ValueError("one sequence of ids is needed, and this is a batch: use batch_decode")
+    return array.reshape(-1).tolist()
+
+
+def _input_ids(encoded_inputs: Any) -> Any:
+    """Find the ids in a dict, or in a list of dicts."""
+    rows = encoded_inputs if isinstance(encoded_inputs, (list, tuple)) else [encoded_inputs]
+    if not rows or not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        raise ValueError("encoded_inputs must be a dict with 'input_ids', or a list of such dicts")
+    ids = [row["input_ids"] for row in rows]
+    return ids if rows is encoded_inputs else ids[0]
+
+
+# %% ../../nbs/text/tokenizer.ipynb #c188e6a0
+@dataclass(eq=False)
+class Wav2Vec2CTCTokenizerOutput(ModelOutput):
+    """A decoded text with its offsets, or, from `batch_decode`, a list of each.
+
+    Attributes:
+        text: what was said.
+        char_offsets: per character a dict of "char", "start_offset", "end_offset", in frames; if asked for.
+        word_offsets: per word a dict of "word", "start_offset", "end_offset", in frames; if asked for.
+    """
+
+    text: Any = None
+    char_offsets: Any = None
+    word_offsets: Any = None
+
+
+def _clean_up(text: str) -> str:
+    """Close up English punctuation: "do n't ." becomes "don't."."""
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for end in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {end}", end)
+    return text
+
+
+# %% ../../nbs/text/tokenizer.ipynb #db68ec91
+VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE = "vocab.json", "tokenizer_config.json", "added_tokens.json"
+_OLD_FILE = "special_tokens_map.json"
+_FILES = (VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE, _OLD_FILE)
+_ROLES = (
     "bos_token",
     "eos_token",
     "unk_token",
@@ -239,130 +259,119 @@ SPECIAL = (
 )  # in the order in which missing ones get their ids
 
 
-class _Symbols:
-    """Symbols and their ids, in both directions."""
+def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """Read vocabulary, settings, and ids of symbols beyond the vocabulary, from newer and older files."""
+    if not (folder / VOCAB_FILE).is_file():
+        raise missing_file(folder, VOCAB_FILE)
+    settings, old, added = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (_SETTINGS_FILE, _OLD_FILE, _ADDED_FILE)
+    )
+    kind = str(settings.get("tokenizer_class") or "Wav2Vec2CTCTokenizer").removesuffix("Fast")
+    if kind not in {"Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"}:
+        raise ValueError(f"tokenizer_class={kind!r}: CTC needs 'Wav2Vec2CTCTokenizer'")
+    if (tokens := settings.get("added_tokens_decoder")) is not None:
+        added = {token["content"]: int(index) for index, token in tokens.items()}
+    else:
+        settings |= {key: old[key] for key in _ROLES if key in old}
+    for role in (*_ROLES, "word_delimiter_token"):
+        if isinstance(settings.get(role), dict):  # {"content": "<s>", "lstrip": false, ...}
+            settings[role] = settings[role]["content"]
+    return read_json(folder / VOCAB_FILE), settings, added
 
-    knobs: ClassVar[tuple[str, ...]] = (
-        *SPECIAL, "word_delimiter_token", "replace_word_delimiter_char", "do_lower_case", "target_lang",
-        "padding_side", "clean_up_tokenization_spaces",
-    )  # fmt: skip
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
-    def __init__(  # noqa: PLR0917
-        self,
-        vocab_file: str | os.PathLike[str] | Mapping[str, Any],
-        bos_token: str | None = "<s>",
-        eos_token: str | None = "</s>",
-        unk_token: str | None = "<unk>",
-        pad_token: str | None = "<pad>",
-        word_delimiter_token: str | None = "|",
-        replace_word_delimiter_char: str = " ",
-        do_lower_case: bool = False,
-        target_lang: str | None = None,
-        *,
-        padding_side: str = "right",
-        clean_up_tokenization_spaces: bool = False,
-    ) -> None:
-        if padding_side not in {"right", "left"}:
-            raise ValueError(f"padding_side={padding_side!r} must be 'right' or 'left'")
+# %% ../../nbs/text/tokenizer.ipynb #5d290f4c
+def _id_of(role: str) -> property:
+    """A property: the id of a token, or None."""
+    return property(lambda self: self._alphabet.ids.get(getattr(self, role)))
+
+
+@dataclass(eq=False)
+class Wav2Vec2CTCTokenizer:
+    """Spell text for CTC, and read what CTC says.
+
+    Equal to the class of the same name in transformers, except where that one loses something: the word delimiter is a
+    symbol of the text, not a special token; runs are joined before special tokens are skipped; spaces beside symbols of
+    several characters stay; `do_lower_case` reaches these symbols and the offsets too; offsets are plain ints.
+
+    Args:
+        vocab_file: `vocab.json`, or a dict: symbol -> id, or language -> (symbol -> id).
+        bos_token: begin of sentence, which CTC does not use.
+        eos_token: end of sentence, likewise.
+        unk_token: stands for what cannot be spelled; None refuses it.
+        pad_token: fills rows up, and is the blank of CTC.
+        word_delimiter_token: stands for a space.
+        replace_word_delimiter_char: what it becomes when text is read back.
+        do_lower_case: text comes and goes in lower case, and the vocabulary is in upper case.
+        target_lang: the language of a nested vocabulary.
+        padding_side: "right" or "left".
+        clean_up_tokenization_spaces: close up English punctuation when text is read back.
+    """
+
+    vocab_file: InitVar[str | os.PathLike[str] | Mapping[str, Any]]
+    bos_token: str | None = "<s>"
+    eos_token: str | None = "</s>"
+    unk_token: str | None = "<unk>"
+    pad_token: str | None = "<pad>"
+    word_delimiter_token: str | None = "|"
+    replace_word_delimiter_char: str = " "
+    do_lower_case: bool = False
+    target_lang: str | None = None
+    padding_side: str = field(default="right", kw_only=True)
+    clean_up_tokenization_spaces: bool = field(default=False, kw_only=True)
+
+    model_input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
+    pad_token_id = _id_of("pad_token")  # the blank of CTC
+    unk_token_id = _id_of("unk_token")
+    bos_token_id = _id_of("bos_token")
+    eos_token_id = _id_of("eos_token")
+    word_delimiter_token_id = _id_of("word_delimiter_token")
+
+    def __post_init__(self, vocab_file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+        if self.padding_side not in {"right", "left"}:
+            raise ValueError(f"padding_side={self.padding_side!r} must be 'right' or 'left'")
         self.vocab = dict(vocab_file) if isinstance(vocab_file, Mapping) else read_json(Path(vocab_file))
-        self.bos_token = bos_token
-        self.eos_token = eos_token
-        self.unk_token = unk_token
-        self.pad_token = pad_token
-        self.word_delimiter_token = word_delimiter_token
-        self.replace_word_delimiter_char = replace_word_delimiter_char
-        self.do_lower_case = do_lower_case
-        self.target_lang = target_lang
-        self.padding_side = padding_side
-        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
-        self.unknown: dict[str, Any] = {}  # keys of a file that mean nothing here: kept, and written back
-        self._choose(target_lang)
+        self.extra_keys: dict[str, Any] = {}  # of a file, that mean nothing here: kept, and written back
+        self._choose(self.target_lang, {})
 
-    def set_target_lang(self, target_lang: str) -> None:
-        """Choose a language of a nested vocabulary, {language: {symbol: id}}.
-
-        Raises:
-            ValueError: the vocabulary has no languages, or not this one.
-        """
-        self._choose(target_lang, self.added_tokens_encoder)
-        self.target_lang = target_lang
-
-    def _choose(self, target_lang: str | None, added: Mapping[str, int] | None = None) -> None:
-        """Take the vocabulary of a language, or the only one, and give ids to the symbols that it lacks."""
+    def _choose(self, target_lang: str | None, added: Mapping[str, int]) -> None:
+        """Take the vocabulary of a language, or the only one, and number the symbols that it lacks."""
         nested = bool(self.vocab) and all(isinstance(value, Mapping) for value in self.vocab.values())
         if nested and target_lang not in self.vocab:
-            raise ValueError(
-                f"target_lang={target_lang!r} must be one of {', '.join(self.vocab)}: the vocabulary is nested"
-            )
+            raise ValueError(f"target_lang={target_lang!r} must be one of {', '.join(self.vocab)}")
         if target_lang is not None and not nested:
             raise ValueError(
                 f"target_lang={target_lang!r}, and the vocabulary has no languages: it is not nested"
             )
+        self.target_lang = target_lang
         self.encoder: dict[str, int] = dict(self.vocab[target_lang or ""] if nested else self.vocab)
-        odd = [symbol for symbol, index in self.encoder.items() if not _is_id(index)]
-        if odd:
-            raise ValueError(
-                f"the vocabulary must give each symbol a whole number from 0 up; {_some(odd)} have none"
-            )
-        self.decoder = {index: symbol for symbol, index in self.encoder.items()}
-        if len(self.decoder) < len(self.encoder):
-            warnings.warn("; ".join(vocabulary_problems(self.encoder)[:1]), stacklevel=4)
-        self.added_tokens_encoder: dict[str, int] = {}
-        for symbol, index in (added or {}).items():
-            self._add(symbol, index)
-        for token in (*self._roles().values(), self.word_delimiter_token):
-            if token is not None:
-                self._add(token)
-        self._prepare()
+        self._number(added)
+        if len(set(self.encoder.values())) < len(self.encoder):
+            warnings.warn(vocabulary_problems(self.encoder)[0], stacklevel=4)
 
-    def _add(self, symbol: str, index: int | None = None) -> None:
-        """Give a symbol that the vocabulary lacks an id: the wanted one if it is free, else the next."""
-        if symbol not in self.encoder and symbol not in self.added_tokens_encoder:
-            if index is None or index in self.decoder:
-                index = max(self.decoder, default=-1) + 1
-            self.added_tokens_encoder[symbol] = index
-            self.decoder[index] = symbol
+    def _number(self, added: Mapping[str, int | None]) -> None:
+        """Give ids to special tokens and to other symbols that the vocabulary lacks."""
+        roles = [getattr(self, role) for role in (*_ROLES, "word_delimiter_token")]
+        wanted = {**added, **{token: added.get(token) for token in roles if token is not None}}
+        self._alphabet = _Alphabet(self.encoder, wanted, self.all_special_tokens, self.word_delimiter_token)
+        self.decoder, self.added_tokens_encoder = self._alphabet.decoder, self._alphabet.added
 
-    def _roles(self) -> dict[str, str | None]:
-        """Special tokens by their role."""
-        return {role: getattr(self, role) for role in SPECIAL}
-
-    def _prepare(self) -> None:
-        """Make the two patterns that cut a text: special tokens first, then symbols, longest first."""
-        self._ids = self.encoder | self.added_tokens_encoder
-        special = self.all_special_tokens
-        cut = dict.fromkeys(
-            [*special, *(t for t in self.added_tokens_encoder if t != self.word_delimiter_token)]
-        )
-        self._cut = re.compile(
-            "(" + "|".join(map(re.escape, sorted(filter(None, cut), key=len, reverse=True))) + ")"
-        )
-        self._strips = {t for t in special if len(t) > 1 and t in self.encoder}
-        long = [s for s in self._ids if len(s) > 1 and s not in cut]
-        self._symbol = re.compile(
-            "|".join([*map(re.escape, sorted(long, key=len, reverse=True)), "."]), re.DOTALL
-        )
-        self._cuts = bool(cut)
+    def set_target_lang(self, target_lang: str) -> None:
+        """Choose a language of a nested vocabulary, {language: {symbol: id}}; ValueError if it has none, or not this one."""
+        self._choose(target_lang, self.added_tokens_encoder)
 
     def add_tokens(self, tokens: str | Iterable[str]) -> int:
         """Add symbols, such as "sh", under the next free ids; returns how many were new."""
-        before = len(self)
-        for symbol in [tokens] if isinstance(tokens, str) else tokens:
-            self._add(symbol)
-        self._prepare()
+        before, new = len(self), [tokens] if isinstance(tokens, str) else tokens
+        self._number({**dict.fromkeys(new), **self.added_tokens_encoder})
         return len(self) - before
 
     def get_vocab(self) -> dict[str, int]:
         """All symbols and their ids."""
-        return dict(self._ids)
+        return dict(self._alphabet.ids)
 
     def __len__(self) -> int:
-        return len(self._ids)
-
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{knob}={getattr(self, knob)!r}" for knob in self.knobs[:7])
-        return f"{type(self).__name__}({len(self)} symbols, {settings})"
+        return len(self._alphabet.ids)
 
     @property
     def vocab_size(self) -> int:
@@ -372,157 +381,55 @@ class _Symbols:
     @property
     def all_special_tokens(self) -> list[str]:
         """The special tokens. The word delimiter is none of them: it stands for a space, a part of the text."""
-        return list(dict.fromkeys(t for t in self._roles().values() if t and t != self.word_delimiter_token))
+        tokens = dict.fromkeys(getattr(self, role) for role in _ROLES)
+        return [token for token in tokens if token and token != self.word_delimiter_token]
 
     @property
     def all_special_ids(self) -> list[int]:
         """The ids of the special tokens."""
-        return [self._ids[token] for token in self.all_special_tokens]
-
-    def _id_of(self, token: str | None) -> int | None:
-        return None if token is None else self._ids.get(token)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The id of the padding, which is the blank of CTC too."""
-        return self._id_of(self.pad_token)
-
-    @property
-    def unk_token_id(self) -> int | None:
-        """The id of what cannot be spelled."""
-        return self._id_of(self.unk_token)
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The id of the begin of a sentence; CTC has no use for it."""
-        return self._id_of(self.bos_token)
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The id of the end of a sentence; CTC has no use for it."""
-        return self._id_of(self.eos_token)
-
-    @property
-    def word_delimiter_token_id(self) -> int | None:
-        """The id of what stands between words."""
-        return self._id_of(self.word_delimiter_token)
-
-
-# %% ../../nbs/text/tokenizer.ipynb #ea652811
-def _string(text: Any) -> str:
-    """Refuse what is no text."""
-    if not isinstance(text, str):
-        raise ValueError(
-            f"text must be a string or a list of strings; one of them is a {type(text).__name__}"
-        )
-    return text
-
-
-def _id_list(ids: Any) -> list[int]:
-    """Bring one sequence of ids, or one id, to a list of ints; refuse scores and batches."""
-    if isinstance(ids, torch.Tensor):
-        ids = ids.detach().cpu().numpy()
-    if isinstance(ids, np.ndarray):
-        if ids.dtype.kind not in "iub" and ids.size:
-            raise ValueError(
-                f"ids must be whole numbers, and these are {ids.dtype}: of logits, take argmax(-1) first"
-            )
-        ids = ids.tolist()
-    if isinstance(ids, numbers.Integral):
-        ids = [ids]
-    plain: list[Any] = [
-        i.item() if isinstance(i, (torch.Tensor, np.generic)) and np.ndim(i) == 0 else i for i in ids
-    ]
-    for i in plain:
-        if isinstance(i, (list, tuple, np.ndarray, torch.Tensor)):
-            raise ValueError("one sequence of ids is needed, and this is a batch: use batch_decode")
-        if not isinstance(i, int):
-            raise ValueError(f"ids must be whole numbers; one of them is {i!r}")
-    return plain
-
-
-def _rectangle(rows: list[list[int]], key: str, kind: str) -> Any:
-    """Make one int64 tensor or array of rows, `[B, L]`."""
-    sizes = {len(row) for row in rows}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{key} has rows of {min(sizes)} to {max(sizes)} symbols, which is no tensor: pass padding=True"
-        )
-    array = np.array(rows, dtype=np.int64).reshape(len(rows), max(sizes, default=0))
-    return torch.from_numpy(array) if kind == "pt" else array
-
-
-class _Encoding(_Symbols):
-    """From text to ids."""
+        return [self._alphabet.ids[token] for token in self.all_special_tokens]
 
     def tokenize(self, text: str) -> list[str]:
         """Cut a text into symbols: special tokens, then at each place the longest symbol that fits, else one character.
 
         A special token takes the spaces around it with it. Every other space becomes the word delimiter.
         """
-        pieces = self._cut.split(text) if self._cuts else [text]  # text, token, text, token, ..., text
-        tokens: list[str] = []
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                tokens.append(piece)
-                continue
-            part = piece.lstrip() if i > 0 and pieces[i - 1] in self._strips else piece
-            part = part.rstrip() if i + 1 < len(pieces) and pieces[i + 1] in self._strips else part
-            found = self._symbol.findall(part.upper() if self.do_lower_case else part)
-            tokens += [self.word_delimiter_token or " " if symbol == " " else symbol for symbol in found]
-        return tokens
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string or a list of strings, not a {type(text).__name__}")
+        return self._alphabet.cut(text, upper=self.do_lower_case)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Look up one symbol, or several; one that is missing becomes `unk_token`.
-
-        Raises:
-            ValueError: a missing symbol, and there is no `unk_token`.
-        """
+        """Look up one symbol, or several; one that is missing becomes `unk_token`, or a ValueError without one."""
         if isinstance(tokens, str):
-            return self._look_up([tokens])[0]
-        return self._look_up(tokens)
-
-    def _look_up(self, tokens: Sequence[str]) -> list[int]:
-        vocab, unknown = self._ids, self.unk_token_id
-        missing = [token for token in tokens if token not in vocab]
-        if missing and unknown is None:
+            return self.convert_tokens_to_ids([tokens])[0]
+        ids = self._alphabet.ids
+        missing = [token for token in dict.fromkeys(tokens) if token not in ids]
+        if missing and self.unk_token is None:
             raise ValueError(
-                f"{_some(dict.fromkeys(missing))} cannot be spelled with this vocabulary, and there is no unk_token"
+                f"{_some(missing)} cannot be spelled with this vocabulary, and there is no unk_token"
             )
-        cased = [t for t in dict.fromkeys(missing) if t.swapcase() != t and t.swapcase() in vocab]
-        if cased:
-            have = [t.swapcase() for t in cased]
-            upper = have[0] == have[0].upper()
-            advice = "pass text.upper(), or set do_lower_case=True" if upper else "pass text.lower()"
-            if self.do_lower_case:
-                advice = "set do_lower_case=False: it looks letters up in upper case"
+        if cased := [token for token in missing if token.swapcase() in ids]:
+            have = _some(token.swapcase() for token in cased)
             warnings.warn(
-                f"{_some(cased)} become {self.unk_token}, but the vocabulary has {_some(have)}: {advice}",
-                stacklevel=4,
+                f"{_some(cased)} become {self.unk_token}, but the vocabulary has {have}: mind upper and lower case, "
+                f"and do_lower_case={self.do_lower_case}",
+                stacklevel=3,
             )
-        return [vocab.get(token, unknown) for token in tokens]  # type: ignore[misc]
+        return [ids.get(token, self.unk_token_id) for token in tokens]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Spell a text: one id per symbol. CTC adds no special tokens, whatever `add_special_tokens` says.
+        """Spell a text: one id per symbol. CTC adds no special tokens, whatever `add_special_tokens` says."""
+        return self.convert_tokens_to_ids(self.tokenize(text))
 
-        Raises:
-            ValueError: not a text, or it cannot be spelled and there is no `unk_token`.
-        """
-        if not isinstance(text, str):
-            raise ValueError(f"text must be a string, not a {type(text).__name__}")
-        return self._look_up(self.tokenize(text))
-
-    def __call__(  # noqa: PLR0917
+    def __call__(
         self,
         text: str | Sequence[str],
         padding: bool | str = False,
         truncation: bool | None = None,
         max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-        return_attention_mask: bool | None = None,
+        *,
         add_special_tokens: bool = True,
+        **options: Any,
     ) -> BatchFeature:
         """Spell one text, or several as a batch.
 
@@ -531,41 +438,26 @@ class _Encoding(_Symbols):
             padding: True or "longest", "max_length", False or "do_not_pad".
             truncation: cut the end off texts of more than `max_length` symbols.
             max_length: symbols, for `truncation` and for `padding="max_length"`.
-            pad_to_multiple_of: round lengths up to a multiple of this.
-            padding_side: "right" or "left"; None takes the tokenizer's own setting.
-            return_tensors: "pt", "np", or None for lists.
-            return_attention_mask: False leaves the mask out.
             add_special_tokens: has no effect: CTC adds none.
+            options: `pad_to_multiple_of`, `padding_side`, `return_attention_mask`, `return_tensors`, `fill` as in `pad`.
 
         Returns:
             `input_ids` and `attention_mask` (1 = a symbol, 0 = padding), `[B, L]`; for one text without
             `return_tensors`, `[L]`.
 
         Raises:
-            ValueError: not a text, unknown options, or rows of several lengths where one tensor is wanted.
+            ValueError: not a text, options that do not fit, or rows of several lengths where one tensor is wanted.
         """
-        single = isinstance(text, str)
-        if not single and not isinstance(text, (list, tuple)):
-            raise ValueError(f"text must be a string or a list of strings, not a {type(text).__name__}")
-        rows = [self._look_up(self.tokenize(_string(t))) for t in ([text] if single else text)]
         if truncation and max_length is None:
             raise ValueError("truncation=True needs max_length")
         if max_length is not None and not truncation and padding != "max_length":
             raise ValueError(f"max_length={max_length} needs truncation=True or padding='max_length'")
-        rows = [row[:max_length] for row in rows] if truncation else rows
-        options: dict[str, Any] = {
-            "padding": padding,
-            "max_length": max_length,
-            "pad_to_multiple_of": pad_to_multiple_of,
-        }
-        return self._fill(
-            rows,
-            single,
-            return_tensors,
-            return_attention_mask is not False,
-            padding_side=padding_side,
-            **options,
-        )
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)):
+            raise ValueError(f"text must be a string or a list of strings, not a {type(text).__name__}")
+        rows = [self.encode(each)[: max_length if truncation else None] for each in texts]
+        ids = rows[0] if isinstance(text, str) else rows
+        return self.pad({"input_ids": ids}, padding, max_length, **options)
 
     def pad(  # noqa: PLR0917
         self,
@@ -588,115 +480,49 @@ class _Encoding(_Symbols):
             pad_to_multiple_of: round lengths up to a multiple of this.
             padding_side: "right" or "left"; None takes the tokenizer's own setting.
             return_attention_mask: False leaves the mask out.
-            return_tensors: "pt" or "np"; None gives the kind that came.
+            return_tensors: "pt", "np", or None for the kind that came.
             fill: what to fill up with; None takes the padding's id, -100 makes labels whose padding does not count.
 
         Raises:
             ValueError: no "input_ids", or rows of several lengths where one tensor is wanted.
         """
-        if isinstance(encoded_inputs, (list, tuple)):
-            if not encoded_inputs or not all(
-                isinstance(e, Mapping) and "input_ids" in e for e in encoded_inputs
-            ):
-                raise ValueError("encoded_inputs must be a dict with 'input_ids', or a list of such dicts")
-            rows = [e["input_ids"] for e in encoded_inputs]
-        elif isinstance(encoded_inputs, Mapping) and "input_ids" in encoded_inputs:
-            rows = encoded_inputs["input_ids"]
-        else:
-            got = (
-                list(encoded_inputs)
-                if isinstance(encoded_inputs, Mapping)
-                else f"a {type(encoded_inputs).__name__}"
-            )
-            raise ValueError(f"encoded_inputs needs the key 'input_ids'; got {got}")
+        rows = _input_ids(encoded_inputs)
         single = len(rows) == 0 or np.ndim(rows[0]) == 0
         rows = [rows] if single else list(rows)
-        if return_tensors is None and any(isinstance(row, (torch.Tensor, np.ndarray)) for row in rows):
-            return_tensors = "pt" if isinstance(rows[0], torch.Tensor) else "np"
-        plain = [_id_list(row) for row in rows]
-        options: dict[str, Any] = {
-            "padding": padding,
-            "max_length": max_length,
-            "pad_to_multiple_of": pad_to_multiple_of,
-        }
-        with_mask = return_attention_mask is not False
-        return self._fill(
-            plain, single, return_tensors, with_mask, fill=fill, padding_side=padding_side, **options
-        )
-
-    def _fill(
-        self,
-        rows: list[list[int]],
-        single: bool,
-        return_tensors: str | None,
-        with_mask: bool,
-        *,
-        fill: int | None = None,
-        padding_side: str | None = None,
-        **options: Any,
-    ) -> BatchFeature:
-        """Fill rows up, and make tensors of them."""
-        kind = getattr(return_tensors, "value", return_tensors)
-        if kind not in {None, "pt", "np"}:
-            raise ValueError(f"return_tensors={kind!r} must be 'pt', 'np' or None")
-        if padding_side not in {None, "right", "left"}:
-            raise ValueError(f"padding_side={padding_side!r} must be 'right' or 'left'")
-        left = (padding_side or self.padding_side) == "left"
-        plan = plan_lengths([len(row) for row in rows], **options) if rows else []
-        fill = self.pad_token_id if fill is None else fill
-        if fill is None and any(total > kept for kept, total in plan):
-            raise ValueError("padding is asked for, and there is no pad_token")
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
-        for row, (kept, total) in zip(rows, plan, strict=True):
-            gap, ones = total - kept, [1] * kept
-            empty: list[int] = [fill] * gap if fill is not None else []
-            columns["input_ids"].append(empty + row if left else row + empty)
-            columns["attention_mask"].append([0] * gap + ones if left else ones + [0] * gap)
-        if not with_mask:
+        kind = return_tensors
+        if kind is None and isinstance(rows[0], (torch.Tensor, np.ndarray)):
+            kind = "pt" if isinstance(rows[0], torch.Tensor) else "np"
+        rows = [_id_list(row) for row in rows]
+        fill, pads = self.pad_token_id if fill is None else fill, padding not in {False, "do_not_pad"}
+        least = {"max_length": max_length, "longest": 0, True: 0, False: 0, "do_not_pad": 0}.get(padding)
+        if least is None or kind not in {None, "pt", "np"}:
+            raise ValueError(f"{padding=}, {max_length=}, {return_tensors=} is refused, see help(pad)")
+        length = max(least, *map(len, rows))
+        length += -length % (pad_to_multiple_of or 1) if pads else 0
+        if any(len(row) < length for row in rows) and (fill is None if pads else kind):
+            raise ValueError("the rows are of several lengths: pass padding=True, with a pad_token")
+        ids, mask = pad_rows(rows, fill or 0, length, padding_side or self.padding_side)
+        columns = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+        if return_attention_mask is False:
             del columns["attention_mask"]
-        if kind is None:
-            return BatchFeature({key: column[0] if single else column for key, column in columns.items()})
-        return BatchFeature({key: _rectangle(column, key, kind) for key, column in columns.items()})
-
-
-# %% ../../nbs/text/tokenizer.ipynb #c188e6a0
-@dataclass(eq=False)
-class Wav2Vec2CTCTokenizerOutput(ModelOutput):
-    """A decoded text with its offsets, or, from `batch_decode`, a list of each.
-
-    Attributes:
-        text: what was said.
-        char_offsets: per character a dict of "char", "start_offset", "end_offset", in frames; if asked for.
-        word_offsets: per word a dict of "word", "start_offset", "end_offset", in frames; if asked for.
-    """
-
-    text: Any = None
-    char_offsets: Any = None
-    word_offsets: Any = None
-
-
-class _Decoding(_Symbols):
-    """From ids to text."""
+        if kind is not None:
+            return BatchFeature({k: torch.from_numpy(v) if kind == "pt" else v for k, v in columns.items()})
+        lists = {
+            k: [row[m | pads].tolist() for row, m in zip(v, mask, strict=True)] for k, v in columns.items()
+        }
+        return BatchFeature({key: rows[0] if single else rows for key, rows in lists.items()})
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Look up one id, or several; one that does not exist becomes `unk_token`. The word delimiter is never skipped.
-
-        Raises:
-            ValueError: no ids, or one that does not exist and there is no `unk_token`.
-        """
-        if isinstance(ids, numbers.Integral):
-            return self._symbols_of([int(ids)])[0]
-        tokens = self._symbols_of(_id_list(ids))
+        """Look up one id, or several; one that does not exist becomes `unk_token`, or a ValueError without one."""
+        plain = _id_list(ids)
+        missing = [i for i in dict.fromkeys(plain) if i not in self.decoder]
+        if missing and self.unk_token is None:
+            raise ValueError(f"no symbol has the id {_some(missing)}, and there is no unk_token")
+        tokens = [self.decoder.get(i, self.unk_token or "") for i in plain]
+        if np.ndim(ids) == 0:
+            return tokens[0]
         skipped = set(self.all_special_tokens) if skip_special_tokens else set()
         return [token for token in tokens if token not in skipped]
-
-    def _symbols_of(self, ids: list[int]) -> list[str]:
-        missing = [i for i in ids if i not in self.decoder]
-        if missing and self.unk_token is None:
-            raise ValueError(
-                f"no symbol has the id {_some(dict.fromkeys(missing))}, and there is no unk_token"
-            )
-        return [self.decoder.get(i, self.unk_token or "") for i in ids]
 
     def get_special_tokens_mask(self, token_ids: Any, already_has_special_tokens: bool = True) -> list[int]:
         """Mark special tokens with 1. The word delimiter is text: 0."""
@@ -726,42 +552,29 @@ class _Decoding(_Symbols):
 
         Returns:
             The text; with offsets, a `Wav2Vec2CTCTokenizerOutput`.
-
-        Raises:
-            ValueError: logits, or a batch.
         """
-        runs = runs_of(self._symbols_of(_id_list(token_ids)), group_tokens)
+        symbols = self.convert_ids_to_tokens(np.atleast_1d(_id_list(token_ids)))
+        found = runs(symbols, None) if group_tokens else [Run(s, t, t + 1) for t, s in enumerate(symbols)]
         dropped = {self.pad_token, *(self.all_special_tokens if skip_special_tokens else ())}
-        kept = [run for run in runs if run.symbol not in dropped]
-        gap = self.replace_word_delimiter_char
-        chars = [gap if run.symbol == self.word_delimiter_token else run.symbol for run in kept]
-        text = (" " if spaces_between_special_tokens else "").join(chars).strip()
-        if self.do_lower_case:
-            text, chars = text.lower(), [char.lower() for char in chars]
-        cleans = (
-            self.clean_up_tokenization_spaces
-            if clean_up_tokenization_spaces is None
-            else clean_up_tokenization_spaces
-        )
-        text = _clean_up(text) if cleans else text
+        kept = [run for run in found if run.label not in dropped]
+        gap, lower = self.replace_word_delimiter_char, str.lower if self.do_lower_case else str
+        chars = [gap if run.label == self.word_delimiter_token else run.label for run in kept]
+        text = lower((" " if spaces_between_special_tokens else "").join(chars).strip())
+        if clean_up_tokenization_spaces or (
+            clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces
+        ):
+            text = _clean_up(text)
         if not output_char_offsets and not output_word_offsets:
             return text
         offsets = [
-            {"char": char, "start_offset": run.start, "end_offset": run.end}
+            {"char": lower(char), "start_offset": run.start, "end_offset": run.end}
             for char, run in zip(chars, kept, strict=True)
         ]
-        return Wav2Vec2CTCTokenizerOutput(
-            text,
-            char_offsets=offsets if output_char_offsets else None,
-            word_offsets=word_offsets(offsets, gap) if output_word_offsets else None,
-        )
+        words = word_offsets(offsets, gap) if output_word_offsets else None
+        return Wav2Vec2CTCTokenizerOutput(text, offsets if output_char_offsets else None, words)
 
     def batch_decode(self, sequences: Any, **options: Any) -> Any:
-        """Read several paths, `[B, T]`, with the options of `decode`.
-
-        Returns:
-            A list of texts; with offsets, one `Wav2Vec2CTCTokenizerOutput` that holds lists.
-        """
+        """Read several paths, `[B, T]`, with the options of `decode`; with offsets, one output that holds lists."""
         rows = [self.decode(row, **options) for row in sequences]
         wanted = [key for key in ("char_offsets", "word_offsets") if options.get(f"output_{key}")]
         if not wanted:
@@ -769,45 +582,9 @@ class _Decoding(_Symbols):
         return Wav2Vec2CTCTokenizerOutput(**{key: [row[key] for row in rows] for key in ("text", *wanted)})
 
     def decode_labels(self, labels: Any, skip_special_tokens: bool = False) -> str:
-        """Read labels back: ids of a text, not of frames, so doubled letters stay. Padding and negative ids are left out.
-
-        Args:
-            labels: `[L]`, as `encode` or the processor makes them; -100 marks what no loss counts.
-            skip_special_tokens: leave special tokens out.
-        """
+        """Read labels back: ids of a text, not of frames, so doubled letters stay. Padding and negative ids are left out."""
         ids = [i for i in _id_list(labels) if i >= 0]
         return str(self.decode(ids, skip_special_tokens, group_tokens=False))
-
-
-def _clean_up(text: str) -> str:
-    """Close up English punctuation: "do n't ." becomes "don't."."""
-    pairs = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")]
-    for apart, together in pairs + [(f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")]:
-        text = text.replace(apart, together)
-    return text
-
-
-# %% ../../nbs/text/tokenizer.ipynb #5d290f4c
-class Wav2Vec2CTCTokenizer(_Encoding, _Decoding):
-    """Spell text for CTC, and read what CTC says.
-
-    Equal to the class of the same name in transformers, except where that one loses something: the word delimiter is a
-    symbol of the text, not a special token; runs are joined before special tokens are skipped; spaces beside symbols of
-    several characters stay; `do_lower_case` reaches these symbols and the offsets too; offsets are plain ints.
-
-    Args:
-        vocab_file: `vocab.json`, or a dict: symbol -> id, or language -> (symbol -> id).
-        bos_token: begin of sentence, which CTC does not use.
-        eos_token: end of sentence, likewise.
-        unk_token: stands for what cannot be spelled; None refuses it.
-        pad_token: fills rows up, and is the blank of CTC.
-        word_delimiter_token: stands for a space.
-        replace_word_delimiter_char: what it becomes when text is read back.
-        do_lower_case: text comes and goes in lower case, and the vocabulary is in upper case.
-        target_lang: the language of a nested vocabulary.
-        padding_side: "right" or "left".
-        clean_up_tokenization_spaces: close up English punctuation when text is read back.
-    """
 
     @classmethod
     def from_pretrained(
@@ -819,134 +596,82 @@ class Wav2Vec2CTCTokenizer(_Encoding, _Decoding):
             FileNotFoundError: no such folder or checkpoint, or it has no `vocab.json`.
             ValueError: not JSON, another kind of tokenizer, or an unknown override.
         """
-        revision = pin_revision(name_or_path, VOCAB_FILE, revision=revision)
-        settings, added = _tokenizer_settings(name_or_path, revision)
-        path = find_file(name_or_path, VOCAB_FILE, revision=revision)
-        if path is None:
-            raise lacks(name_or_path, VOCAB_FILE)
+        vocab, settings, added = read_folder(
+            find_folder(name_or_path, revision, patterns=_FILES), _read_tokenizer
+        )
+        known = {f.name for f in fields(cls)}
         for name in overrides:
-            if name not in cls.knobs:
-                raise ValueError(
-                    f"{name}= is no knob of a tokenizer{nearest(name, dict.fromkeys(cls.knobs))}"
-                )
-        settings |= overrides
-        knobs = {
-            k: settings[k]
-            for k in cls.knobs
-            if k in settings and (k.endswith("_token") or settings[k] is not None)
-        }
-        tokenizer = cls(path, **knobs)
+            if name not in known:
+                raise ValueError(f"{name}= is no option of a tokenizer{nearest(name, dict.fromkeys(known))}")
+        given = {key: value for key, value in (settings | overrides).items() if key in known}
+        tokenizer = cls(vocab, **{k: v for k, v in given.items() if v is not None or k.endswith("_token")})
         tokenizer._choose(tokenizer.target_lang, added)
-        known = {*cls.knobs, "added_tokens_decoder", "tokenizer_class", "backend"}
-        tokenizer.unknown = {key: value for key, value in settings.items() if key not in known}
+        own = {*known, "added_tokens_decoder", "tokenizer_class", "backend"}
+        tokenizer.extra_keys = {key: value for key, value in settings.items() if key not in own}
         return tokenizer
 
     def to_dict(self) -> dict[str, Any]:
         """Collect the content of `tokenizer_config.json`, with the keys that other programs put there."""
-        optional = {"padding_side": "right", "clean_up_tokenization_spaces": False}
-        known = {
-            k: getattr(self, k) for k in self.knobs if k not in optional or getattr(self, k) != optional[k]
-        }
-        vocab, tokens = self.get_vocab(), {}
-        special = {*self.all_special_tokens, self.word_delimiter_token}
-        for symbol in sorted(
-            (s for s in vocab if len(s) > 1 or s in special or s in self.added_tokens_encoder),
-            key=vocab.__getitem__,
-        ):
+        usual = {
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+        }  # left out, as transformers does
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        options = {key: value for key, value in options.items() if key not in usual or value != usual[key]}
+        special, tokens = {*self.all_special_tokens, self.word_delimiter_token}, {}
+        for symbol, index in sorted(self.get_vocab().items(), key=lambda pair: pair[1]):
             long = len(symbol) > 1 and symbol in self.encoder
-            tokens[vocab[symbol]] = {
-                "content": symbol, "lstrip": long, "normalized": False, "rstrip": long, "single_word": False,
-                "special": symbol in special and not long,
-            }  # fmt: skip
+            if len(symbol) > 1 or symbol in special or symbol in self.added_tokens_encoder:
+                tokens[index] = {
+                    "content": symbol, "lstrip": long, "normalized": False, "rstrip": long, "single_word": False,
+                    "special": symbol in special and not long,
+                }  # fmt: skip
         return {
-            "model_max_length": int(1e30), **self.unknown, **known, "added_tokens_decoder": tokens,
+            "model_max_length": int(1e30), **self.extra_keys, **options, "added_tokens_decoder": tokens,
             "backend": "custom", "tokenizer_class": "Wav2Vec2CTCTokenizer",
         }  # fmt: skip
 
-    def files(self, **more: Any) -> dict[str, bytes]:
-        """Make the content of the files that `save_pretrained` writes; `more` goes into `tokenizer_config.json`."""
-        files = {VOCAB_FILE: self.vocab, TOKENIZER_FILE: self.to_dict() | more}
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **more: Any) -> None:
+        """Write `vocab.json`, `tokenizer_config.json` (and `more` into it), and `added_tokens.json` if it is needed."""
+        files = {VOCAB_FILE: self.vocab, _SETTINGS_FILE: self.to_dict() | more}
         if self.added_tokens_encoder:
-            files[ADDED_FILE] = self.added_tokens_encoder
-        return {name: _json_bytes(content) for name, content in files.items()}
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `vocab.json`, `tokenizer_config.json` and, if there are symbols beyond the vocabulary, `added_tokens.json`."""
-        write_together(save_directory, self.files(), remove=(ADDED_FILE, "special_tokens_map.json"))
+            files[_ADDED_FILE] = self.added_tokens_encoder
+        with replace_folder(save_directory, remove=(_ADDED_FILE, _OLD_FILE)) as fresh:
+            for name, content in files.items():
+                write_file(fresh / name, _json(content))
 
 
-def _json_bytes(content: Mapping[Any, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _tokenizer_settings(
-    name_or_path: str | os.PathLike[str], revision: str | None
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Read the settings of a tokenizer, and the ids of symbols beyond `vocab.json`, from newer and older files."""
-
-    def read(name: str) -> dict[str, Any]:
-        path = find_file(name_or_path, name, revision=revision)
-        return {} if path is None else read_json(path)
-
-    settings = read(TOKENIZER_FILE)
-    kind = str(settings.get("tokenizer_class") or "Wav2Vec2CTCTokenizer").removesuffix("Fast")
-    if kind not in {"Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"}:
-        raise ValueError(f"tokenizer_class={kind!r}: CTC needs 'Wav2Vec2CTCTokenizer'")
-    tokens = settings.get("added_tokens_decoder")
-    if tokens is None:  # as older versions wrote it
-        settings |= {
-            key: value for key, value in read("special_tokens_map.json").items() if key in _Symbols.knobs
-        }
-        added = {symbol: int(index) for symbol, index in read(ADDED_FILE).items()}
-    else:
-        added = {token["content"]: int(index) for index, token in tokens.items()}
-    for key in _Symbols.knobs:
-        if isinstance(settings.get(key), dict):  # {"content": "<s>", "lstrip": false, ...}
-            settings[key] = settings[key]["content"]
-    return settings, added
+def _json(content: Mapping[Any, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 # %% ../../nbs/text/tokenizer.ipynb #1bb00761
 def offsets_in_seconds(
-    offsets: Iterable[Mapping[str, Any]],
-    *,
-    hop: int = 320,
-    width: int = 400,
-    sampling_rate: int = 16_000,
-    seconds: float | None = None,
+    offsets: Iterable[Mapping[str, Any]], clock: FrameClock | None = None, seconds: float | None = None
 ) -> list[dict[str, Any]]:
-    """Turn frame offsets into times, in the middle of what each frame hears (Eq. 41.1).
+    """Turn frame offsets into times.
 
     Args:
         offsets: dicts with "start_offset" and "end_offset" in frames; their other entries are kept.
-        hop: samples from one frame to the next.
-        width: samples that a frame hears.
-        sampling_rate: samples per second.
+        clock: where the model's frames lie; None: as in the published models.
         seconds: the length of the audio; no time is beyond it, nor before 0.
 
     Returns:
         For each a dict with "start" and "end" in seconds in place of the offsets.
     """
-    lead = (width - hop) / 2  # a frame stands for the `hop` samples around its centre
-    last = float("inf") if seconds is None else seconds
     timed = []
-    for offset in offsets:
-        row = {key: value for key, value in offset.items() if key not in {"start_offset", "end_offset"}}
-        for key in ("start", "end"):
-            row[key] = max(0.0, min((hop * int(offset[f"{key}_offset"]) + lead) / sampling_rate, last))
-        timed.append(row)
+    for row in offsets:
+        start, end = (clock or FrameClock()).span(row["start_offset"], row["end_offset"], seconds)
+        rest = {key: value for key, value in row.items() if key not in {"start_offset", "end_offset"}}
+        timed.append({**rest, "start": start, "end": end})
     return timed
 
 
 # %% ../../nbs/text/tokenizer.ipynb #de01b625
-BOTH = (
-    "padding",
-    "max_length",
-    "truncation",
-    "pad_to_multiple_of",
-    "return_attention_mask",
-    "return_tensors",
-)
+_SHARED = {
+    "padding", "max_length", "truncation", "pad_to_multiple_of", "return_attention_mask", "return_tensors"
+}  # fmt: skip
+_OPTIONS = {"audio": {*_SHARED, "sampling_rate"}, "text": {*_SHARED, "padding_side", "add_special_tokens"}}
 
 
 class Wav2Vec2Processor:
@@ -957,23 +682,19 @@ class Wav2Vec2Processor:
         tokenizer: for the text.
     """
 
+    model_input_names: ClassVar[list[str]] = ["input_values", "attention_mask", "labels"]
+
     def __init__(self, feature_extractor: Wav2Vec2FeatureExtractor, tokenizer: Wav2Vec2CTCTokenizer) -> None:
-        for name, part, kind in (
-            ("feature_extractor", feature_extractor, Wav2Vec2FeatureExtractor),
-            ("tokenizer", tokenizer, Wav2Vec2CTCTokenizer),
-        ):
-            if not isinstance(part, kind):
-                raise ValueError(f"{name} must be a {kind.__name__}, not a {type(part).__name__}")
+        if not isinstance(feature_extractor, Wav2Vec2FeatureExtractor):
+            raise ValueError(f"feature_extractor must not be a {type(feature_extractor).__name__}")
+        if not isinstance(tokenizer, Wav2Vec2CTCTokenizer):
+            raise ValueError(f"tokenizer must be a Wav2Vec2CTCTokenizer, not a {type(tokenizer).__name__}")
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
+        self.decode, self.batch_decode = tokenizer.decode, tokenizer.batch_decode
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.feature_extractor!r}, {self.tokenizer!r})"
-
-    @property
-    def model_input_names(self) -> list[str]:
-        """What a model may be given."""
-        return [*self.feature_extractor.model_input_names, "labels"]
 
     def __call__(self, audio: Any = None, text: Any = None, **options: Any) -> BatchFeature:
         """Prepare sound, text, or both.
@@ -992,42 +713,29 @@ class Wav2Vec2Processor:
         Raises:
             ValueError: neither, an unknown option, or what the parts refuse.
         """
-        if audio is None and text is None:
-            raise ValueError("audio= or text= is needed: sound, words, or both")
-        if _is_text(audio):
-            raise ValueError("audio= is text: pass it as text=")
-        own = {"audio": dict(options.pop("audio_kwargs", {})), "text": dict(options.pop("text_kwargs", {}))}
+        first = audio[0] if isinstance(audio, (list, tuple)) and audio else audio
+        if isinstance(first, str) or (audio is None and text is None):
+            raise ValueError("audio= or text= is needed; text is passed as text=")
+        own = {part: options.pop(f"{part}_kwargs", {}) for part in _OPTIONS}
         options |= options.pop("common_kwargs", {})
-        names = {"audio": (*BOTH, "sampling_rate"), "text": (*BOTH, "padding_side", "add_special_tokens")}
+        known = dict.fromkeys(set().union(*_OPTIONS.values()))
         for name in options:
-            known = dict.fromkeys([*names["audio"], *names["text"]])
             if name not in known:
                 raise ValueError(f"{name}= is no option of a processor{nearest(name, known)}")
-        chosen = {part: {k: v for k, v in options.items() if k in names[part]} | own[part] for part in names}
-        if text is None:
-            return self.feature_extractor(audio, **chosen["audio"])
+        for part, names in _OPTIONS.items():
+            own[part] = {key: value for key, value in options.items() if key in names} | own[part]
         if audio is None:
-            return self.tokenizer(text, **chosen["text"])
-        batch = self.feature_extractor(audio, **chosen["audio"])
-        labels = self.tokenizer(text, **(chosen["text"] | {"return_attention_mask": True}))
-        batch["labels"] = _without_padding(labels["input_ids"], labels["attention_mask"])
+            return self.tokenizer(text, **own["text"])
+        batch = self.feature_extractor(audio, **own["audio"])
+        if text is not None:
+            batch["labels"] = self.tokenizer(text, **own["text"], fill=-100)["input_ids"]
         return batch
 
     def pad(self, input_features: Any = None, labels: Any = None, **options: Any) -> BatchFeature:
-        """Pad extracted sound, spelled text, or both; of both, `labels` has -100 for its padding.
-
-        Args:
-            input_features: what the feature extractor's `pad` takes.
-            labels: what the tokenizer's `pad` takes.
-            options: `padding`, `max_length`, `pad_to_multiple_of`, `return_attention_mask`, `return_tensors`; for
-                sound also `truncation`.
-
-        Raises:
-            ValueError: neither of the two.
-        """
+        """Pad extracted sound, spelled text, or both by the parts' `pad`; of both, `labels` has -100 for its padding."""
+        text_options = {key: value for key, value in options.items() if key != "truncation"}
         if input_features is None and labels is None:
             raise ValueError("input_features= or labels= is needed")
-        text_options = {key: value for key, value in options.items() if key != "truncation"}
         if input_features is None:
             return self.tokenizer.pad(labels, **text_options)
         batch = self.feature_extractor.pad(input_features, **options)
@@ -1035,77 +743,31 @@ class Wav2Vec2Processor:
             batch["labels"] = self.tokenizer.pad(labels, **text_options, fill=-100)["input_ids"]
         return batch
 
-    def decode(self, *args: Any, **options: Any) -> Any:
-        """Read one path; see the tokenizer's `decode`."""
-        return self.tokenizer.decode(*args, **options)
-
-    def batch_decode(self, *args: Any, **options: Any) -> Any:
-        """Read several paths; see the tokenizer's `batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **options)
-
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
     ) -> Self:
-        """Read both parts of a checkpoint, a folder or a hub id.
-
-        Raises:
-            FileNotFoundError: no such folder or checkpoint, or one of its files is missing.
-            ValueError: a file that cannot be used, or an unknown override.
-        """
-        parts = (Wav2Vec2FeatureExtractor, Wav2Vec2CTCTokenizer)
-        known = dict.fromkeys([*parts[0].knobs, *parts[1].knobs])
-        for name in overrides:
-            if name not in known:
-                raise ValueError(f"{name}= is no knob of a processor{nearest(name, known)}")
-        revision = pin_revision(name_or_path, VOCAB_FILE, revision=revision)
-        extractor, tokenizer = (
-            part.from_pretrained(
-                name_or_path, revision=revision, **{k: v for k, v in overrides.items() if k in part.knobs}
-            )
-            for part in parts
-        )
-        return cls(extractor, tokenizer)  # type: ignore[arg-type]
+        """Read both parts of a checkpoint, a folder or a hub id, with the errors of their `from_pretrained`."""
+        names = {f.name for f in fields(Wav2Vec2CTCTokenizer)}
+        text = {key: value for key, value in overrides.items() if key in names}
+        sound = {key: value for key, value in overrides.items() if key not in names}
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=revision, **sound)
+        return cls(extractor, Wav2Vec2CTCTokenizer.from_pretrained(name_or_path, revision=revision, **text))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write all files, under the names that older and newer programs look for."""
-        kind = {"processor_class": "Wav2Vec2Processor"}
-        settings = self.feature_extractor.to_dict()
-        files = {
-            **self.tokenizer.files(**kind),
-            "preprocessor_config.json": _json_bytes(settings | kind),
-            "processor_config.json": _json_bytes({"feature_extractor": settings, **kind}),
-        }
-        write_together(save_directory, files, remove=(ADDED_FILE, "special_tokens_map.json"))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], str)
-    )
-
-
-def _without_padding(ids: Any, mask: Any) -> Any:
-    """Put -100 where the mask is 0, in a tensor, an array, or lists."""
-    if isinstance(ids, torch.Tensor):
-        return ids.masked_fill(mask == 0, -100)
-    if isinstance(ids, np.ndarray):
-        return np.where(mask == 0, -100, ids)
-    if ids and isinstance(ids[0], list):
-        return [_without_padding(row, m) for row, m in zip(ids, mask, strict=True)]
-    return [i if m else -100 for i, m in zip(ids, mask, strict=True)]
+        kind, settings = {"processor_class": "Wav2Vec2Processor"}, self.feature_extractor.to_dict()
+        with replace_folder(save_directory, remove=(_ADDED_FILE, _OLD_FILE)) as fresh:
+            self.tokenizer.save_pretrained(fresh, **kind)
+            write_file(fresh / "preprocessor_config.json", _json(settings | kind))
+            write_file(fresh / "processor_config.json", _json({"feature_extractor": settings, **kind}))
 
 
 # %% ../../nbs/text/tokenizer.ipynb #d2d9b120
 class AutoFeatureExtractor:
     """Opens the feature extractor of any checkpoint that the models here can use."""
 
-    @staticmethod
-    def from_pretrained(
-        name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
-    ) -> Wav2Vec2FeatureExtractor:
-        """Read it from a folder or a hub id; see `Wav2Vec2FeatureExtractor.from_pretrained`."""
-        return Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=revision, **overrides)
+    from_pretrained = staticmethod(Wav2Vec2FeatureExtractor.from_pretrained)
 
 
 class AutoProcessor:
@@ -1115,13 +777,7 @@ class AutoProcessor:
     def from_pretrained(
         name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
     ) -> Wav2Vec2Processor | Wav2Vec2FeatureExtractor:
-        """Read it from a folder or a hub id.
-
-        Raises:
-            FileNotFoundError: no such folder or checkpoint, or it has no such files.
-            ValueError: a file that cannot be used, or an unknown override.
-        """
-        revision = pin_revision(name_or_path, VOCAB_FILE, revision=revision)
-        if find_file(name_or_path, VOCAB_FILE, revision=revision) is None:
-            return Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=revision, **overrides)
-        return Wav2Vec2Processor.from_pretrained(name_or_path, revision=revision, **overrides)
+        """Read it from a folder or a hub id; errors as those of the classes."""
+        folder = find_folder(name_or_path, revision, patterns=_FILES)
+        kind = Wav2Vec2Processor if (folder / VOCAB_FILE).is_file() else Wav2Vec2FeatureExtractor
+        return kind.from_pretrained(name_or_path, revision=revision, **overrides)

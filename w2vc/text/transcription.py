@@ -17,26 +17,19 @@ import torch
 from torch import Tensor
 
 from ..config import Wav2Vec2ConformerConfig
-from ..data.audio import Samples, load_audio
+from ..data.audio import Samples, load_audio, pad_rows
+from ..data.audio import normalise as normalised
 from ..data.batches import bucket_batches
 from ..data.corpus import Utterance
 from ..files.pretrained import demo_folder, eval_mode
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.fast import fast_forms
-from .alignment import Alignment, TimedText, align_words, best_path, frame_timing, read_words
+from ..model.features import FrameClock
+from .alignment import Alignment, TimedText, align_words, best_path, read_words
 from .tokenizer import Wav2Vec2Processor
 
 # %% auto #0
-__all__ = [
-    "Chunk",
-    "plan_chunks",
-    "running_statistics",
-    "frame_logits",
-    "Transcript",
-    "Decoder",
-    "read_transcript",
-    "transcribe",
-]
+__all__ = ["Chunk", "plan_chunks", "frame_logits", "Transcript", "Decoder", "read_transcript", "transcribe"]
 
 
 # %% ../../nbs/text/transcription.ipynb #9499ae66
@@ -58,13 +51,12 @@ class Chunk(NamedTuple):
     last: int
 
 
-def plan_chunks(  # noqa: PLR0917
+def plan_chunks(
     n_samples: int,
     n_frames: int,
     chunk_frames: int | None,
     context_frames: int,
-    hop: int = 320,
-    width: int = 400,
+    clock: FrameClock | None = None,
 ) -> list[Chunk]:
     """Cut a recording into overlapping chunks, and take each frame from the chunk that shows most of its surroundings.
 
@@ -77,8 +69,7 @@ def plan_chunks(  # noqa: PLR0917
         n_frames: T, the frames of the recording.
         chunk_frames: frames of a chunk, context included; None: one chunk.
         context_frames: frames of context at each cut.
-        hop: samples from one frame to the next.
-        width: samples that a frame hears.
+        clock: where the model's frames lie; None: as in the published models.
 
     Returns:
         The chunks in order; what is taken from them covers the frames 0 to T - 1 once each. No chunk if T is 0.
@@ -92,6 +83,7 @@ def plan_chunks(  # noqa: PLR0917
         )
     if chunk_frames is None or n_frames <= chunk_frames:
         return [Chunk(0, n_samples, 0, 0, n_frames)] if n_frames else []
+    hop, width, _ = clock or FrameClock()
     starts = [*range(0, n_frames - chunk_frames, chunk_frames - 2 * context_frames), n_frames - chunk_frames]
     borders = [0, *((a + chunk_frames + b) // 2 for a, b in pairwise(starts)), n_frames]
     ends = [hop * (a + chunk_frames - 1) + width for a in starts[:-1]] + [n_samples]
@@ -101,31 +93,7 @@ def plan_chunks(  # noqa: PLR0917
     ]
 
 
-# %% ../../nbs/text/transcription.ipynb #78fe3250
-def running_statistics(pieces: Iterable[Samples]) -> tuple[float, float]:
-    """Mean and scale of a recording that is seen piece by piece (Chan, Golub and LeVeque, 1983).
-
-    Args:
-        pieces: its samples, in any number of pieces, none of them empty.
-
-    Returns:
-        The mean, and the square root of variance + 1e-7, as `normalise` divides by.
-    """
-    count, mean, squares = 0, 0.0, 0.0  # squares: the sum of squared distances from the mean
-    for piece in pieces:
-        n, m = len(piece), float(piece.mean(dtype=np.float64))
-        squares += n * float(piece.var(dtype=np.float64)) + (m - mean) ** 2 * count * n / (count + n)
-        mean += (m - mean) * n / (count + n)
-        count += n
-    return mean, math.sqrt(squares / max(count, 1) + 1e-7)
-
-
-def _in_pieces(audio: Samples, size: int = 2**20) -> Iterator[Samples]:
-    """Cut a row of samples, without copying it."""
-    return (audio[i : i + size] for i in range(0, len(audio), size))
-
-
-# %% ../../nbs/text/transcription.ipynb #e5d60319
+# %% ../../nbs/text/transcription.ipynb #f93f851b
 def _samples(seconds: float, name: str, rate: int) -> int:
     """Turn seconds into samples; refuse what is no length."""
     if not 0 <= seconds < math.inf:
@@ -133,32 +101,6 @@ def _samples(seconds: float, name: str, rate: int) -> int:
     return round(seconds * rate)
 
 
-# %% ../../nbs/text/transcription.ipynb #2d84045b
-class _Job(NamedTuple):
-    """A chunk of one of several recordings, and how to normalise it."""
-
-    recording: int
-    chunk: Chunk
-    mean: float
-    scale: float
-
-    @property
-    def size(self) -> int:
-        return self.chunk.end - self.chunk.start
-
-
-def _rows(jobs: Sequence[_Job], audios: Sequence[Samples]) -> tuple[Tensor, Tensor]:
-    """Cut, normalise and pad the chunks of a batch: `[B, S]` and their attention mask."""
-    rows = torch.zeros(len(jobs), max(job.size for job in jobs))
-    mask = torch.zeros(rows.shape, dtype=torch.long)
-    for row, job in enumerate(jobs):
-        piece = audios[job.recording][job.chunk.start : job.chunk.end]
-        rows[row, : job.size] = torch.from_numpy((piece - job.mean) / job.scale)
-        mask[row, : job.size] = 1
-    return rows, mask
-
-
-# %% ../../nbs/text/transcription.ipynb #f93f851b
 def frame_logits(
     audios: Sequence[Samples],
     model: Wav2Vec2ConformerForCTC,
@@ -189,35 +131,38 @@ def frame_logits(
     Raises:
         ValueError: a length that is negative or not finite, or a context that leaves nothing of a chunk.
     """
-    hop, width = frame_timing(model.config)
+    clock = FrameClock.of(model.config, sampling_rate, adapter=True)
     chunk_frames, context = None, 0
     if chunk_seconds is not None:
         context_seconds = chunk_seconds / 6 if context_seconds is None else context_seconds
-        chunk_frames = max((_samples(chunk_seconds, "chunk_seconds", sampling_rate) - width) // hop + 1, 0)
-        context = -(-_samples(context_seconds, "context_seconds", sampling_rate) // hop)
+        size = _samples(chunk_seconds, "chunk_seconds", sampling_rate)
+        chunk_frames = max((size - clock.width) // clock.hop + 1, 0)
+        context = -(-_samples(context_seconds, "context_seconds", sampling_rate) // clock.hop)
     most = _samples(batch_seconds, "batch_seconds", sampling_rate)
     counts = [int(model._get_feat_extract_output_lengths(len(audio))) for audio in audios]
-    jobs = []
-    for i, (audio, T) in enumerate(zip(audios, counts, strict=True)):
-        statistics = running_statistics(_in_pieces(audio)) if normalise else (0.0, 1.0)
-        jobs += [
-            _Job(i, c, *statistics) for c in plan_chunks(len(audio), T, chunk_frames, context, hop, width)
-        ]
-    sizes = [job.size for job in jobs]
+    chunks = [
+        (i, chunk)
+        for i, T in enumerate(counts)
+        for chunk in plan_chunks(len(audios[i]), T, chunk_frames, context, clock)
+    ]
+    sizes = [chunk.end - chunk.start for _, chunk in chunks]
+    audios = [normalised(audio) if normalise and len(audio) else audio for audio in audios]
     max_rows = None if model.config.padding_invariant else 1  # else a row would depend on its neighbours
     results = [torch.zeros(T, model.config.vocab_size or 0) for T in counts]
     with fast_forms(model), eval_mode(model):
         for batch in bucket_batches(sizes, max([most, 1, *sizes]), max_rows=max_rows):
-            rows, mask = _rows([jobs[j] for j in batch], audios)
-            logits = model(rows.to(model.device), mask.to(model.device), return_dict=True).logits.cpu()
-            for row, j in enumerate(batch):
-                i, chunk = jobs[j].recording, jobs[j].chunk
+            rows, mask = pad_rows(
+                [audios[chunks[j][0]][chunks[j][1].start : chunks[j][1].end] for j in batch]
+            )
+            inputs, valid = (torch.from_numpy(x).to(model.device) for x in (rows, mask.astype(np.int64)))
+            logits = model(inputs, valid, return_dict=True).logits.cpu()
+            for row, (i, chunk) in enumerate(chunks[j] for j in batch):
                 results[i][chunk.first : chunk.last] = logits[row, chunk.skip :][: chunk.last - chunk.first]
     return results
 
 
 # %% ../../nbs/text/transcription.ipynb #0983960f
-def _clock(seconds: float, point: str) -> str:
+def _timestamp(seconds: float, point: str) -> str:
     """Write a time as 01:02:03.004; rounded down, so that it stays inside the audio."""
     ms = int(seconds * 1000 + 1e-6)
     return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{point}{ms % 1000:03}"
@@ -246,8 +191,9 @@ class Transcript:
         result: dict[str, Any] = {"text": self.text, "duration": self.duration, "confidence": self.confidence}
         for key, items in (("word", self.words), ("char", self.chars)):
             if items:
+                rows = [(t.label, t.start, t.end, t.confidence) for t in items]
                 result[f"{key}s"] = [
-                    {key: t.label, "start": t.start, "end": t.end, "confidence": t.confidence} for t in items
+                    dict(zip((key, "start", "end", "confidence"), row, strict=True)) for row in rows
                 ]
         return result
 
@@ -269,40 +215,36 @@ class Transcript:
             raise ValueError("the transcript has no times: transcribe(…, timestamps='word')")
         rows: list[list[TimedText]] = []
         for word in self.words:
-            fits = rows and sum(len(w.label) + 1 for w in rows[-1]) + len(word.label) <= max_chars
+            row = rows[-1] if rows else []
+            short = sum(len(w.label) + 1 for w in row) + len(word.label) <= max_chars
             if (
-                fits
-                and word.end - rows[-1][0].start <= max_seconds
-                and word.start - rows[-1][-1].end <= max_gap
+                row
+                and short
+                and word.end - row[0].start <= max_seconds
+                and word.start - row[-1].end <= max_gap
             ):
-                rows[-1].append(word)
+                row.append(word)
             else:
                 rows.append([word])
+        texts = [" ".join(word.label for word in row) for row in rows]
         return [
-            TimedText(
-                " ".join(w.label for w in row),
-                row[0].start,
-                row[-1].end,
-                min(w.confidence for w in row),
-                tuple(row),
-            )
-            for row in rows
+            TimedText(text, row[0].start, row[-1].end, min(word.confidence for word in row), tuple(row))
+            for text, row in zip(texts, rows, strict=True)
         ]
 
     def to_srt(self, **limits: Any) -> str:
         """Write subtitles in the SubRip format (`.srt`); `limits` and errors as in `lines`."""
-        blocks = [
-            f"{i}\n{_clock(line.start, ',')} --> {_clock(line.end, ',')}\n{line.label}\n"
+        return "\n".join(
+            f"{i}\n{_timestamp(line.start, ',')} --> {_timestamp(line.end, ',')}\n{line.label}\n"
             for i, line in enumerate(self.lines(**limits), 1)
-        ]
-        return "\n".join(blocks)
+        )
 
     def to_vtt(self, **limits: Any) -> str:
         """Write subtitles in the WebVTT format (`.vtt`); `limits` and errors as in `lines`."""
         blocks = ["WEBVTT\n"]
         for line in self.lines(**limits):
             text = line.label.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-            blocks.append(f"{_clock(line.start, '.')} --> {_clock(line.end, '.')}\n{text}\n")
+            blocks.append(f"{_timestamp(line.start, '.')} --> {_timestamp(line.end, '.')}\n{text}\n")
         return "\n".join(blocks)
 
 
@@ -339,26 +281,20 @@ def read_transcript(
     Raises:
         ValueError: the decoder's text is too long for the audio.
     """
-    facts: dict[str, Any] = {"config": config, "seconds": seconds}
-    blank = processor.tokenizer.pad_token_id or 0
-    log_probs = logits.log_softmax(-1)
-    found = None if decoder is None else decoder.decode(logits)
-    path = getattr(found, "path", None)
-    if found is None:
-        words = read_words(best_path(log_probs, blank), processor, **facts)
-    elif path is not None:
+    blank, log_probs = processor.tokenizer.pad_token_id or 0, logits.log_softmax(-1)
+    found: Any = best_path(log_probs, blank) if decoder is None else decoder.decode(logits)
+    if (path := getattr(found, "path", None)) is not None:
         symbols = torch.as_tensor(path, dtype=torch.long)
-        said = log_probs.double().gather(1, symbols[:, None])[:, 0]
-        words = read_words(Alignment(symbols, said, blank), processor, **facts)
+        alignment = Alignment(symbols, log_probs.double().gather(1, symbols[:, None])[:, 0], blank)
+        words = read_words(alignment, processor, config=config, seconds=seconds)
     else:
         text = found if isinstance(found, str) else str(found.text)
-        words = align_words(logits, text, processor, wildcard=True, **facts)
+        words = align_words(logits, text, processor, config=config, seconds=seconds, wildcard=True)
     chars = tuple(char for word in words for char in word.chars)
-    gap = processor.tokenizer.replace_word_delimiter_char
     sure = [(c.end - c.start, math.log(c.confidence)) for c in chars if c.confidence > 0]
     heard = sum(length for length, _ in sure)
     return Transcript(
-        gap.join(word.label for word in words),
+        processor.tokenizer.replace_word_delimiter_char.join(word.label for word in words),
         seconds,
         math.exp(sum(length * log for length, log in sure) / heard) if heard else 0.0,
         tuple(words) if timestamps else (),
@@ -380,11 +316,9 @@ def _open_model(model: Any, processor: Any) -> tuple[Wav2Vec2ConformerForCTC, Wa
     if not isinstance(processor, Wav2Vec2Processor):
         came = "missing" if processor is None else f"a {type(processor).__name__}"
         raise ValueError(f"processor is {came}: pass a Wav2Vec2Processor, or the folder or hub id of one")
-    blank, padding = model.config.pad_token_id, processor.tokenizer.pad_token_id
-    if blank != padding:
-        raise ValueError(
-            f"model and processor do not belong together: the blank is {blank} in one and {padding} in the other"
-        )
+    blanks = model.config.pad_token_id, processor.tokenizer.pad_token_id
+    if blanks[0] != blanks[1]:
+        raise ValueError(f"model and processor do not belong together: their blanks are {blanks}")
     return model, processor
 
 
@@ -394,7 +328,7 @@ def _is_many(audio: Any) -> bool:
     if isinstance(audio, (str, bytes, bytearray, memoryview)) or hasattr(audio, "read"):
         return False
     if isinstance(audio, Sequence):
-        return not (len(audio) > 0 and np.isscalar(audio[0]) and not isinstance(audio[0], (str, bytes)))
+        return not (len(audio) > 0 and isinstance(audio[0], (int, float, np.number)))
     return isinstance(audio, Iterator)
 
 
@@ -412,13 +346,12 @@ def _loads(
     sources: Iterable[Any], rate: int, sampling_rate: int | None, seconds: float
 ) -> Iterator[list[Samples]]:
     """Decode recordings, about so many seconds at a time; an error says which one of several it was."""
-    alone = isinstance(sources, list) and len(sources) == 1
     load: list[Samples] = []
     for i, source in enumerate(sources):
         try:
             load.append(_load(source, rate, sampling_rate))
         except (ValueError, OSError) as error:
-            if not alone:
+            if not (isinstance(sources, list) and len(sources) == 1):
                 error.add_note(f"this was audio[{i}]")
             raise
         if sum(map(len, load)) >= seconds * rate:
@@ -446,15 +379,15 @@ def transcribe(
 ) -> Any:
     """Write down what was said, in recordings of any length, one or many.
 
-    Sound is decoded about sixteen batches at a time, a file always as a whole (64 kB a second, 230 MB an hour); the model
-    sees one batch of chunks at a time. Each recording is normalised as a whole, as in one pass. See `frame_logits` for
+    Sound is decoded about sixteen batches at a time, a file always as a whole (128 kB a second with its normalised copy,
+    460 MB an hour); the model sees one batch of chunks at a time. Each recording is normalised as a whole, as in one pass. See `frame_logits` for
     when cutting changes nothing.
 
     Args:
         audio: a path, the bytes of a file, a binary file object, an array or tensor with `sampling_rate`, an `Utterance`,
             the audio of a data set's row; or a list, an iterator or a `Speech` of those.
         model: a `Wav2Vec2ConformerForCTC`, on any device and of any type; or a folder or hub id, loaded on each call;
-            None: the small demo checkpoint that comes with the package (English letters; the demo chapter).
+            None: the small demo checkpoint that comes with the package (English letters).
         processor: a `Wav2Vec2Processor`, or the folder or hub id of one; None: what lies where the model was loaded from.
         sampling_rate: samples per second of arrays; everything else knows its own.
         chunk_seconds: length of a chunk, context included; None takes each recording in one pass.
@@ -476,22 +409,13 @@ def transcribe(
     model, processor = _open_model(model, processor)
     extractor = processor.feature_extractor
     rate, many = extractor.sampling_rate, _is_many(audio)
+    cutting: dict[str, Any] = {"chunk_seconds": chunk_seconds, "context_seconds": context_seconds}
+    cutting |= {"normalise": extractor.do_normalize, "sampling_rate": rate, "batch_seconds": batch_seconds}
     transcripts = []
     for load in _loads(audio if many else [audio], rate, sampling_rate, _AHEAD * batch_seconds):
-        logits = frame_logits(
-            load,
-            model,
-            normalise=extractor.do_normalize,
-            sampling_rate=rate,
-            chunk_seconds=chunk_seconds,
-            context_seconds=context_seconds,
-            batch_seconds=batch_seconds,
-        )
-        for samples, each in zip(load, logits, strict=True):
-            facts: dict[str, Any] = {
-                "config": model.config,
-                "seconds": len(samples) / rate,
-                "decoder": decoder,
-            }
-            transcripts.append(read_transcript(each, processor, timestamps=timestamps, **facts))
+        for samples, logits in zip(load, frame_logits(load, model, **cutting), strict=True):
+            facts: dict[str, Any] = {"config": model.config, "seconds": len(samples) / rate}
+            transcripts.append(
+                read_transcript(logits, processor, timestamps=timestamps, decoder=decoder, **facts)
+            )
     return transcripts if many else transcripts[0]
