@@ -251,12 +251,7 @@ def _clean_up(text: str) -> str:
 VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE = "vocab.json", "tokenizer_config.json", "added_tokens.json"
 _OLD_FILE = "special_tokens_map.json"
 _FILES = (VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE, _OLD_FILE)
-_ROLES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-)  # in the order in which missing ones get their ids
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")  # missing ones get ids in this order
 
 
 def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
@@ -340,9 +335,7 @@ class Wav2Vec2CTCTokenizer:
         if nested and target_lang not in self.vocab:
             raise ValueError(f"target_lang={target_lang!r} must be one of {', '.join(self.vocab)}")
         if target_lang is not None and not nested:
-            raise ValueError(
-                f"target_lang={target_lang!r}, and the vocabulary has no languages: it is not nested"
-            )
+            raise ValueError(f"target_lang={target_lang!r}, and the vocabulary is not nested")
         self.target_lang = target_lang
         self.encoder: dict[str, int] = dict(self.vocab[target_lang or ""] if nested else self.vocab)
         self._number(added)
@@ -405,16 +398,12 @@ class Wav2Vec2CTCTokenizer:
         ids = self._alphabet.ids
         missing = [token for token in dict.fromkeys(tokens) if token not in ids]
         if missing and self.unk_token is None:
-            raise ValueError(
-                f"{_some(missing)} cannot be spelled with this vocabulary, and there is no unk_token"
-            )
+            raise ValueError(f"{_some(missing)} cannot be spelled, and there is no unk_token")
         if cased := [token for token in missing if token.swapcase() in ids]:
             have = _some(token.swapcase() for token in cased)
-            warnings.warn(
-                f"{_some(cased)} become {self.unk_token}, but the vocabulary has {have}: mind upper and lower case, "
-                f"and do_lower_case={self.do_lower_case}",
-                stacklevel=3,
-            )
+            case = f"mind upper and lower case, and do_lower_case={self.do_lower_case}"
+            text = f"{_some(cased)} become {self.unk_token}, but the vocabulary has {have}: {case}"
+            warnings.warn(text, stacklevel=3)
         return [ids.get(token, self.unk_token_id) for token in tokens]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -507,9 +496,7 @@ class Wav2Vec2CTCTokenizer:
             del columns["attention_mask"]
         if kind is not None:
             return BatchFeature({k: torch.from_numpy(v) if kind == "pt" else v for k, v in columns.items()})
-        lists = {
-            k: [row[m | pads].tolist() for row, m in zip(v, mask, strict=True)] for k, v in columns.items()
-        }
+        lists = {k: [row[m | pads].tolist() for row, m in zip(v, mask)] for k, v in columns.items()}  # noqa: B905
         return BatchFeature({key: rows[0] if single else rows for key, rows in lists.items()})
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
@@ -560,9 +547,8 @@ class Wav2Vec2CTCTokenizer:
         gap, lower = self.replace_word_delimiter_char, str.lower if self.do_lower_case else str
         chars = [gap if run.label == self.word_delimiter_token else run.label for run in kept]
         text = lower((" " if spaces_between_special_tokens else "").join(chars).strip())
-        if clean_up_tokenization_spaces or (
-            clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces
-        ):
+        clean = clean_up_tokenization_spaces
+        if self.clean_up_tokenization_spaces if clean is None else clean:
             text = _clean_up(text)
         if not output_char_offsets and not output_word_offsets:
             return text
@@ -596,9 +582,8 @@ class Wav2Vec2CTCTokenizer:
             FileNotFoundError: no such folder or checkpoint, or it has no `vocab.json`.
             ValueError: not JSON, another kind of tokenizer, or an unknown override.
         """
-        vocab, settings, added = read_folder(
-            find_folder(name_or_path, revision, patterns=_FILES), _read_tokenizer
-        )
+        folder = find_folder(name_or_path, revision, patterns=_FILES)
+        vocab, settings, added = read_folder(folder, _read_tokenizer)
         known = {f.name for f in fields(cls)}
         for name in overrides:
             if name not in known:
@@ -612,10 +597,7 @@ class Wav2Vec2CTCTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         """Collect the content of `tokenizer_config.json`, with the keys that other programs put there."""
-        usual = {
-            "padding_side": "right",
-            "clean_up_tokenization_spaces": False,
-        }  # left out, as transformers does
+        usual = {"padding_side": "right", "clean_up_tokenization_spaces": False}  # as transformers leaves out
         options = {f.name: getattr(self, f.name) for f in fields(self)}
         options = {key: value for key, value in options.items() if key not in usual or value != usual[key]}
         special, tokens = {*self.all_special_tokens, self.word_delimiter_token}, {}
