@@ -345,7 +345,9 @@ def test_unknown_characters() -> None:
 
 @pytest.mark.filterwarnings("default")
 def test_case_mismatch_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"'h', 'e' become <unk>, but the vocabulary has 'H', 'E': mind upper"):
+    with pytest.warns(
+        UserWarning, match=r"'h', 'e' become <unk>, but the vocabulary has 'H', 'E': mind upper"
+    ):
         letters().encode("he")
     with pytest.warns(UserWarning, match="do_lower_case=True"):
         Wav2Vec2CTCTokenizer(PHONES, do_lower_case=True).encode("a")
@@ -700,6 +702,8 @@ def test_released_layout(tmp_path: Path) -> None:
 
 def test_times_never_start_before_the_sound() -> None:
     # With an adapter a frame is apart from the next by more than it hears, so its middle would lie before 0.
-    times = offsets_in_seconds([{"char": "a", "start_offset": 0, "end_offset": 1}], FrameClock(hop=2560, width=400))
+    times = offsets_in_seconds(
+        [{"char": "a", "start_offset": 0, "end_offset": 1}], FrameClock(hop=2560, width=400)
+    )
     assert times[0]["start"] == 0.0
     assert times[0]["end"] > 0
