@@ -50,7 +50,6 @@ from .probes import phone_frames, phone_probe, utterance_batches
 # %% auto #0
 __all__ = [
     "Metrics",
-    "HEADS",
     "Measure",
     "Report",
     "EvalContext",
@@ -532,7 +531,7 @@ def evaluate_pretraining(
 
 
 # %% ../../nbs/evaluation/reports.ipynb #0a30434e
-HEADS: dict[str, type[PreTrainedModel]] = {  # a tensor that only this head has -> its class
+_HEADS: dict[str, type[PreTrainedModel]] = {  # a tensor that only this head has -> its class
     "lm_head.": Wav2Vec2ConformerForCTC,
     "quantizer.": Wav2Vec2ConformerForPreTraining,
     "tdnn.": Wav2Vec2ConformerForXVector,
@@ -556,14 +555,14 @@ def model_class(
         FileNotFoundError: No checkpoint there.
         ValueError: No such class.
     """
-    classes = {cls.__name__: cls for cls in HEADS.values()}
+    classes = {cls.__name__: cls for cls in _HEADS.values()}
     if architecture is None:
         config = find_folder(model, revision) / "config.json"
         named = (read_json(config).get("architectures") or [None])[0] if config.is_file() else None
         if named not in classes:
             names = read_checkpoint(model, revision=revision, device="meta")
-            part = next(part for part in HEADS if any(name.startswith(part) for name in names))
-            return HEADS[part]
+            part = next(part for part in _HEADS if any(name.startswith(part) for name in names))
+            return _HEADS[part]
         architecture = named
     if architecture not in classes:
         raise ValueError(f"architecture={architecture!r}: allowed are {', '.join(classes)}")
@@ -646,9 +645,9 @@ def evaluate(
     if isinstance(model, str | os.PathLike):
         cls = model_class(model, revision=revision)
         model = cls.from_pretrained(model, device=device, dtype=dtype, revision=revision)
-    elif not isinstance(model, tuple(HEADS.values())):
+    elif not isinstance(model, tuple(_HEADS.values())):
         raise ValueError(
-            f"model is a {type(model).__name__}: allowed are {', '.join(c.__name__ for c in HEADS.values())}"
+            f"model is a {type(model).__name__}: allowed are {', '.join(c.__name__ for c in _HEADS.values())}"
         )
     processor = processor or _processor_of(model)
     extractor = getattr(processor, "feature_extractor", processor)
