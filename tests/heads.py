@@ -125,8 +125,15 @@ def _ctc_loss(model: Any, output: Any, inputs: dict[str, Tensor]) -> Tensor:
 PRETRAINING = Head(
     pretraining.Wav2Vec2ConformerForPreTraining,
     pretraining.Wav2Vec2ConformerForPreTrainingOutput,
-    ("loss", "projected_states", "projected_quantized_states", "codevector_perplexity", *SHARED)
-    + ("contrastive_loss", "diversity_loss"),
+    (
+        "loss",
+        "projected_states",
+        "projected_quantized_states",
+        "codevector_perplexity",
+        *SHARED,
+        "contrastive_loss",
+        "diversity_loss",
+    ),
     {"quantizer", "project_hid", "project_q"},
     _negatives,
     None,

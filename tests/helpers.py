@@ -29,7 +29,7 @@ def tiny_config(**knobs: Any) -> Wav2Vec2ConformerConfig:
 
 def quiet_config(**knobs: Any) -> Wav2Vec2ConformerConfig:
     """A tiny config without dropout, LayerDrop or SpecAugment."""
-    names = "hidden activation attention feat_proj conformer_conv final feat_quantizer".split()
+    names = ["hidden", "activation", "attention", "feat_proj", "conformer_conv", "final", "feat_quantizer"]
     quiet = {f"{name}_dropout": 0.0 for name in names}
     quiet |= {"layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
     return tiny_config(**{**quiet, **knobs})

@@ -777,9 +777,7 @@ def test_decoder_refuses_when_it_is_made() -> None:
         CTCDecoder(tokenizer, gamma=1)
     with pytest.raises(ValueError, match="upper case"):
         CTCDecoder(tokenizer, estimate_ngram(["hello world", "the sun is a fish"]))
-    with pytest.raises(
-        ValueError, match="tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor"
-    ):
+    with pytest.raises(ValueError, match="tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor"):
         CTCDecoder(LETTERS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="with a pad_token"):
         CTCDecoder(Wav2Vec2CTCTokenizer(LETTERS, pad_token=None))

@@ -28,7 +28,6 @@ from w2vc.text.tokenizer import (
     Wav2Vec2Processor,
     build_vocabulary,
     offsets_in_seconds,
-
     vocabulary_problems,
 )
 
@@ -346,7 +345,9 @@ def test_unknown_characters() -> None:
 
 @pytest.mark.filterwarnings("default")
 def test_case_mismatch_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"'h', 'e' become <unk>, but the vocabulary has 'H', 'E': mind upper"):
+    with pytest.warns(
+        UserWarning, match=r"'h', 'e' become <unk>, but the vocabulary has 'H', 'E': mind upper"
+    ):
         letters().encode("he")
     with pytest.warns(UserWarning, match="do_lower_case=True"):
         Wav2Vec2CTCTokenizer(PHONES, do_lower_case=True).encode("a")
@@ -667,7 +668,7 @@ def test_we_open_what_transformers_saves(
         is False
     )
     assert door.from_pretrained(tmp_path, unk_token="E").tokenizer.unk_token == "E"
-    with pytest.raises(ValueError, match="no option|no knob"):
+    with pytest.raises(ValueError, match=r"no (option|knob)"):
         door.from_pretrained(tmp_path, nonsense=1)
 
 
@@ -701,6 +702,8 @@ def test_released_layout(tmp_path: Path) -> None:
 
 def test_times_never_start_before_the_sound() -> None:
     # With an adapter a frame is apart from the next by more than it hears, so its middle would lie before 0.
-    times = offsets_in_seconds([{"char": "a", "start_offset": 0, "end_offset": 1}], FrameClock(hop=2560, width=400))
+    times = offsets_in_seconds(
+        [{"char": "a", "start_offset": 0, "end_offset": 1}], FrameClock(hop=2560, width=400)
+    )
     assert times[0]["start"] == 0.0
     assert times[0]["end"] > 0

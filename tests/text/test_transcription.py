@@ -452,7 +452,7 @@ def test_refusals(tmp_path: Path) -> None:
     refused("NaN|nan", np.full(9_000, np.nan), model, proc, sampling_rate=RATE)
     model.config.pad_token_id = 3
     refused(
-        "do not belong together: their blanks are \(3, 0\)",
+        r"do not belong together: their blanks are \(3, 0\)",
         audio,
         model,
         proc,
