@@ -192,7 +192,7 @@ def plain_track(name: str, segments: Sequence[Any]) -> Track:
 
 
 def plot_tracks(utterance: Utterance, tracks: Sequence[Track], hop: float) -> Any:
-    """Draw tracks under waveform and spectrogram, on one time axis, `hop` seconds a frame; errors carry a pattern. Returns the figure."""
+    """Draw tracks under waveform and spectrogram, `hop` seconds a frame; errors carry a pattern. Returns the figure."""
     heights = [0.8 * len(t.labels) if t.heat is not None else 1.5 if t.curve is None else 2.2 for t in tracks]
     ratios = [3.2, 4.5, *heights]
     fig, axes = figure(len(ratios), height=0.6 + 0.17 * sum(ratios), sharex=True, height_ratios=ratios)
@@ -239,7 +239,7 @@ def wrong_words(read: Sequence[str], said: Sequence[str]) -> list[bool]:
 
 
 def ctc_tracks(reading: CTCReading, least: float = 0.1) -> list[Track]:
-    """The tracks of a reading: words said, text aligned, words and letters read, and the symbols that reach the probability `least`."""
+    """The tracks of a reading: words said, aligned and read, and the symbols that reach the probability `least`."""
     chances, read, aligned = reading.log_probs.exp(), reading.read, reading.aligned
     peaks = [i for i in range(chances.shape[1]) if i != reading.blank and chances[:, i].max() >= least]
     peaks.sort(key=lambda i: int((chances[:, i] >= 0.5 * chances[:, i].max()).int().argmax()))
@@ -300,7 +300,7 @@ def _track_data(track: Track) -> dict[str, Any]:
 
 # %% ../../nbs/explore/views.ipynb #77bd00d6
 def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None = None) -> Explorer:
-    """Show how a CTC model reads one recording: letters over time, blanks, the text read, and the known text aligned; arguments as of `read_ctc`."""
+    """Show how a CTC model reads: letters over time, the text read, the known text aligned; arguments as of `read_ctc`."""
     reading = read_ctc(model, audio, processor, text=text)
     u, clock, said = reading.utterance, reading.clock, []
     values, best = reading.log_probs.exp().topk(min(3, len(reading.symbols)))
@@ -402,7 +402,7 @@ def beam_view(
     every: float = 0.2,
     **options: Any,
 ) -> Explorer:
-    """Show the `n_best` hypotheses of a beam search as the sound goes on, with a slider over time: a picture `every` so many seconds.
+    """Show the `n_best` hypotheses of a beam search as the sound goes on, a picture `every` so many seconds.
 
     Further options are those of `CTCDecoder`, such as `language_model=`; other arguments are those of `read_ctc`.
     """
