@@ -67,9 +67,6 @@ def _axes(config: Any, kind: str, below: bool) -> dict[str, str]:
     T, D = ("T" + "'" * n, "O") if n else ("T", "D")
     if not below:
         lost = accumulate((k - 1) * d for k, d in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
-        tdnn = {
-            rf"tdnn\.{i}(\.activation)?": f"B {T}-{m} tdnn{i}".replace("-0", "") for i, m in enumerate(lost)
-        }
         heads: dict[str, dict[str, str]] = {
             "ForPreTraining": {
                 r"|project_hid": f"B {T} P", r"project_q": "B T P", r"dropout_features": "B T C",
@@ -78,8 +75,9 @@ def _axes(config: Any, kind: str, below: bool) -> dict[str, str]:
             "ForCTC": {r"|lm_head": f"B {T} vocab", r"dropout": f"B {T} {D}"},
             "ForSequenceClassification": {r"|classifier": "B labels", r"projector": f"B {T} proj"},
             "ForAudioFrameClassification": {r"|classifier": f"B {T} labels"},
-            "ForXVector": tdnn | {
+            "ForXVector": {
                 r"|feature_extractor|classifier": "B xvec", r"projector": f"B {T} tdnn0", r"objective": "",
+                **{rf"tdnn\.{i}(\.activation)?": f"B {T}-{m} tdnn{i}" for i, m in enumerate(lost)},
             },
         }  # fmt: skip
         return next((axes for head, axes in heads.items() if kind.endswith(head)), {})
@@ -107,7 +105,7 @@ def _letters(name: str, config: Any, kind: str) -> tuple[str, ...] | None:
     """The axes of a part's output, by what the part is, never by its numbers; None for a part that is not known."""
     below, part = _below_head(name, kind)
     found = (axes for form, axes in _axes(config, kind, below).items() if re.fullmatch(form, part))
-    return next((tuple(axes.split()) for axes in found), None)
+    return next((tuple(axes.replace("-0", "").split()) for axes in found), None)
 
 
 # %% ../../nbs/explore/tracing.ipynb #1a7f5e49
@@ -138,40 +136,33 @@ def _letter_size(token: str, sizes: Mapping[str, int]) -> int:
 
 
 # %% ../../nbs/explore/tracing.ipynb #5ef6d823
-_NO_TIME = r".*(embed_positions|linear_pos)"
 _BEFORE_ATTENTION = (
     r"feature_extractor.*|feature_projection.*|encoder\.dropout"
     r"|encoder\.layers\.0\.(ffn1.*|self_attn_layer_norm|self_attn\.linear_[qkv])"
 )
 
 
-def _samples_seen(name: str, config: Any, kind: str) -> float:
-    """How many samples one frame of a part's output depends on: a number, `inf` for all, 0 for none.
+def _sees(name: str, part: nn.Module, config: Any, kind: str) -> tuple[float, float]:
+    """How many steps of its own input, and how many samples, one step of a part's output depends on.
 
-    The statistics of a group norm are left out: through them every frame depends a little on all samples.
+    `inf` for all, 0 for none. What a group norm's statistics add to the samples is left out.
     """
-    below, part = _below_head(name, kind)
-    if re.fullmatch(_NO_TIME, part):
-        return 0
-    layer = re.match(r"feature_extractor\.conv_layers\.(\d+)", part)
+    below, short = _below_head(name, kind)
+    if re.search(r"embed_positions|linear_pos", short):
+        return 0, 0
+    layer = re.match(r"feature_extractor\.conv_layers\.(\d+)", short)
     last = int(layer[1]) + 1 if layer else len(config.conv_kernel)
-    early = _BEFORE_ATTENTION if below else r"(quantizer|project_q|dropout_features).*"
     width, _ = receptive_field(config.conv_kernel[:last], config.conv_stride[:last])
-    return width if re.fullmatch(early, part) else math.inf
-
-
-def _steps_seen(name: str, part: nn.Module, config: Any) -> float:
-    """How many steps of its own input one step of a part's output depends on: a number, `inf` for all, 0 for none."""
-    if re.fullmatch(_NO_TIME, name):
-        return 0
+    early = _BEFORE_ATTENTION if below else r"(quantizer|project_q|dropout_features).*"
+    samples = width if re.fullmatch(early, short) else math.inf
     attends = any(path.endswith("self_attn") for path, _ in part.named_modules(prefix=name))
     if attends or isinstance(part, nn.GroupNorm):
-        return math.inf
+        return math.inf, samples
     if layer := re.fullmatch(r"tdnn\.(\d+)", name):  # a convolution whose weights are a linear layer
-        return (config.tdnn_kernel[int(layer[1])] - 1) * config.tdnn_dilation[int(layer[1])] + 1
+        return (config.tdnn_kernel[int(layer[1])] - 1) * config.tdnn_dilation[int(layer[1])] + 1, samples
     convs = [m for m in part.modules() if isinstance(m, nn.Conv1d)]
     widths = [(conv.kernel_size[0] - 1) * conv.dilation[0] + 1 for conv in convs]
-    return receptive_field(widths, [conv.stride[0] for conv in convs])[0]
+    return receptive_field(widths, [conv.stride[0] for conv in convs])[0], samples
 
 
 # %% ../../nbs/explore/tracing.ipynb #3bd3b967
@@ -274,7 +265,6 @@ class Trace(_Printed, Sequence[TraceRow]):
     rows: list[TraceRow]  # one per call of a module
     sizes: dict[str, int]  # the size of each letter
     unused: dict[str, int]  # parameters of the parts that were not called, by name
-    note: str = ""  # a remark below the table
     depth: int | None = None  # levels to print; None: all
 
     def __len__(self) -> int:
@@ -309,8 +299,11 @@ class Trace(_Printed, Sequence[TraceRow]):
         remarks = ["; ".join(f"{letter} = {text}" for letter, text in self.legend().items())]
         if self.unused:
             remarks += ["not called: " + ", ".join(f"{x} ({n:,} parameters)" for x, n in self.unused.items())]
-        heads += ["ms", "share"] if total else []
-        return "Trace of the model", heads, lines, remarks + [self.note] * bool(self.note)
+        if any(row.kind.endswith("GroupNorm") for row in self.rows):
+            remarks += [
+                "samples seen: besides, the group norm's statistics mix a trace of all into every frame"
+            ]
+        return "Trace of the model", heads + (["ms", "share"] if total else []), lines, remarks
 
 
 # %% ../../nbs/explore/tracing.ipynb #9b4a7b3d
@@ -391,10 +384,8 @@ def trace(
 ) -> Trace:
     """Run a model once and write down every part: shape in letters and numbers, parameters, what it sees, time.
 
-    For our models with any head, and for those of transformers. The model runs in evaluation, and is left as it was.
-
     Args:
-        model: A model with a `config`.
+        model: Ours with any head, or one of transformers; it runs in evaluation, and is left as it was.
         audio: An utterance, samples `[S]`, or a batch `[B, S]`; see `as_input`.
         timed: Measure times: the shortest of `repeats` runs, after one that warms up.
         depth: Levels to print; None: all.
@@ -415,12 +406,10 @@ def trace(
                 forms = (letters, (*letters[:-2], *letters[-2:][::-1]), ("1", *letters))
                 letters = next((form for form in forms if _fits(form, shape, sizes)), None)
             numbers = sum(p.numel() for p in part.parameters())
-            window, field = _steps_seen(name, part, config), _samples_seen(name, config, kind)
             spent = min(call[3] for call in same) if timed else None
-            rows.append(TraceRow(name, type(part).__name__, letters, shape, numbers, window, field, spent))
-    note = "samples seen: besides, the group norm's mean and variance mix a trace of all samples into every frame"
-    note = note if config.feat_extract_norm == "group" else ""
-    return Trace(rows, sizes, _never_called(model, {row.name for row in rows}), note, depth)
+            sees = _sees(name, part, config, kind)
+            rows.append(TraceRow(name, type(part).__name__, letters, shape, numbers, *sees, spent))
+    return Trace(rows, sizes, _never_called(model, {row.name for row in rows}), depth)
 
 
 # %% ../../nbs/explore/tracing.ipynb #fe0bf427
@@ -500,11 +489,8 @@ def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False, 
         model: Any of ours, in evaluation while this runs.
         audio: One utterance; see `as_input`.
         name: The part, such as `"encoder.layers.0.conv_module"`; the prefix of the base model may be left out.
-        from_samples: Follow the dependence back to the samples, through everything before.
+        from_samples: Follow the dependence back to the samples, `[T_out, S]`; else to the part's own input, `[T_out, T_in]`.
         chunk: As in `dependency_map`.
-
-    Returns:
-        `[T_out, T_in]`: by steps of the part's own input; or `[T_out, S]` from samples.
 
     Raises:
         ValueError: No such part, or more than one utterance, or a part without a time axis.
@@ -522,24 +508,23 @@ def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False, 
         raise ValueError(f"name={name!r}: its output {list(row.letters or row.shape)} has no time axis")
     met: list[Any] = []  # what the part gets and returns, at each call
 
-    def whole(x: Tensor) -> Tensor:  # [S] to the part's output, time first
+    def through_model(x: Tensor) -> Tensor:  # [S] to the part's output, time first
         model(x[None])
         return cast(Tensor, main_tensor(met.pop()[2])).movedim(axis, 0)
 
-    with plain_forms(model), eval_mode(model), torch.inference_mode(False):  # but with gradients
+    def through_part(x: Tensor) -> Tensor:  # its own input, the same
+        output = part(x.movedim(0, place)[None], *others, **kwargs)
+        return cast(Tensor, main_tensor(output)).movedim(axis, 0)
+
+    with plain_forms(model), eval_mode(model), torch.inference_mode(False):  # with gradients
         with part.register_forward_hook(lambda _, *call: met.append(call), with_kwargs=True):
             if from_samples:
-                return dependency_map(whole, samples[0], chunk=chunk)
+                return dependency_map(through_model, samples[0], chunk=chunk)
             with torch.no_grad():
                 model(samples)
         (first, *others), kwargs, _ = met[0]
         place = 0 if first.dim() == 2 else axis - 1  # of time in one row; the feature encoder reads [B, S]
-
-        def alone(x: Tensor) -> Tensor:  # the part's input to its output, time first
-            output = part(x.movedim(0, place)[None], *others, **kwargs)
-            return cast(Tensor, main_tensor(output)).movedim(axis, 0)
-
-        return dependency_map(alone, first[0].movedim(place, 0), chunk=chunk)
+        return dependency_map(through_part, first[0].movedim(place, 0), chunk=chunk)
 
 
 # %% ../../nbs/explore/tracing.ipynb #16b6b2f6
@@ -612,11 +597,10 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
         high = max([*gaps[np.isfinite(gaps)], self.tolerance, 0.1]) * 100
         shown = np.nan_to_num(gaps, nan=high / 10, posinf=high / 10).clip(1e-9)  # zeros lie at the bottom
         ax.vlines(range(len(names)), 1e-9, shown, color="#B0B0B0", linewidth=1)
-        equal = gaps <= self.tolerance
-        looks = ((equal, "o", OKABE_ITO.blue, "equal"), (~equal, "D", OKABE_ITO.vermillion, "departed"))
-        for which, marker, color, label in looks:
-            if which.any():
-                ax.plot(np.flatnonzero(which), shown[which], marker, color=color, markersize=4.5, label=label)
+        for label, mark, color in (("equal", "o", OKABE_ITO.blue), ("departed", "D", OKABE_ITO.vermillion)):
+            at = np.flatnonzero((gaps <= self.tolerance) == (label == "equal"))
+            if len(at):
+                ax.plot(at, shown[at], mark, color=color, markersize=4.5, label=label)
         if self.first is not None:
             i, text = names.index(self.first), f"departs first: {self.first}"
             ax.plot(i, shown[i], "o", markersize=13, markerfacecolor="none", markeredgecolor="black")
@@ -643,18 +627,16 @@ def parity_strip(
         theirs: The other one; differences are relative to its largest value.
         audio: See `as_input`; None if both are recordings.
         tolerance: What still counts as equal.
-        blocks: Pattern for the names to compare.
+        blocks: Pattern for the names to compare, as in `record`.
         **inputs: Further arguments of both models.
 
     Raises:
         ValueError: The two share no block.
     """
-    both = []
-    for model in (ours, theirs):
-        if isinstance(model, nn.Module) and audio is None:
-            raise ValueError("audio is missing: models need a sound to run on (recordings do not)")
-        both.append(record(model, audio, blocks=blocks, **inputs) if isinstance(model, nn.Module) else model)
-    a, b = both
+    models = [model for model in (ours, theirs) if isinstance(model, nn.Module)]
+    if models and audio is None:
+        raise ValueError("audio is missing: models need a sound to run on (recordings do not)")
+    a, b = (record(m, audio, blocks=blocks, **inputs) if m in models else m for m in (ours, theirs))
     gaps = {name: _largest_difference(a[name], b[name]) for name in a if name in b}
     if not gaps:
         raise ValueError(f"the models share no block: one has {list(a)[:3]}, the other {list(b)[:3]}")
@@ -684,13 +666,10 @@ def masked_audio(
 
     Args:
         audio: One sound; see `sound_of`.
-        mask: `[T]` bool, True = masked.
-        fill: What stands in their place: "silence", or "noise" as loud as the sound on average.
+        mask: `[T]` bool, True = masked. 4 ms at the edges of a gap are faded, so that nothing clicks.
+        fill: What stands in the gaps: "silence", or "noise" as loud as the sound on average.
         config: As in `unheard`.
         seed: For the noise.
-
-    Returns:
-        Samples `[S]`; 4 ms at the edges of the masked part are faded, so that nothing clicks.
     """
     if fill not in {"silence", "noise"}:
         raise ValueError(f"fill={fill!r}; allowed are 'silence' and 'noise'")
@@ -758,15 +737,16 @@ class Spotting:
         top.set_xlabel("")
         strip.set(xlim=top.get_xlim(), yticks=[0], yticklabels=["masked"])
         box = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}
-        for i, (x, t) in enumerate(zip(self.letters, self.candidates, strict=True)):
-            true, at = t == self.frame, self.clock.middle(t)
-            top.axvline(at, color="white", linewidth=1, linestyle="-" if true else ":")
-            weight = "bold" if true else "normal"
+        for x, t in zip(self.letters, self.candidates, strict=True):
+            at, weight, line = self.clock.middle(t), *(("bold", "-") if t == self.frame else ("normal", ":"))
+            top.axvline(at, color="white", linewidth=1, linestyle=line)
             top.text(at, 7.2, x, color="white", ha="center", fontsize=9, weight=weight, bbox=box)
-            look = {"color": OKABE_ITO.orange, "hatch": HATCHES[1]} if true else {"color": OKABE_ITO.sky}
-            bar = bars.bar(i, float(self.similarity[i]), edgecolor="black", linewidth=0.6, **look)
-            bars.bar_label(bar, [f"{self.chances[i]:.0%}"], padding=2, fontsize=9)
-        bars.set_xticks(range(len(self.letters)), [x + "\n(true)" * (x == self.answer) for x in self.letters])
+        true = [t == self.frame for t in self.candidates]
+        labels = [x + "\n(true)" * is_true for x, is_true in zip(self.letters, true, strict=True)]
+        colors, hatches = [(OKABE_ITO.sky, OKABE_ITO.orange)[x] for x in true], [HATCHES[x] for x in true]
+        look = {"edgecolor": "black", "linewidth": 0.6}
+        drawn = bars.bar(labels, self.similarity.tolist(), color=colors, hatch=hatches, **look)
+        bars.bar_label(drawn, [f"{chance:.0%}" for chance in self.chances], padding=2, fontsize=9)
         bars.set_ylabel("similarity (cosine)")
         bars.margins(y=0.2)
         bars.axhline(0, color="black", linewidth=0.8)
