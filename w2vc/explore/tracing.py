@@ -109,30 +109,38 @@ def _letters(name: str, config: Any, kind: str) -> tuple[str, ...] | None:
 
 
 # %% ../../nbs/explore/tracing.ipynb #1a7f5e49
-def _letter_sizes(config: Any, n_rows: int, n_samples: int) -> dict[str, int]:
-    """The size behind each letter, when `n_rows` rows of `n_samples` samples run through a model of this config."""
+_Table = Mapping[str, tuple[int, str]]
+
+
+def _letter_table(config: Any, n_rows: int, n_samples: int) -> dict[str, tuple[int, str]]:
+    """Each letter with its size and meaning, when `n_rows` rows of `n_samples` samples run through a model."""
     D, H, G = config.hidden_size, config.num_attention_heads, config.num_codevector_groups
-    sizes = {
-        "1": 1, "B": n_rows, "S": n_samples, "C": config.conv_dim[-1], "D": D, "F": config.intermediate_size, "H": H, "K": D // H,
-        "G": G, "V": config.num_codevectors_per_group, "d": config.codevector_dim // G, "P": config.proj_codevector_dim,
-        "O": config.output_hidden_size, "labels": len(config.id2label), "proj": config.classifier_proj_size,
-        "xvec": config.xvector_output_dim, "vocab": config.vocab_size,
-        **{f"tdnn{i}": width for i, width in enumerate(config.tdnn_dim)},
+    table = {
+        "1": (1, "row for all"), "B": (n_rows, "utterances"), "C": (config.conv_dim[-1], "channels"),
+        "D": (D, "model width"), "F": (config.intermediate_size, "inner width of the feed-forward"),
+        "H": (H, "heads"), "K": (D // H, "width of a head"), "O": (config.output_hidden_size, "width after the adapter"),
+        "G": (G, "groups of codes"), "V": (config.num_codevectors_per_group, "codes in a group"),
+        "d": (config.codevector_dim // G, "width of one code"), "labels": (len(config.id2label), "classes"),
+        "P": (config.proj_codevector_dim, "width in which states and codes are compared"),
+        "vocab": (config.vocab_size, "symbols"), "proj": (config.classifier_proj_size, "width of the projector"),
+        "xvec": (config.xvector_output_dim, "width of the x-vector"),
+        **{f"tdnn{i}": (width, "width of that TDNN layer") for i, width in enumerate(config.tdnn_dim)},
     }  # fmt: skip
     T = n_samples
     for i, (kernel, stride) in enumerate(zip(config.conv_kernel, config.conv_stride, strict=True)):
         T = conv_output_lengths(T, (kernel,), (stride,))
-        sizes |= {f"T{i}": T, f"C{i}": config.conv_dim[i], "T": T}
+        table |= {f"T{i}": (T, "steps after that convolution"), f"C{i}": (config.conv_dim[i], "channels")}
+    table["T"] = (T, "frames")
     for i in range(config.num_adapter_layers if config.add_adapter else 0):
         T = conv_output_lengths(T + 2, (config.adapter_kernel_size,), (config.adapter_stride,))
-        sizes["T'" + "'" * i] = T
-    return sizes
+        table["T'" + "'" * i] = (T, "frames after that layer of the adapter")
+    return table
 
 
-def _letter_size(token: str, sizes: Mapping[str, int]) -> int:
+def _letter_size(token: str, table: _Table) -> int:
     """Work out a size such as `2T-1` or `G·V`."""
     parts = re.findall(r"(\d*)(1$|[A-Za-z]\w*'*)-?(\d*)", token)
-    return math.prod(int(times or 1) * sizes[letter] - int(less or 0) for times, letter, less in parts)
+    return math.prod(int(times or 1) * table[letter][0] - int(less or 0) for times, letter, less in parts)
 
 
 # %% ../../nbs/explore/tracing.ipynb #5ef6d823
@@ -241,16 +249,6 @@ class _Printed:
 
 
 # %% ../../nbs/explore/tracing.ipynb #e0017bcc
-_MEANINGS = {
-    r"B": "utterances", r"S": "samples", r"T": "frames", r"C\d*": "channels", r"D": "model width",
-    r"F": "inner width of the feed-forward", r"H": "heads", r"K": "width of a head", r"G": "groups of codes",
-    r"V": "codes in a group", r"d": "width of one code", r"P": "width in which states and codes are compared",
-    r"O": "width after the adapter", r"T'+": "frames after that layer of the adapter", r"labels": "classes",
-    r"tdnn\d+": "width of that TDNN layer", r"proj": "width of the projector", r"xvec": "width of the x-vector",
-    r"vocab": "symbols of the vocabulary", r"T\d+": "steps after that convolution",
-}  # fmt: skip
-
-
 def _count(number: float, unit: str = "") -> str:
     """Write a number of steps: "all", a dash for none, samples with their time at 16 kHz."""
     if number in {0, math.inf}:
@@ -263,7 +261,7 @@ class Trace(_Printed, Sequence[TraceRow]):
     """What `trace` returns: rows in the order of the calls, by number or by name; prints as a table."""
 
     rows: list[TraceRow]  # one per call of a module
-    sizes: dict[str, int]  # the size of each letter
+    table: _Table  # size and meaning of each letter
     unused: dict[str, int]  # parameters of the parts that were not called, by name
     depth: int | None = None  # levels to print; None: all
 
@@ -282,8 +280,7 @@ class Trace(_Printed, Sequence[TraceRow]):
         """Each letter in use, with its size and meaning."""
         tokens = " ".join(" ".join(row.letters or ()) for row in self.rows)
         used = dict.fromkeys(re.findall(r"(?<![A-Za-z])(?:[A-Z]'+|[A-Z]\d*|[a-z]+\d*)", tokens))
-        meaning = {x: next(text for form, text in _MEANINGS.items() if re.fullmatch(form, x)) for x in used}
-        return {x: f"{self.sizes[x]:,} {text}" for x, text in meaning.items()}
+        return {x: "{:,} {}".format(*self.table[x]) for x in used}
 
     def _table(self) -> tuple[str, list[str], _Lines, list[str]]:
         heads = ["part", "kind", "output", "sizes", "parameters", "sees", "samples seen"]
@@ -363,10 +360,6 @@ def _clock(model: nn.Module) -> Iterator[list[tuple[str, nn.Module, tuple[int, .
 
 
 # %% ../../nbs/explore/tracing.ipynb #1b2fc0d2
-def _fits(letters: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
-    return [_letter_size(x, sizes) for x in letters] == list(shape)
-
-
 def _never_called(model: nn.Module, called: set[str]) -> dict[str, int]:
     """Parameters of the topmost parts that were not called, without those that their parents use directly."""
     unused: dict[str, int] = {}
@@ -393,7 +386,7 @@ def trace(
         **inputs: Further arguments of the model, such as `attention_mask` or `labels`.
     """
     samples, kind, config = as_input(model, audio), type(model).__name__, model.config
-    sizes, rows, runs = _letter_sizes(config, *samples.shape), [], []
+    table, rows, runs = _letter_table(config, *samples.shape), [], []
     with plain_forms(model), eval_mode(model):
         for _ in range(1 + repeats if timed else 1):
             with _clock(model) as calls:
@@ -404,12 +397,13 @@ def trace(
             if (letters := _letters(name, config, kind)) is not None:
                 # transformers has the last two swapped, or an axis of 1 in front, in some places
                 forms = (letters, (*letters[:-2], *letters[-2:][::-1]), ("1", *letters))
-                letters = next((form for form in forms if _fits(form, shape, sizes)), None)
+                fits = (form for form in forms if tuple(_letter_size(x, table) for x in form) == shape)
+                letters = next(fits, None)
             numbers = sum(p.numel() for p in part.parameters())
             spent = min(call[3] for call in same) if timed else None
             sees = _sees(name, part, config, kind)
             rows.append(TraceRow(name, type(part).__name__, letters, shape, numbers, *sees, spent))
-    return Trace(rows, sizes, _never_called(model, {row.name for row in rows}), depth)
+    return Trace(rows, table, _never_called(model, {row.name for row in rows}), depth)
 
 
 # %% ../../nbs/explore/tracing.ipynb #fe0bf427
