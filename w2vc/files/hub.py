@@ -13,7 +13,7 @@ from pathlib import Path
 from .atomic import finish_saves
 
 # %% auto #0
-__all__ = ["missing_file", "find_folder", "find_file"]
+__all__ = ["missing_file", "find_folder"]
 
 
 # %% ../../nbs/files/hub.ipynb #983df23d
@@ -63,10 +63,3 @@ def find_folder(
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     folder.mkdir(parents=True, exist_ok=True)  # where nothing matches, the client makes none
     return folder
-
-
-# %% ../../nbs/files/hub.ipynb #fa39bb74
-def find_file(name: str | os.PathLike[str], filename: str, *, revision: str | None = None) -> Path | None:
-    """A file of a checkpoint, or None where it has none."""
-    path = find_folder(name, revision, ("*.json", filename)) / filename
-    return path if path.is_file() else None
