@@ -737,8 +737,9 @@ class Wav2Vec2Processor:
         names = {f.name for f in fields(Wav2Vec2CTCTokenizer)}
         text = {key: value for key, value in overrides.items() if key in names}
         sound = {key: value for key, value in overrides.items() if key not in names}
-        extractor = Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=revision, **sound)
-        return cls(extractor, Wav2Vec2CTCTokenizer.from_pretrained(name_or_path, revision=revision, **text))
+        folder = find_folder(name_or_path, revision)  # both parts of one state
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, **sound)
+        return cls(extractor, Wav2Vec2CTCTokenizer.from_pretrained(folder, **text))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write all files, under the names that older and newer programs look for."""
@@ -764,6 +765,6 @@ class AutoProcessor:
         name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
     ) -> Wav2Vec2Processor | Wav2Vec2FeatureExtractor:
         """Read it from a folder or a hub id; errors as those of the classes."""
-        folder = find_folder(name_or_path, revision, patterns=_FILES)
+        folder = find_folder(name_or_path, revision)
         kind = Wav2Vec2Processor if (folder / _VOCAB_FILE).is_file() else Wav2Vec2FeatureExtractor
-        return kind.from_pretrained(name_or_path, revision=revision, **overrides)
+        return kind.from_pretrained(folder, **overrides)
