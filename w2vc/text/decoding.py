@@ -439,11 +439,13 @@ class TextScorer:
 class _Prefix:
     """Labels, as a node of a tree: they stand on the way from the root to it."""
 
-    __slots__ = ("__weakref__", "after", "parent", "said", "symbol")
+    __slots__ = ("__weakref__", "parent", "said", "symbol", "text")
 
     def __init__(self, parent: _Prefix | None, symbol: int, said: TextState) -> None:
         self.parent, self.symbol, self.said = parent, symbol, said
-        self.after: dict[int, TextState] = {}  # what is said with one symbol more, as far as anybody asked
+        self.text: dict[
+            int, float
+        ] = {}  # what the text adds to the rank with one symbol more, as far as asked
 
     def labels(self) -> tuple[int, ...]:
         """Walk up to the root."""
@@ -508,7 +510,7 @@ class _Search:
             grown[prefix] = (in_blank | ways, in_label) if at_blank else (in_blank, in_label | ways)
 
         for prefix, (in_blank, in_label) in beam.items():
-            either = in_blank | in_label
+            either, text = in_blank | in_label, prefix.text
             for symbol in symbols:
                 if symbol == self.blank:
                     add(prefix, either, symbol)
@@ -519,15 +521,10 @@ class _Search:
                 if (child := inside.get((prefix, symbol))) is not None:
                     add(child, before, symbol)
                 elif before.total > -math.inf:
-                    rank = before.total + frame[symbol] + self.say(prefix, symbol).rank
-                    new.append((rank, prefix, symbol, before))
+                    if symbol not in text:  # asked once for each prefix and symbol, not in every frame
+                        text[symbol] = self.scorer.extend(prefix.said, symbol).rank
+                    new.append((before.total + frame[symbol] + text[symbol], prefix, symbol, before))
         return grown, new
-
-    def say(self, prefix: _Prefix, symbol: int) -> TextState:
-        """The text of a prefix with one symbol more."""
-        if symbol not in prefix.after:
-            prefix.after[symbol] = self.scorer.extend(prefix.said, symbol)
-        return prefix.after[symbol]
 
     def step(self, beam: _Beam, frame: Sequence[float], symbols: Sequence[int]) -> _Beam:
         """Hear one frame, and keep the best prefixes; of equal ones, those with the smaller labels."""
@@ -539,7 +536,8 @@ class _Search:
             if rank >= floor:
                 child = self.alive.get((prefix, symbol))  # one object as long as anything needs it
                 if child is None:
-                    child = self.alive[prefix, symbol] = _Prefix(prefix, symbol, self.say(prefix, symbol))
+                    child = _Prefix(prefix, symbol, self.scorer.extend(prefix.said, symbol))
+                    self.alive[prefix, symbol] = child
                 ranks[child], grown[child] = rank, (_NONE, before.then(symbol, frame[symbol]))
         best = sorted((-rank, prefix) for prefix, rank in ranks.items() if rank >= floor and rank > -math.inf)
         return {prefix: grown[prefix] for _, prefix in best[: self.width]}
