@@ -27,8 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files.atomic import read_json, replace_folder
-
-# isort: split
 from .audio import Samples, load_audio
 
 # %% auto #0
