@@ -421,7 +421,7 @@ def test_a_word_that_no_word_begins_with_pays_at_once() -> None:
         ({"hotwords": ["ab", "aqb"]}, "'aqb' cannot be spelled, no symbol has 'q'"),
         ({"hotwords": ["p"]}, "no symbol has 'p'"),  # the letters of <pad> spell nothing
         ({"hotwords": {"a": 0}}, "'a' with the weight 0"),
-        ({"hotwords": [" "]}, "a word and a number above 0 are needed"),
+        ({"hotwords": [" "]}, "a word and a weight above 0 are needed"),
         ({"hotwords": ["a"], "hotword_weight": math.inf}, "weight inf"),
     ],
 )
@@ -753,8 +753,8 @@ def test_language_model_and_hot_words_change_the_text() -> None:
 @pytest.mark.parametrize(
     ("logits", "knobs", "message"),
     [
-        (torch.zeros(5, 31), {}, "got 31 symbols per frame, and the vocabulary has 32"),
-        (torch.zeros(5, 40), {}, "got 40 symbols per frame, and the vocabulary has 32"),
+        (torch.zeros(5, 31), {}, "got 31 symbols a frame, and the vocabulary has 32"),
+        (torch.zeros(5, 40), {}, "got 40 symbols a frame, and the vocabulary has 32"),
         (torch.zeros(2, 5, 32), {}, r"shape \(2, 5, 32\), expected \(frames, symbols\)"),
         (
             torch.zeros(5, 32),

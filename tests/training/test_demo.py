@@ -22,7 +22,6 @@ from w2vc import (
     transcribe,
 )
 from w2vc.evaluation.measures import count_edits
-from w2vc.files.hub import find_file
 from w2vc.files.pretrained import BASE, demo_folder
 from w2vc.training import trainer
 from w2vc.training.demo import demo_curves, demo_figures
@@ -66,7 +65,7 @@ def test_every_head_loads_whole_and_runs(head: str | None, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)  # an ordinary folder, whole
     again = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
-    assert find_file(demo_folder(head), "preprocessor_config.json") is not None
+    assert (demo_folder(head) / "preprocessor_config.json").is_file()
 
 
 def test_three_heads_share_the_encoder_of_pretraining() -> None:

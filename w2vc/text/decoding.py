@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from weakref import WeakValueDictionary
@@ -56,9 +57,7 @@ def _check_scores(logits: Any, dims: tuple[int, ...], blank: int) -> torch.Tenso
     broken = scores.isnan() | (scores == math.inf) | (scores == -math.inf).all(-1, keepdim=True)
     if broken.any():
         place = broken.nonzero()[0].tolist()
-        raise ValueError(
-            f"logits{place} = {float(scores[tuple(place)])} is refused: a frame needs a finite score"
-        )
+        raise ValueError(f"logits{place} = {float(scores[tuple(place)])} is no score of a frame")
     return scores
 
 
@@ -66,9 +65,7 @@ def _frame_counts(lengths: Any, n_rows: int, n_frames: int) -> list[int]:
     """Bring `lengths` to one int per row, and refuse what does not fit."""
     counts = [n_frames] * n_rows if lengths is None else torch.as_tensor(lengths).reshape(-1).tolist()
     if len(counts) != n_rows or not all(isinstance(n, int) and 0 <= n <= n_frames for n in counts):
-        raise ValueError(
-            f"lengths={counts} is refused: it must hold {n_rows} whole numbers of frames in 0..{n_frames}"
-        )
+        raise ValueError(f"lengths={counts} must hold {n_rows} whole numbers of frames in 0..{n_frames}")
     return counts
 
 
@@ -82,9 +79,6 @@ def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
 
     Returns:
         The labels, a list of ints; for a batch, a list of such lists.
-
-    Raises:
-        ValueError: Another shape, no floats, NaN or plus infinity, a blank that is no symbol, or lengths that do not fit.
     """
     scores = _check_scores(logits, (2, 3), blank)
     paths = (scores if scores.dim() == 3 else scores[None]).argmax(-1).tolist()
@@ -96,7 +90,7 @@ def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
 # %% ../../nbs/text/decoding.ipynb #a36fa348
 _UNK, _BOS, _EOS = "<unk>", "<s>", "</s>"  # any other word, beginning and end of a sentence
 _LN10 = math.log(10.0)
-_Table = dict[tuple[str, ...], float]
+_Table = Mapping[tuple[str, ...], float]
 
 
 class NGramModel:
@@ -112,9 +106,7 @@ class NGramModel:
         ValueError: `logp` is empty.
     """
 
-    def __init__(
-        self, logp: Mapping[tuple[str, ...], float], backoff: Mapping[tuple[str, ...], float]
-    ) -> None:
+    def __init__(self, logp: _Table, backoff: _Table) -> None:
         self.logp, self.backoff = dict(logp), dict(backoff)
         self.order = max(map(len, self.logp), default=0)
         if self.order == 0:
@@ -132,15 +124,7 @@ class NGramModel:
         return (_BOS,) if self.order > 1 and (_BOS,) in self.logp else ()
 
     def step(self, context: tuple[str, ...], word: str) -> tuple[tuple[str, ...], float]:
-        """Hear one word.
-
-        Args:
-            context: The words before, as `start` or the last `step` gave them.
-            word: The word; one that the model does not know counts as `<unk>`.
-
-        Returns:
-            The memory for the next word, and the natural log probability of this one.
-        """
+        """Hear a word after the memory `context`: the memory for the next one, and the log probability of this one."""
         word = word if (word,) in self.logp else _UNK
         after = (*context, word)[-(self.order - 1) :] if self.order > 1 else ()
         score = 0.0
@@ -215,15 +199,14 @@ def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGra
         seen[gram[:-1]] += count
     kinds = Counter(gram[:-1] for gram in counts)  # n(h)
     counts.setdefault((_UNK,), 0)
-    chance: _Table = {(): 1 / sum(len(gram) == 1 for gram in counts)}
+    chance: dict[tuple[str, ...], float] = {(): 1 / sum(len(gram) == 1 for gram in counts)}
     for gram in sorted(counts, key=len):  # P(w|h') is there before P(w|h) needs it
         past = gram[:-1]
         chance[gram] = (counts[gram] + kinds[past] * chance[gram[1:]]) / (seen[past] + kinds[past])
     del chance[()]
     logp = {gram: math.log(p) for gram, p in chance.items()} | {(_BOS,): -99.0 * _LN10}  # never said
-    return NGramModel(
-        logp, {past: math.log(kinds[past] / (seen[past] + kinds[past])) for past in seen if past}
-    )
+    tolls = {past: math.log(kinds[past] / (seen[past] + kinds[past])) for past in seen if past}
+    return NGramModel(logp, tolls)
 
 
 # %% ../../nbs/text/decoding.ipynb #2b700d11
@@ -233,9 +216,7 @@ def _arpa_lines(path: Path) -> list[str]:
     try:
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
         if data.startswith(b"mmap lm "):
-            raise ValueError(
-                f"{path} is a KenLM binary, which only KenLM reads: give the ARPA file that it was made from"
-            )
+            raise ValueError(f"{path} is a KenLM binary, which only KenLM reads: give the ARPA file of it")
         return [line.strip(" \t\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -246,18 +227,16 @@ def _arpa_lines(path: Path) -> list[str]:
 
 def _read_arpa(path: Path) -> tuple[_Table, _Table]:
     """Read an ARPA file: a header of counts, a section for each order, and an end mark."""
-    logp: _Table = {}
-    backoff: _Table = {}
+    logp: dict[tuple[str, ...], float] = {}
+    backoff: dict[tuple[str, ...], float] = {}
     counts: list[int] = []  # promised in the header
     order, found = -1, 0  # -1: before the header, 0: in it
     for number, line in enumerate(_arpa_lines(path), 1):
         where = f"{path}, line {number}: "
         if mark := re.fullmatch(r"\\(data|end|\d+-grams:)\\?", line):
             expected = ["data", *(f"{n}-grams:" for n in range(1, len(counts) + 1)), "end"][order + 1]
-            if order > 0 and found != counts[order - 1]:
-                raise ValueError(
-                    f"{where}{counts[order - 1]} {order}-grams are promised, {found} came before"
-                )
+            if order > 0 and found != (due := counts[order - 1]):
+                raise ValueError(f"{where}{due} {order}-grams are promised, {found} came before")
             if mark[1] != expected:
                 raise ValueError(f"{where}\\{mark[1]} where \\{expected} is expected")
             if mark[1] == "end":
@@ -276,19 +255,13 @@ def _read_arpa(path: Path) -> tuple[_Table, _Table]:
             except ValueError:
                 score = toll = math.nan
             if len(gram) != order or not -math.inf < score <= 0 or not math.isfinite(toll):
-                raise ValueError(
-                    f"{where}{line!r} is no {order}-gram: a log probability, {order} words, perhaps a weight"
-                )
+                raise ValueError(f"{where}{line!r} is no {order}-gram: log probability, words, or a weight")
             if gram in logp or (order > 1 and not all((word,) in logp for word in gram)):
                 raise ValueError(f"{where}{' '.join(gram)!r} is there twice, or has a word that is no 1-gram")
             logp[gram], found = score, found + 1
             if toll:
                 backoff[gram] = toll
-    end = (
-        "the file ends without \\end\\: it is cut short"
-        if order >= 0
-        else "no ARPA file, it has no line \\data\\"
-    )
+    end = "it has no line \\data\\" if order < 0 else "the file ends without \\end\\: it is cut short"
     raise ValueError(f"{path}, line {number}: {end}")
 
 
@@ -313,7 +286,7 @@ class HotWords:
         for word, bonus in self.bonus.items():
             if not word or not 0 < bonus < math.inf:
                 raise ValueError(
-                    f"hotwords: {word!r} with the weight {bonus}: a word and a number above 0 are needed"
+                    f"hotwords: {word!r} with the weight {bonus}, a word and a weight above 0 are needed"
                 )
             for n in range(1, len(word) + 1):
                 self.begun[word[:n]] = max(self.begun.get(word[:n], 0.0), bonus * n / len(word))
@@ -333,23 +306,14 @@ class HotWords:
 
 # %% ../../nbs/text/decoding.ipynb #0154d2e2
 class TextState(NamedTuple):
-    """What a prefix has said so far, as words, and what that adds to its score.
+    """What a prefix has said so far, as words, and what that adds to its score."""
 
-    Attributes:
-        context: The memory of the language model.
-        words: The last whole words: one fewer than the longest hot-word has.
-        part: The word that has begun.
-        lm: From the language model, for what is whole.
-        hot: From hot-words, for what is whole.
-        ahead: For the word that has begun; taken back when it ends.
-    """
-
-    context: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    part: str = ""
-    lm: float = 0.0
-    hot: float = 0.0
-    ahead: float = 0.0
+    context: tuple[str, ...] = ()  # the memory of the language model
+    words: tuple[str, ...] = ()  # the last whole words: one fewer than the longest hot-word has
+    part: str = ""  # the word that has begun
+    lm: float = 0.0  # from the language model, for what is whole
+    hot: float = 0.0  # from hot-words, for what is whole
+    ahead: float = 0.0  # for the word that has begun; taken back when it ends
 
     @property
     def rank(self) -> float:
@@ -402,38 +366,29 @@ class TextScorer:
         words = language_model.words if language_model else frozenset()
         self.known = words if known_words is None else words.intersection(known_words)
         self.sorted_known = sorted(self.known)  # those with the same beginning stand together
-        if not all(map(math.isfinite, (self.alpha, self.beta, self.unknown))):
+        if unit not in {"word", "symbol"} or not math.isfinite(self.alpha + self.beta + self.unknown):
             raise ValueError(
-                f"alpha={alpha}, beta={beta}, unk_score_offset={unk_score_offset} must be finite numbers"
+                f"{unit=} must be 'word' or 'symbol', and {alpha=}, {beta=}, {unk_score_offset=} finite"
             )
-        if unit not in {"word", "symbol"}:
-            raise ValueError(f"unit={unit!r} is refused: it must be 'word' or 'symbol'")
         self._check_spelling()
 
     def _check_spelling(self) -> None:
         """Refuse a language model and hot-words that these symbols cannot spell: the result would be silently wrong."""
         if self.active and self.delimiter < 0 and (self.unit == "word" or self.hot.bonus):
-            raise ValueError(
-                "symbols: words need a word delimiter, and there is none (only unit='symbol' needs none)"
-            )
+            raise ValueError("symbols: words need a word delimiter, and there is none")
         if self.model and self.boundary and not {(_BOS,), (_EOS,)} <= self.model.logp.keys():
             raise ValueError("language_model has no <s> or no </s>: pass score_boundary=False")
-        plain = [
-            s
-            for i, s in enumerate(self.symbols)
-            if i != self.delimiter and not re.fullmatch(r"[<\[].+[>\]]", s)
-        ]
-        letters, symbols = frozenset("".join(plain)), frozenset(self.symbols)
+        plain = [s for s in self.symbols if not re.fullmatch(r"[<\[].+[>\]]", s)]  # neither <pad> nor [PAD]
+        symbols, letters = frozenset(plain), frozenset("".join(plain))
         for word in self.hot.bonus:
             if strange := sorted(frozenset(word) - letters - {" "}):
-                raise ValueError(
-                    f"hotwords: {word!r} cannot be spelled, no symbol has {', '.join(map(repr, strange))}"
-                )
+                raise ValueError(f"hotwords: {word!r} cannot be spelled, no symbol has {str(strange)[1:-1]}")
         spelled = symbols.__contains__ if self.unit == "symbol" else letters.issuperset
         if self.model and not any(map(spelled, self.known)):
+            words, these = (str(some[:3])[1:-1] for some in (self.sorted_known, plain))
             raise ValueError(
-                f"language_model: none of its words ({', '.join(map(repr, self.sorted_known[:3]))}, …) can be spelled with "
-                f"the symbols ({', '.join(map(repr, plain[:3]))}, …): is one side in upper case, or unit={self.unit!r} wrong?"
+                f"language_model: none of its words ({words}, …) can be spelled with the symbols ({these}, …): "
+                f"is one side in upper case, or unit={self.unit!r} wrong?"
             )
 
     def start(self) -> TextState:
@@ -484,11 +439,13 @@ class TextScorer:
 class _Prefix:
     """Labels, as a node of a tree: they stand on the way from the root to it."""
 
-    __slots__ = ("__weakref__", "after", "parent", "said", "symbol")
+    __slots__ = ("__weakref__", "parent", "said", "symbol", "text")
 
     def __init__(self, parent: _Prefix | None, symbol: int, said: TextState) -> None:
         self.parent, self.symbol, self.said = parent, symbol, said
-        self.after: dict[int, TextState] = {}  # what is said with one symbol more, as far as anybody asked
+        self.text: dict[
+            int, float
+        ] = {}  # what the text adds to the rank with one symbol more, as far as asked
 
     def labels(self) -> tuple[int, ...]:
         """Walk up to the root."""
@@ -503,17 +460,11 @@ class _Prefix:
 
 
 class _Ways(NamedTuple):
-    """The paths that spell a prefix and end in the blank, or all those that end in its last label.
+    """The paths that spell a prefix and end in the blank, or all those that end in its last label."""
 
-    Attributes:
-        total: Log probability of all of them.
-        best: Log probability of the best one.
-        path: The best one as a chain, last frame first: (symbol, (symbol, … ())).
-    """
-
-    total: float = -math.inf
-    best: float = -math.inf
-    path: tuple[Any, ...] = ()
+    total: float = -math.inf  # log probability of all of them
+    best: float = -math.inf  # log probability of the best one
+    path: tuple[Any, ...] = ()  # the best one as a chain, last frame first: (symbol, (symbol, … ()))
 
     def __or__(self, other: _Ways) -> _Ways:
         """These paths and those."""
@@ -527,6 +478,7 @@ class _Ways(NamedTuple):
 
 _NONE = _Ways()
 _Beam = dict[_Prefix, tuple[_Ways, _Ways]]  # ending in the blank, ending in the last label
+_New = tuple[float, _Prefix, int, _Ways]  # rank, prefix, one symbol more, and the paths before that
 
 
 def _log_add(a: float, b: float) -> float:
@@ -539,27 +491,17 @@ def _log_add(a: float, b: float) -> float:
 class _Search:
     """One step of the search, from the prefixes of one frame to those of the next.
 
-    Args:
-        scorer: Scores the text of prefixes.
-        blank: The blank's number.
-        width: Prefixes that live at once.
-        floor: A prefix that is worse than the best one by more than this is dropped (a negative number).
+    It keeps the best `width` prefixes that are worse than the best one by no more than `-floor`.
     """
 
     def __init__(self, scorer: TextScorer, blank: int, width: int, floor: float) -> None:
         self.scorer, self.blank, self.width, self.floor = scorer, blank, width, floor
         self.alive: WeakValueDictionary[tuple[_Prefix, int], _Prefix] = WeakValueDictionary()
 
-    def grow(
-        self, beam: _Beam, frame: Sequence[float], symbols: Sequence[int]
-    ) -> tuple[_Beam, list[tuple[float, _Prefix, int, _Ways]]]:
-        """Let every prefix stay as it is, or take one symbol more (Hannun et al., 2014, algorithm 1; Eq. 42.1).
-
-        Returns:
-            The prefixes of the beam with their new paths; and new ones: rank, prefix, symbol, the paths before it.
-        """
+    def grow(self, beam: _Beam, frame: Sequence[float], symbols: Sequence[int]) -> tuple[_Beam, list[_New]]:
+        """Let every prefix stay as it is, or take one symbol more (Hannun et al., 2014, algorithm 1; Eq. 42.1)."""
         grown: _Beam = {}
-        new: list[tuple[float, _Prefix, int, _Ways]] = []
+        new: list[_New] = []
         inside = {(prefix.parent, prefix.symbol): prefix for prefix in beam}
 
         def add(prefix: _Prefix, ways: _Ways, symbol: int) -> None:
@@ -568,7 +510,7 @@ class _Search:
             grown[prefix] = (in_blank | ways, in_label) if at_blank else (in_blank, in_label | ways)
 
         for prefix, (in_blank, in_label) in beam.items():
-            either = in_blank | in_label
+            either, text = in_blank | in_label, prefix.text
             for symbol in symbols:
                 if symbol == self.blank:
                     add(prefix, either, symbol)
@@ -579,15 +521,10 @@ class _Search:
                 if (child := inside.get((prefix, symbol))) is not None:
                     add(child, before, symbol)
                 elif before.total > -math.inf:
-                    rank = before.total + frame[symbol] + self.say(prefix, symbol).rank
-                    new.append((rank, prefix, symbol, before))
+                    if symbol not in text:  # asked once for each prefix and symbol, not in every frame
+                        text[symbol] = self.scorer.extend(prefix.said, symbol).rank
+                    new.append((before.total + frame[symbol] + text[symbol], prefix, symbol, before))
         return grown, new
-
-    def say(self, prefix: _Prefix, symbol: int) -> TextState:
-        """The text of a prefix with one symbol more."""
-        if symbol not in prefix.after:
-            prefix.after[symbol] = self.scorer.extend(prefix.said, symbol)
-        return prefix.after[symbol]
 
     def step(self, beam: _Beam, frame: Sequence[float], symbols: Sequence[int]) -> _Beam:
         """Hear one frame, and keep the best prefixes; of equal ones, those with the smaller labels."""
@@ -599,7 +536,8 @@ class _Search:
             if rank >= floor:
                 child = self.alive.get((prefix, symbol))  # one object as long as anything needs it
                 if child is None:
-                    child = self.alive[prefix, symbol] = _Prefix(prefix, symbol, self.say(prefix, symbol))
+                    child = _Prefix(prefix, symbol, self.scorer.extend(prefix.said, symbol))
+                    self.alive[prefix, symbol] = child
                 ranks[child], grown[child] = rank, (_NONE, before.then(symbol, frame[symbol]))
         best = sorted((-rank, prefix) for prefix, rank in ranks.items() if rank >= floor and rank > -math.inf)
         return {prefix: grown[prefix] for _, prefix in best[: self.width]}
@@ -717,14 +655,10 @@ def beam_search(
         ValueError: Scores of another shape, NaN, or probabilities; an impossible option; text to score without symbols; or
             both a scorer and what would make one.
     """
-    for name, count in (
-        ("beam_width", beam_width),
-        ("n_best", n_best),
-        ("top_k", 1 if top_k is None else top_k),
-    ):
-        if not isinstance(count, int) or count < 1:
+    for name, count in {"beam_width": beam_width, "n_best": n_best, "top_k": top_k}.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"{name}={count!r} is refused: it must be a whole number from 1 up")
-    for name, limit in (("token_min_logp", token_min_logp), ("beam_prune_logp", beam_prune_logp)):
+    for name, limit in {"token_min_logp": token_min_logp, "beam_prune_logp": beam_prune_logp}.items():
         if limit is not None and not limit <= 0:
             raise ValueError(f"{name}={limit!r} is refused: it must be a log probability, at most 0, or None")
     if scorer is not None and (symbols is not None or text):
@@ -736,9 +670,8 @@ def beam_search(
     if scorer.symbols and log_probs and len(scorer.symbols) < len(log_probs[0]):
         raise ValueError(f"symbols: got {len(scorer.symbols)}, and the logits have {len(log_probs[0])}")
     search = _Search(scorer, blank, beam_width, -math.inf if beam_prune_logp is None else beam_prune_logp)
-    beam: _Beam = {
-        _Prefix(None, -1, scorer.start()): (_Ways(0.0, 0.0), _NONE)
-    }  # nothing is said, as after a blank
+    start = _Prefix(None, -1, scorer.start())
+    beam: _Beam = {start: (_Ways(0.0, 0.0), _NONE)}  # nothing is said, as after a blank
     for frame in log_probs:
         floor = -math.inf if token_min_logp is None else token_min_logp
         beam = search.step(beam, frame, _considered(frame, floor, top_k))
@@ -752,16 +685,7 @@ def beam_search(
 
 # %% ../../nbs/text/decoding.ipynb #f46facc9
 _SEARCH = {"beam_width", "token_min_logp", "top_k", "beam_prune_logp", "normalise"}
-_TEXT = {
-    "alpha",
-    "beta",
-    "unk_score_offset",
-    "score_boundary",
-    "unit",
-    "known_words",
-    "hotwords",
-    "hotword_weight",
-}
+_TEXT = {*signature(TextScorer).parameters} - {"symbols", "word_delimiter", "language_model"}
 _ALPHABET_FILE, _FOLDER = "alphabet.json", "language_model"
 
 
@@ -799,18 +723,16 @@ class CTCDecoder:
         self.scorer = self._scorer(options)
 
     def __repr__(self) -> str:
-        options = "".join(
-            f", {name}={value!r}" for name, value in self.options.items() if name != "known_words"
-        )
-        return f"{type(self).__name__}({len(self.symbols)} symbols, {self.language_model or 'no language model'}{options})"
+        options = [f"{name}={value!r}" for name, value in self.options.items() if name != "known_words"]
+        parts = [f"{len(self.symbols)} symbols", f"{self.language_model or 'no language model'}", *options]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def _scorer(self, options: Mapping[str, Any]) -> TextScorer:
         """The scorer that some options ask for."""
+        known = dict.fromkeys(_SEARCH | _TEXT)
         for name in options:
-            if name not in _SEARCH | _TEXT:
-                raise ValueError(
-                    f"{name}= is no option of a decoder{nearest(name, dict.fromkeys(_SEARCH | _TEXT))}"
-                )
+            if name not in known:
+                raise ValueError(f"{name}= is no option of a decoder{nearest(name, known)}")
         lower, delimiter = self.tokenizer.do_lower_case, self.tokenizer.word_delimiter_token
         symbols = [s.lower() if lower and s != delimiter else s for s in self.symbols]
         text = {name: value for name, value in options.items() if name in _TEXT}
@@ -833,16 +755,14 @@ class CTCDecoder:
         Raises:
             ValueError: Scores that are not those of this vocabulary, or what `beam_search` refuses.
         """
-        scorer = self._scorer({**self.options, **options}) if options else self.scorer
+        scorer = self._scorer(self.options | options) if options else self.scorer
         blank = int(self.tokenizer.pad_token_id)
         scores = _check_scores(logits, (2,), blank)
         fewest, most = max([*self.tokenizer.encoder.values(), blank, scorer.delimiter]) + 1, len(self.symbols)
-        if not fewest <= scores.shape[1] <= most:
-            raise ValueError(
-                f"logits: got {scores.shape[1]} symbols per frame, and the vocabulary has {fewest} to {most}"
-            )
+        if not fewest <= (came := scores.shape[1]) <= most:
+            raise ValueError(f"logits: got {came} symbols a frame, and the vocabulary has {fewest} to {most}")
         (count,) = _frame_counts(length, 1, len(scores))
-        search = {name: value for name, value in {**self.options, **options}.items() if name in _SEARCH}
+        search = {name: value for name, value in (self.options | options).items() if name in _SEARCH}
         found = beam_search(
             scores[:count], n_best=n_best or 1, blank=blank, scorer=scorer, distinct=True, **search
         )
@@ -857,9 +777,8 @@ class CTCDecoder:
 
     def _read(self, hypothesis: Hypothesis) -> Hypothesis:
         """Let the tokenizer read the best path: the text by its rules, and where its parts are."""
-        read = self.tokenizer.decode(
-            list(hypothesis.path), output_char_offsets=True, output_word_offsets=True
-        )
+        both = {"output_char_offsets": True, "output_word_offsets": True}
+        read = self.tokenizer.decode(list(hypothesis.path), **both)
         gap = re.escape(self.tokenizer.replace_word_delimiter_char)
         text = re.sub(f"({gap})+", r"\1", read.text) if gap else read.text
         chars, words = tuple(read.char_offsets), tuple(read.word_offsets)
@@ -879,10 +798,6 @@ class CTCDecoder:
             name_or_path: A folder or a hub id.
             revision: Branch, tag or commit on the hub.
             **options: Those of the decoder; they come before those of the file.
-
-        Raises:
-            FileNotFoundError: No such folder or checkpoint, or it has no vocabulary.
-            ValueError: A KenLM binary, an alphabet that is not the tokenizer's, or another file that cannot be used.
         """
         folder = find_folder(name_or_path, revision, patterns=("*.json", f"{_FOLDER}/*"))
         tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(folder)
@@ -892,11 +807,7 @@ class CTCDecoder:
         return cls(tokenizer, model, **{**kept, **options})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the tokenizer, and the language model where `from_pretrained` (and pyctcdecode) look for it.
-
-        Raises:
-            ValueError: The model is one of symbols, for which these files have no word.
-        """
+        """Write the tokenizer, and a language model of words where `from_pretrained` and pyctcdecode look for it."""
         if self.scorer.unit != "word":
             raise ValueError(f"unit={self.scorer.unit!r}: these files hold models of words only")
         old = [f"{_FOLDER}/{pattern}" for pattern in ("*.arpa", "*.arpa.gz", "*.bin", "*.binary")]
@@ -908,9 +819,8 @@ class CTCDecoder:
                 usual = {"alpha": 0.5, "beta": 1.5, "unk_score_offset": -10.0, "score_boundary": True}
                 attrs = {name: self.options.get(name, value) for name, value in usual.items()}
                 write_file(fresh / _FOLDER / "attrs.json", json.dumps(attrs))
-                write_file(
-                    fresh / _FOLDER / "unigrams.txt", "".join(f"{w}\n" for w in self.scorer.sorted_known)
-                )
+                known = "".join(f"{word}\n" for word in self.scorer.sorted_known)
+                write_file(fresh / _FOLDER / "unigrams.txt", known)
                 self.language_model.to_arpa(fresh / _FOLDER / "lm.arpa")
 
 
@@ -927,15 +837,14 @@ def _check_alphabet(tokenizer: Wav2Vec2CTCTokenizer, content: Mapping[str, Any])
     labels, own = content.get("labels"), _alphabet_of(tokenizer)
     if not isinstance(labels, list) or content.get("is_bpe"):
         raise ValueError(f"{_ALPHABET_FILE}: 'labels' must be a list of symbols, with 'is_bpe' false")
+    wrong = ""
     if len(labels) <= max(tokenizer.encoder.values()):
-        raise ValueError(
-            f"{_ALPHABET_FILE} is not the tokenizer's: {len(labels)} symbols there, {len(own)} here"
-        )
+        wrong = f"{len(labels)} symbols there, {len(own)} here"
     for i, (here, there) in enumerate(zip(own, labels, strict=False)):
         if there not in {here, tokenizer.decoder.get(i)}:
-            raise ValueError(
-                f"{_ALPHABET_FILE} is not the tokenizer's: symbol {i} is {there!r} there and {here!r} here"
-            )
+            wrong = wrong or f"symbol {i} is {there!r} there and {here!r} here"
+    if wrong:
+        raise ValueError(f"{_ALPHABET_FILE} is not the tokenizer's: {wrong}")
 
 
 def _read_language_model(folder: Path) -> tuple[NGramModel | None, dict[str, Any]]:
@@ -949,7 +858,5 @@ def _read_language_model(folder: Path) -> tuple[NGramModel | None, dict[str, Any
     files = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._" and path.name not in known]
     arpa = [path for path in files if path.suffix in {".arpa", ".gz"}] or files
     if len(arpa) != 1:
-        raise ValueError(
-            f"{folder} must hold one ARPA file, and holds {', '.join(p.name for p in arpa) or 'none'}"
-        )
+        raise ValueError(f"{folder} must hold one ARPA file, and holds {', '.join(p.name for p in arpa)}")
     return NGramModel.from_arpa(arpa[0]), options

@@ -29,7 +29,6 @@ from ..model.wav2vec2 import ModelOutput
 
 # %% auto #0
 __all__ = [
-    "VOCAB_FILE",
     "word_offsets",
     "vocabulary_problems",
     "build_vocabulary",
@@ -212,13 +211,26 @@ def _id_list(ids: Any) -> list[int]:
     return array.reshape(-1).tolist()
 
 
-def _input_ids(encoded_inputs: Any) -> Any:
-    """Find the ids in a dict, or in a list of dicts."""
-    rows = encoded_inputs if isinstance(encoded_inputs, (list, tuple)) else [encoded_inputs]
-    if not rows or not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+def _input_ids(encoded_inputs: Any) -> tuple[list[list[int]], bool, str | None]:
+    """Find the ids in a dict, or in a list of dicts: the rows, whether it is one row alone, and the kind of tensor."""
+    many = isinstance(encoded_inputs, (list, tuple))
+    each = list(encoded_inputs) if many else [encoded_inputs]
+    if not each or not all(isinstance(row, Mapping) and "input_ids" in row for row in each):
         raise ValueError("encoded_inputs must be a dict with 'input_ids', or a list of such dicts")
-    ids = [row["input_ids"] for row in rows]
-    return ids if rows is encoded_inputs else ids[0]
+    rows = [row["input_ids"] for row in each] if many else each[0]["input_ids"]
+    single = len(rows) == 0 or np.ndim(rows[0]) == 0
+    rows = [rows] if single else list(rows)
+    kinds = {torch.Tensor: "pt", np.ndarray: "np"}
+    return [_id_list(row) for row in rows], single, kinds.get(type(rows[0]))
+
+
+def _padded_length(sizes: list[int], padding: bool | str, max_length: int | None, multiple: int) -> int:
+    """How long rows of some sizes become, as `padding` says; 0: they stay as they are."""
+    least = {"max_length": max_length, "longest": 0, True: 0, False: 0, "do_not_pad": 0}.get(padding)
+    if least is None:
+        raise ValueError(f"{padding=} with {max_length=} is no way of padding")
+    length = max(least, *sizes) if padding not in {False, "do_not_pad"} else 0
+    return length + -length % multiple
 
 
 # %% ../../nbs/text/tokenizer.ipynb #c188e6a0
@@ -248,21 +260,16 @@ def _clean_up(text: str) -> str:
 
 
 # %% ../../nbs/text/tokenizer.ipynb #db68ec91
-VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE = "vocab.json", "tokenizer_config.json", "added_tokens.json"
+_VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE = "vocab.json", "tokenizer_config.json", "added_tokens.json"
 _OLD_FILE = "special_tokens_map.json"
-_FILES = (VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE, _OLD_FILE)
-_ROLES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-)  # in the order in which missing ones get their ids
+_FILES = (_VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE, _OLD_FILE)
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")  # missing ones get ids in this order
 
 
 def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
     """Read vocabulary, settings, and ids of symbols beyond the vocabulary, from newer and older files."""
-    if not (folder / VOCAB_FILE).is_file():
-        raise missing_file(folder, VOCAB_FILE)
+    if not (folder / _VOCAB_FILE).is_file():
+        raise missing_file(folder, _VOCAB_FILE)
     settings, old, added = (
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in (_SETTINGS_FILE, _OLD_FILE, _ADDED_FILE)
@@ -277,7 +284,26 @@ def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[
     for role in (*_ROLES, "word_delimiter_token"):
         if isinstance(settings.get(role), dict):  # {"content": "<s>", "lstrip": false, ...}
             settings[role] = settings[role]["content"]
-    return read_json(folder / VOCAB_FILE), settings, added
+    return read_json(folder / _VOCAB_FILE), settings, added
+
+
+def _tokenizer_config(tokenizer: Wav2Vec2CTCTokenizer) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`, byte by byte as transformers writes it."""
+    usual = {"padding_side": "right", "clean_up_tokenization_spaces": False}  # left out
+    options = {f.name: getattr(tokenizer, f.name) for f in fields(tokenizer)}
+    options = {key: value for key, value in options.items() if key not in usual or value != usual[key]}
+    special, tokens = {*tokenizer.all_special_tokens, tokenizer.word_delimiter_token}, {}
+    for symbol, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        long = len(symbol) > 1 and symbol in tokenizer.encoder
+        if len(symbol) > 1 or symbol in special or symbol in tokenizer.added_tokens_encoder:
+            flags = {"lstrip": long, "rstrip": long, "normalized": False, "single_word": False}
+            tokens[index] = {"content": symbol, "special": symbol in special and not long, **flags}
+    own = {"added_tokens_decoder": tokens, "backend": "custom", "tokenizer_class": "Wav2Vec2CTCTokenizer"}
+    return {"model_max_length": int(1e30), **tokenizer.extra_keys, **options, **own}
+
+
+def _json(content: Mapping[Any, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 # %% ../../nbs/text/tokenizer.ipynb #5d290f4c
@@ -340,9 +366,7 @@ class Wav2Vec2CTCTokenizer:
         if nested and target_lang not in self.vocab:
             raise ValueError(f"target_lang={target_lang!r} must be one of {', '.join(self.vocab)}")
         if target_lang is not None and not nested:
-            raise ValueError(
-                f"target_lang={target_lang!r}, and the vocabulary has no languages: it is not nested"
-            )
+            raise ValueError(f"target_lang={target_lang!r}, and the vocabulary is not nested")
         self.target_lang = target_lang
         self.encoder: dict[str, int] = dict(self.vocab[target_lang or ""] if nested else self.vocab)
         self._number(added)
@@ -405,16 +429,12 @@ class Wav2Vec2CTCTokenizer:
         ids = self._alphabet.ids
         missing = [token for token in dict.fromkeys(tokens) if token not in ids]
         if missing and self.unk_token is None:
-            raise ValueError(
-                f"{_some(missing)} cannot be spelled with this vocabulary, and there is no unk_token"
-            )
+            raise ValueError(f"{_some(missing)} cannot be spelled, and there is no unk_token")
         if cased := [token for token in missing if token.swapcase() in ids]:
             have = _some(token.swapcase() for token in cased)
-            warnings.warn(
-                f"{_some(cased)} become {self.unk_token}, but the vocabulary has {have}: mind upper and lower case, "
-                f"and do_lower_case={self.do_lower_case}",
-                stacklevel=3,
-            )
+            case = f"mind upper and lower case, and do_lower_case={self.do_lower_case}"
+            text = f"{_some(cased)} become {self.unk_token}, but the vocabulary has {have}: {case}"
+            warnings.warn(text, stacklevel=3)
         return [ids.get(token, self.unk_token_id) for token in tokens]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -439,14 +459,11 @@ class Wav2Vec2CTCTokenizer:
             truncation: cut the end off texts of more than `max_length` symbols.
             max_length: symbols, for `truncation` and for `padding="max_length"`.
             add_special_tokens: has no effect: CTC adds none.
-            options: `pad_to_multiple_of`, `padding_side`, `return_attention_mask`, `return_tensors`, `fill` as in `pad`.
+            options: those of `pad`: `pad_to_multiple_of`, `padding_side`, `return_attention_mask`, `return_tensors`, `fill`.
 
         Returns:
             `input_ids` and `attention_mask` (1 = a symbol, 0 = padding), `[B, L]`; for one text without
             `return_tensors`, `[L]`.
-
-        Raises:
-            ValueError: not a text, options that do not fit, or rows of several lengths where one tensor is wanted.
         """
         if truncation and max_length is None:
             raise ValueError("truncation=True needs max_length")
@@ -482,34 +499,26 @@ class Wav2Vec2CTCTokenizer:
             return_attention_mask: False leaves the mask out.
             return_tensors: "pt", "np", or None for the kind that came.
             fill: what to fill up with; None takes the padding's id, -100 makes labels whose padding does not count.
-
-        Raises:
-            ValueError: no "input_ids", or rows of several lengths where one tensor is wanted.
         """
-        rows = _input_ids(encoded_inputs)
-        single = len(rows) == 0 or np.ndim(rows[0]) == 0
-        rows = [rows] if single else list(rows)
-        kind = return_tensors
-        if kind is None and isinstance(rows[0], (torch.Tensor, np.ndarray)):
-            kind = "pt" if isinstance(rows[0], torch.Tensor) else "np"
-        rows = [_id_list(row) for row in rows]
-        fill, pads = self.pad_token_id if fill is None else fill, padding not in {False, "do_not_pad"}
-        least = {"max_length": max_length, "longest": 0, True: 0, False: 0, "do_not_pad": 0}.get(padding)
-        if least is None or kind not in {None, "pt", "np"}:
-            raise ValueError(f"{padding=}, {max_length=}, {return_tensors=} is refused, see help(pad)")
-        length = max(least, *map(len, rows))
-        length += -length % (pad_to_multiple_of or 1) if pads else 0
-        if any(len(row) < length for row in rows) and (fill is None if pads else kind):
-            raise ValueError("the rows are of several lengths: pass padding=True, with a pad_token")
+        rows, single, kind = _input_ids(encoded_inputs)
+        kind = return_tensors or kind
+        if kind not in {None, "pt", "np"}:
+            raise ValueError(f"{return_tensors=} must be 'pt', 'np' or None")
+        fill = self.pad_token_id if fill is None else fill
+        sizes = [len(row) for row in rows]
+        length = _padded_length([*sizes, 0], padding, max_length, pad_to_multiple_of or 1)
         ids, mask = pad_rows(rows, fill or 0, length, padding_side or self.padding_side)
+        if not mask.all() and (fill is None if length else kind):
+            raise ValueError(
+                f"rows of {min(sizes)} to {max(sizes)} symbols: pass padding=True, with a pad_token"
+            )
         columns = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
         if return_attention_mask is False:
             del columns["attention_mask"]
         if kind is not None:
             return BatchFeature({k: torch.from_numpy(v) if kind == "pt" else v for k, v in columns.items()})
-        lists = {
-            k: [row[m | pads].tolist() for row, m in zip(v, mask, strict=True)] for k, v in columns.items()
-        }
+        kept = mask | bool(length)  # rows that are not padded become lists of their own lengths
+        lists = {k: [row[m].tolist() for row, m in zip(v, kept, strict=True)] for k, v in columns.items()}
         return BatchFeature({key: rows[0] if single else rows for key, rows in lists.items()})
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
@@ -560,9 +569,8 @@ class Wav2Vec2CTCTokenizer:
         gap, lower = self.replace_word_delimiter_char, str.lower if self.do_lower_case else str
         chars = [gap if run.label == self.word_delimiter_token else run.label for run in kept]
         text = lower((" " if spaces_between_special_tokens else "").join(chars).strip())
-        if clean_up_tokenization_spaces or (
-            clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces
-        ):
+        clean = clean_up_tokenization_spaces
+        if self.clean_up_tokenization_spaces if clean is None else clean:
             text = _clean_up(text)
         if not output_char_offsets and not output_word_offsets:
             return text
@@ -596,9 +604,8 @@ class Wav2Vec2CTCTokenizer:
             FileNotFoundError: no such folder or checkpoint, or it has no `vocab.json`.
             ValueError: not JSON, another kind of tokenizer, or an unknown override.
         """
-        vocab, settings, added = read_folder(
-            find_folder(name_or_path, revision, patterns=_FILES), _read_tokenizer
-        )
+        folder = find_folder(name_or_path, revision, patterns=_FILES)
+        vocab, settings, added = read_folder(folder, _read_tokenizer)
         known = {f.name for f in fields(cls)}
         for name in overrides:
             if name not in known:
@@ -612,37 +619,16 @@ class Wav2Vec2CTCTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         """Collect the content of `tokenizer_config.json`, with the keys that other programs put there."""
-        usual = {
-            "padding_side": "right",
-            "clean_up_tokenization_spaces": False,
-        }  # left out, as transformers does
-        options = {f.name: getattr(self, f.name) for f in fields(self)}
-        options = {key: value for key, value in options.items() if key not in usual or value != usual[key]}
-        special, tokens = {*self.all_special_tokens, self.word_delimiter_token}, {}
-        for symbol, index in sorted(self.get_vocab().items(), key=lambda pair: pair[1]):
-            long = len(symbol) > 1 and symbol in self.encoder
-            if len(symbol) > 1 or symbol in special or symbol in self.added_tokens_encoder:
-                tokens[index] = {
-                    "content": symbol, "lstrip": long, "normalized": False, "rstrip": long, "single_word": False,
-                    "special": symbol in special and not long,
-                }  # fmt: skip
-        return {
-            "model_max_length": int(1e30), **self.extra_keys, **options, "added_tokens_decoder": tokens,
-            "backend": "custom", "tokenizer_class": "Wav2Vec2CTCTokenizer",
-        }  # fmt: skip
+        return _tokenizer_config(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **more: Any) -> None:
         """Write `vocab.json`, `tokenizer_config.json` (and `more` into it), and `added_tokens.json` if it is needed."""
-        files = {VOCAB_FILE: self.vocab, _SETTINGS_FILE: self.to_dict() | more}
+        files = {_VOCAB_FILE: self.vocab, _SETTINGS_FILE: self.to_dict() | more}
         if self.added_tokens_encoder:
             files[_ADDED_FILE] = self.added_tokens_encoder
         with replace_folder(save_directory, remove=(_ADDED_FILE, _OLD_FILE)) as fresh:
             for name, content in files.items():
                 write_file(fresh / name, _json(content))
-
-
-def _json(content: Mapping[Any, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 # %% ../../nbs/text/tokenizer.ipynb #1bb00761
@@ -779,5 +765,5 @@ class AutoProcessor:
     ) -> Wav2Vec2Processor | Wav2Vec2FeatureExtractor:
         """Read it from a folder or a hub id; errors as those of the classes."""
         folder = find_folder(name_or_path, revision, patterns=_FILES)
-        kind = Wav2Vec2Processor if (folder / VOCAB_FILE).is_file() else Wav2Vec2FeatureExtractor
+        kind = Wav2Vec2Processor if (folder / _VOCAB_FILE).is_file() else Wav2Vec2FeatureExtractor
         return kind.from_pretrained(name_or_path, revision=revision, **overrides)
