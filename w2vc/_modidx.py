@@ -1455,6 +1455,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'w2vc/training/distributed.py'),
                                            'w2vc.training.distributed.Processes.sum': ( 'training/distributed.html#processes.sum',
                                                                                         'w2vc/training/distributed.py'),
+                                           'w2vc.training.distributed.Processes.wait': ( 'training/distributed.html#processes.wait',
+                                                                                         'w2vc/training/distributed.py'),
                                            'w2vc.training.distributed.exchange': ( 'training/distributed.html#exchange',
                                                                                    'w2vc/training/distributed.py'),
                                            'w2vc.training.distributed.find_processes': ( 'training/distributed.html#find_processes',
