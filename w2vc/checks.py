@@ -169,14 +169,9 @@ def _refuse_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> N
 
 
 def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
-    """Refuse labels that the CTC loss cannot mean: wrong shape, not integers, or outside the vocabulary.
+    """Refuse labels that the CTC loss cannot mean: not integers `[B, any]`, or outside the vocabulary.
 
     One number is read, from a device and when compiled too: torch's CTC loss reads lengths there anyway.
-
-    Args:
-        labels: What came; any number of labels a row is allowed.
-        n_rows: Utterances in the batch, B.
-        vocab_size: Tokens that the head scores.
     """
     form = f"(batch, labels) with batch = {n_rows}"
     _check_integers("labels", labels, (n_rows, None), form, "token ids")
@@ -185,14 +180,9 @@ def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
 
 
 def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
-    """Refuse labels that name no speaker: wrong shape, not integers, or out of range.
+    """Refuse labels that name no speaker: not integers `[B]` or `[B, 1]`, or out of range.
 
     One number is read from the device; while a graph is compiled, only shape and dtype are looked at.
-
-    Args:
-        labels: What came; `[B]` or `[B, 1]` is allowed.
-        n_rows: Utterances in the batch, B.
-        n_speakers: Speakers that the loss knows, `config.num_labels`.
     """
     if n_speakers < 2:
         raise refuse("num_labels", n_speakers, "at least 2 to train: without a rival the loss is always 0")
@@ -207,12 +197,9 @@ def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
 
 # %% ../nbs/files/checks.ipynb #53ecd18c
 def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
-    """Refuse rows whose frames are too few to spell their labels; looked at on the CPU alone.
+    """Refuse rows whose frames are too few to spell their labels, all `[B]`; looked at on the CPU alone.
 
-    Args:
-        needed: Frames of the shortest path of each row, `[B]` (`min_input_length`).
-        n_labels: `[B]`.
-        n_frames: `[B]`.
+    `needed` is the length of the shortest path of each row (`min_input_length`).
     """
     if not needed.device.type == n_frames.device.type == "cpu":
         return
@@ -230,12 +217,9 @@ def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
 
 
 def check_long_enough(samples: Tensor, width: int, least: int) -> None:
-    """Refuse utterances from which no frame is left behind the TDNN (`min_samples`).
+    """Refuse utterances from which no frame is left behind the TDNN: fewer than `least` samples.
 
-    Args:
-        samples: Valid samples per row, `[B]`; looked at where they are `readable`.
-        width: Samples per row, padding included; looked at anywhere.
-        least: Samples of the shortest utterance that is allowed.
+    The valid samples per row, `[B]`, are looked at where they are `readable`; `width`, with padding, anywhere.
     """
     if width >= least and not readable(samples):
         return
@@ -254,12 +238,7 @@ MANY_LABELS = "multi_label_classification"
 
 
 def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
-    """Check type and shape of labels; their values are not looked at.
-
-    Args:
-        labels: What came.
-        shape: Shape of the logits, `[B, num_labels]` or `[B, T, num_labels]`.
-        kind: The problem type.
+    """Check type and shape of labels against the shape of the logits, `[B, num_labels]` or `[B, T, num_labels]`.
 
     Returns:
         Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of
@@ -305,13 +284,8 @@ def invalid_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, st
 def check_label_values(labels: Tensor, counted: Tensor, n_labels: int, kind: str) -> None:
     """Refuse labels that count and cannot be meant.
 
-    One number is read from the device; while a graph is compiled, nothing is refused.
-
-    Args:
-        labels: From `check_label_form`.
-        counted: Bool for each label (for each frame, if one-hot): those that enter the loss.
-        n_labels: Number of classes.
-        kind: The problem type.
+    One number is read from the device; while a graph is compiled, nothing is refused. `labels` come from
+    `check_label_form`; `counted` says for each (for each frame, if one-hot) whether it enters the loss.
     """
     if not torch.compiler.is_compiling():
         invalid, allowed = invalid_labels(labels, n_labels, kind)
@@ -324,13 +298,8 @@ def check_pretraining(
 ) -> None:
     """Refuse a mask and negatives from which no loss of pre-training can be computed.
 
-    One number is read from the device; while a graph is compiled, only shapes and dtypes are looked at.
-
-    Args:
-        mask: What came as `mask_time_indices`.
-        negatives: What came as `sampled_negative_indices`.
-        shape: Rows and frames, (B, T).
-        config: Reads `add_adapter`.
+    They came as `mask_time_indices` and `sampled_negative_indices`; `shape` is (B, T). One number is read from the
+    device; while a graph is compiled, only shapes and dtypes are looked at.
     """
     B, T = shape
     if mask is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import w2vc.files.export
 from w2vc import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC, Wav2Vec2Processor, load_demo, load_speech
-from w2vc.files.export import CTCProgram, export_model, export_onnx, onnx_difference, onnx_session
+from w2vc.files.export import _CTCProgram, export_model, export_onnx, onnx_difference, onnx_session
 from w2vc.training.demo import demo_folder
 
 NORMS = ("group", "layer")
@@ -81,7 +81,7 @@ def test_the_model_is_left_alone_and_weight_norms_are_folded() -> None:
     model = tiny().train()
     torch.nn.utils.parametrizations.weight_norm(model.lm_head)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    stripped = CTCProgram(model)
+    stripped = _CTCProgram(model)
     assert model.training
     assert model.config.attn_implementation == "sdpa"
     after = model.state_dict()
@@ -114,26 +114,23 @@ def test_the_file_says_what_the_model_says(tmp_path: Path, monkeypatch: pytest.M
         "400",
     )
 
-    def full_disk(*args: Any) -> None:
-        raise OSError("no space left")
-
     before = path.read_bytes()
-    monkeypatch.setattr(w2vc.files.export.shutil, "move", full_disk)
-    monkeypatch.setattr(w2vc.files.export.torch.onnx, "export", lambda *a, **k: FakeProgram())
+    monkeypatch.setattr(w2vc.files.export.torch.onnx, "export", lambda *a, **k: FullDisk())
     with pytest.raises(OSError, match="no space"):
         export_onnx(model, path)
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     assert path.read_bytes() == before
 
 
-class FakeProgram:
-    """Stands for a converted program: only how it is written matters."""
+class FullDisk:
+    """Stands for a converted program that cannot be written to its end."""
 
     class model:  # noqa: N801
         metadata_props: dict[str, str] = {}  # noqa: RUF012
 
     def save(self, path: Path, external_data: bool) -> None:
         path.write_bytes(b"half")
+        raise OSError("no space left")
 
 
 @pytest.mark.slow
@@ -150,7 +147,7 @@ def test_every_kind_of_model_becomes_a_file(norm: str, kind: str | None, tmp_pat
 def test_large_models_keep_their_weights_in_a_second_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(w2vc.files.export, "LARGEST_FILE", 10)
+    monkeypatch.setattr(w2vc.files.export, "_LARGEST_FILE", 10)
     model = tiny("layer", None)
     path = export_onnx(model, tmp_path / "m.onnx", with_mask=False)
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}

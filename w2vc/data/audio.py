@@ -31,7 +31,6 @@ __all__ = [
     "load_audio",
     "normalise",
     "pad_rows",
-    "plan_lengths",
     "BatchFeature",
     "Wav2Vec2FeatureExtractor",
 ]
@@ -49,9 +48,7 @@ _PCM = {
 def as_float(samples: Any, name: str = "audio") -> Samples:
     """Bring samples of any type that sound comes in to float32: floats as they are, PCM integers scaled to [-1, 1).
 
-    Args:
-        samples: array, tensor or list of numbers, any shape. Integers of a list do not say their width: they stay.
-        name: what to call it in an error.
+    Integers of a list do not say their width: they stay as they are. `name` is what to call the samples in an error.
 
     Raises:
         ValueError: not numbers, a type in which sound is not stored, or NaN or Inf (and where).
@@ -93,16 +90,12 @@ def _rate(rate: Any, name: str) -> int:
     return int(rate)
 
 
-def resample(audio: Any, source_rate: int, sampling_rate: int = 16_000) -> Samples:
+def resample(
+    audio: Any,  # [..., S] floats or PCM, as `as_float` takes them
+    source_rate: int,  # samples per second now
+    sampling_rate: int = 16_000,  # samples per second wanted
+) -> Samples:  # [..., S'], S' = S * sampling_rate / source_rate, rounded
     """Change the sampling rate; frequencies that the new rate cannot hold are filtered out first.
-
-    Args:
-        audio: `[..., S]` floats or PCM, as `as_float` takes them.
-        source_rate: samples per second now.
-        sampling_rate: samples per second wanted.
-
-    Returns:
-        `[..., S']` float32, S' = S * sampling_rate / source_rate, rounded. Loud sound may go a little beyond 1.
 
     Raises:
         ValueError: an impossible rate, no audio, NaN or Inf, or less than one sample at the new rate.
@@ -136,7 +129,7 @@ def _channels_first(audio: Samples) -> Samples:
     few = [axis for axis, size in enumerate(audio.shape) if size <= _MOST_CHANNELS]
     if audio.size and (audio.ndim != 2 or len(few) != 1):
         raise ValueError(
-            f"source has shape {audio.shape}; one recording is [S], or [C, S] with C up to {_MOST_CHANNELS}"
+            f"source has shape {audio.shape}; a recording is [S], or [C, S] with C <= {_MOST_CHANNELS}"
         )
     return audio if few == [0] else audio.T
 
@@ -164,17 +157,13 @@ def _open(source: Any, rate: int | None) -> tuple[Samples, int, str]:
     if isinstance(source, Mapping):  # of a data set's row
         key = next((key for key in ("array", "bytes", "path") if source.get(key) is not None), None)
         if key is None:
-            raise ValueError(
-                f"source has the keys {list(source)}; it needs a value for 'array', 'bytes' or 'path'"
-            )
+            raise ValueError(f"source has the keys {list(source)}; it needs 'array', 'bytes' or 'path'")
         return _open(source[key], source.get("sampling_rate") if key == "array" and rate is None else rate)
     if isinstance(source, (str, os.PathLike)):
         file: Any = os.fspath(source)
         name = str(file)
         if not Path(name).is_file():
-            raise FileNotFoundError(
-                f"{name} is {'a folder' if Path(name).is_dir() else 'not there'}: no audio file"
-            )
+            raise FileNotFoundError(f"{name} is {'a folder' if Path(name).is_dir() else 'not there'}")
     elif hasattr(source, "read"):
         name, data = str(getattr(source, "name", "the file object")), source.read()
         if isinstance(data, str):
@@ -194,19 +183,15 @@ def _open(source: Any, rate: int | None) -> tuple[Samples, int, str]:
 
 # %% ../../nbs/data/audio.ipynb #7c99d874
 def load_audio(
-    source: Any, sampling_rate: int = 16_000, mono: bool = True, *, source_rate: int | None = None
-) -> Samples:
-    """Read sound from anywhere, as float32 at the rate of the model.
+    source: Any,  # path, bytes of a file, binary file object, array, tensor, or the audio of a data set's row
+    sampling_rate: int = 16_000,  # samples per second wanted
+    mono: bool = True,  # mix all channels to one, their mean
+    *,
+    source_rate: int | None = None,  # samples per second of an array; a file knows its own
+) -> Samples:  # [S], or [C, S] with mono=False
+    """Read sound from anywhere, as float32 at the rate of the model. PCM is scaled to [-1, 1).
 
-    Args:
-        source: path, bytes of a file, binary file object, array or tensor (`[S]`, `[C, S]` or `[S, C]`), or the audio
-            of a data set's row (a dict with "array" and "sampling_rate", or with "bytes" or "path").
-        sampling_rate: samples per second wanted.
-        mono: mix all channels to one, their mean; False keeps them.
-        source_rate: samples per second of an array; a file knows its own.
-
-    Returns:
-        `[S]`, or `[C, S]` with `mono=False`. PCM is scaled to [-1, 1); resampling may go a little beyond.
+    An array is `[S]`, `[C, S]` or `[S, C]`; a row is a dict with "array" and "sampling_rate", or with "bytes" or "path".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -217,9 +202,8 @@ def load_audio(
     audio, rate, name = _open(source, source_rate)
     if audio.size == 0:
         raise ValueError(f"{name} is empty: it holds no samples")
-    return np.ascontiguousarray(
-        resample(audio.mean(0, dtype=np.float32) if mono else audio, rate, sampling_rate)
-    )
+    audio = audio.mean(0, dtype=np.float32) if mono else audio
+    return np.ascontiguousarray(resample(audio, rate, sampling_rate))
 
 
 # %% ../../nbs/data/audio.ipynb #8857e6b9
@@ -237,19 +221,12 @@ def _numpy(row: Any) -> NDArray[Any]:
 
 
 def pad_rows(
-    rows: Sequence[Any], value: Any = 0, length: int | None = None, side: str = "right"
-) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Fill up rows of unequal length to one rectangle.
-
-    Args:
-        rows: B rows of numbers, each `[S]` of its own length.
-        value: what to fill up with.
-        length: at least this many columns; a longer row is never cut.
-        side: where the filling goes, "right" or "left".
-
-    Returns:
-        `[B, T]` of the rows' dtype, always a copy; and `[B, T]` bool, True where a row is.
-    """
+    rows: Sequence[Any],  # B rows of numbers, each [S] of its own length
+    value: Any = 0,  # what to fill up with
+    length: int | None = None,  # at least this many columns; a longer row is never cut
+    side: str = "right",  # where the filling goes: "right" or "left"
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:  # [B, T] of the rows' dtype, and [B, T], True where a row is
+    """Fill up rows of unequal length to one rectangle, always a copy."""
     arrays = [_numpy(row) for row in rows]
     total = max([length or 0, *map(len, arrays)])
     dtype = np.result_type(*[array.dtype for array in arrays if array.size] or [np.dtype(np.float32)])
@@ -262,27 +239,15 @@ def pad_rows(
 
 
 # %% ../../nbs/data/audio.ipynb #6235c7ef
-def plan_lengths(
+def _plan_lengths(
     lengths: Sequence[int],
-    padding: bool | str = False,
-    max_length: int | None = None,
-    truncation: bool = False,
-    pad_to_multiple_of: int | None = None,
+    padding: bool | str,
+    max_length: int | None,
+    truncation: bool,
+    multiple: int | None,
 ) -> list[tuple[int, int]]:
-    """Decide how long each row becomes: `(kept, total)`, how much of it stays, and how far it is then filled up.
-
-    Args:
-        lengths: samples of each row, `[B]`.
-        padding: True or "longest" fills up to the longest row that is left, "max_length" to `max_length`; False or
-            "do_not_pad" not at all.
-        max_length: samples, for `truncation` and for `padding="max_length"`, which cuts nothing by itself.
-        truncation: cut the end off rows longer than `max_length`.
-        pad_to_multiple_of: round both limits up to a multiple of this.
-
-    Raises:
-        ValueError: an unknown way of padding, or no `max_length` where one is needed.
-    """
-    for name, number in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+    """Say how long each row becomes: `(kept, total)`, how much of it stays, and how far it is then filled up."""
+    for name, number in (("max_length", max_length), ("pad_to_multiple_of", multiple)):
         if number is not None and (not isinstance(number, (int, np.integer)) or number < 1):
             raise ValueError(f"{name}={number!r} must be a whole number of samples, at least 1, or None")
     if isinstance(padding, bool):
@@ -293,13 +258,10 @@ def plan_lengths(
         raise ValueError(f"max_length is missing, with truncation={truncation} and padding={padding!r}")
 
     def rounded(number: int) -> int:
-        return -(-number // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        return -(-number // (multiple or 1)) * (multiple or 1)
 
-    limit = rounded(max_length or 0)
-    kept = [min(length, limit) for length in lengths] if truncation else list(lengths)
-    if padding == "do_not_pad":
-        return [(length, length) for length in kept]
-    target = limit if padding == "max_length" else rounded(max(kept))
+    kept = [min(length, rounded(max_length or 0)) for length in lengths] if truncation else list(lengths)
+    target = {"longest": rounded(max(kept)), "max_length": rounded(max_length or 0), "do_not_pad": 0}[padding]
     return [(length, max(length, target)) for length in kept]
 
 
@@ -319,9 +281,9 @@ def _utterances(raw_speech: Any) -> list[Samples]:
         shape = tuple(raw_speech.shape)
         if len(shape) == 2 and (shape[0] == 2 or shape[1] <= _MOST_CHANNELS < shape[0]):
             axis = 0 if shape[0] == 2 else 1
+            hint = f"mix them with raw_speech.mean({axis}), or pass list(raw_speech) if it is a batch"
             raise ValueError(
-                f"raw_speech has shape {shape}, which looks like {shape[axis]} channels of one recording: mix them "
-                f"with raw_speech.mean({axis}); if it is a batch of {shape[0]}, pass list(raw_speech)"
+                f"raw_speech of shape {shape} looks like {shape[axis]} channels of one recording: {hint}"
             )
         if len(shape) > 2:
             raise ValueError(f"raw_speech has shape {shape}; [S] is one utterance, [B, S] a batch")
@@ -372,9 +334,7 @@ def _stack(rows: list[Any], key: str, kind: str) -> Any:
     if len({array.shape for array in arrays}) > 1:
         if kind == "pt":
             sizes = [array.size for array in arrays]
-            raise ValueError(
-                f"{key} has rows of {min(sizes)} to {max(sizes)} values, no tensor: pass padding=True"
-            )
+            raise ValueError(f"{key} has rows of {min(sizes)} to {max(sizes)} values: pass padding=True")
         stacked = np.empty(len(arrays), dtype=object)
         stacked[:] = arrays
         return stacked
@@ -429,67 +389,49 @@ class Wav2Vec2FeatureExtractor:
     padding_side: str = "right"  # or "left", which the models here refuse
     unknown: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # a file's other keys
     model_input_names: ClassVar[list[str]] = ["input_values", "attention_mask"]
-    knobs: ClassVar[tuple[str, ...]] = ("feature_size", "sampling_rate", "padding_value", "return_attention_mask", "do_normalize", "padding_side")  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.feature_size != 1:
-            raise ValueError(f"feature_size={self.feature_size!r} must be 1: sound has one number per sample")
+            raise ValueError(f"feature_size={self.feature_size!r} must be 1, one number per sample")
         if self.padding_side not in {"right", "left"}:
             raise ValueError(f"padding_side={self.padding_side!r} must be 'right' or 'left'")
         self.sampling_rate = _rate(self.sampling_rate, "sampling_rate")
 
     def __call__(  # noqa: PLR0917
         self,
-        raw_speech: Any,
-        padding: bool | str = False,
-        max_length: int | None = None,
-        truncation: bool = False,
-        pad_to_multiple_of: int | None = None,
-        return_attention_mask: bool | None = None,
-        return_tensors: str | None = None,
-        sampling_rate: int | None = None,
+        raw_speech: Any,  # [S] (array, tensor, list of numbers), a list of those, or [B, S]; floats, or PCM integers
+        padding: bool | str = False,  # True or "longest", "max_length" (up to that), False or "do_not_pad"
+        max_length: int
+        | None = None,  # samples, for `truncation` and `padding="max_length"`, which does not cut
+        truncation: bool = False,  # cut the end off utterances longer than `max_length`
+        pad_to_multiple_of: int | None = None,  # round both limits up to a multiple of this
+        return_attention_mask: bool | None = None,  # None takes the extractor's own setting
+        return_tensors: str | None = None,  # "pt" (the mask is int64), "np", or None for lists of arrays
+        sampling_rate: int
+        | None = None,  # of the audio: compared with the model's; without it you are warned
     ) -> BatchFeature:
-        """Turn one or several utterances into `input_values` and, if wanted, `attention_mask`.
-
-        Args:
-            raw_speech: `[S]` (array, tensor, list of numbers), a list of those, or `[B, S]`. Floats, or PCM integers.
-            padding: True or "longest", "max_length", False or "do_not_pad"; see `plan_lengths`.
-            max_length: samples, for `truncation` and for `padding="max_length"`.
-            truncation: cut the end off utterances longer than `max_length`.
-            pad_to_multiple_of: round lengths up to a multiple of this.
-            return_attention_mask: None takes the extractor's own setting.
-            return_tensors: "pt" (the mask is int64, the documented LongTensor), "np", or None for lists of arrays.
-            sampling_rate: that of the audio. It is compared with the model's; without it you are warned.
-
-        Returns:
-            `input_values` `[B, S]` float32, and perhaps `attention_mask` `[B, S]`.
+        """Turn one or several utterances into `input_values` `[B, S]` and, if wanted, `attention_mask` `[B, S]`.
 
         Raises:
             ValueError: another sampling rate, stereo, empty audio, NaN or Inf (names the utterance and the sample), or
                 options that do not go together.
         """
         if sampling_rate is None:
-            warnings.warn(
-                f"pass sampling_rate={self.sampling_rate}: at another rate the model hears other sounds",
-                stacklevel=2,
-            )
+            hint = f"pass sampling_rate={self.sampling_rate}: at another rate the model hears other sounds"
+            warnings.warn(hint, stacklevel=2)
         elif sampling_rate != self.sampling_rate:
+            hint = f"use w2vc.data.audio.resample(audio, {sampling_rate}, {self.sampling_rate})"
             raise ValueError(
-                f"sampling_rate={sampling_rate}, and this model was trained with {self.sampling_rate}: "
-                f"use w2vc.data.audio.resample(audio, {sampling_rate}, {self.sampling_rate})"
+                f"sampling_rate={sampling_rate} is not {self.sampling_rate}, the model's: {hint}"
             )
         rows = _utterances(raw_speech)
         peak = 0.0 if self.do_normalize else max(float(np.abs(row).max()) for row in rows)
         if peak >= 100:
-            warnings.warn(
-                f"the audio goes up to {peak:.4g}: pass 16-bit samples as int16, or divide by 32768",
-                stacklevel=2,
-            )
-        plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
-        rows = [
-            normalise(row[:kept]) if self.do_normalize else row
-            for row, (kept, _) in zip(rows, plan, strict=True)
-        ]
+            hint = f"the audio goes up to {peak:.4g}: pass 16-bit samples as int16, or divide by 32768"
+            warnings.warn(hint, stacklevel=2)
+        plan = _plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
+        if self.do_normalize:
+            rows = [normalise(row[:kept]) for row, (kept, _) in zip(rows, plan, strict=True)]
         return self._fill({"input_values": rows}, plan, return_attention_mask, return_tensors)
 
     def pad(  # noqa: PLR0917
@@ -519,7 +461,7 @@ class Wav2Vec2FeatureExtractor:
         for i, mask in enumerate(columns.get("attention_mask", [])):
             if np.shape(mask) != rows[i].shape:
                 raise ValueError(f"attention_mask {i} has shape {np.shape(mask)}, not {rows[i].shape}")
-        plan = plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
+        plan = _plan_lengths([len(row) for row in rows], padding, max_length, truncation, pad_to_multiple_of)
         return self._fill(columns, plan, return_attention_mask, return_tensors)
 
     def _fill(

@@ -56,7 +56,6 @@ __all__ = [
     "find_audio",
     "load_folder",
     "load_dataset",
-    "hub_speech",
     "open_speech",
 ]
 
@@ -86,34 +85,21 @@ class Reader(Protocol):
 
 # %% ../../nbs/data/corpus.ipynb #2335edd1
 class Utterance:
-    """One recording and all that is known about it.
-
-    Args:
-        id: A name that is unique in its set.
-        audio: Samples `[S]` float32 in [-1, 1], or a `Reader` that decodes them when `.audio` is asked for.
-        sampling_rate: Samples per second.
-        text: The words spoken; lower case without punctuation in the sets that w2vc brings. "" = unknown.
-        speaker: Who speaks; "a+b" = two voices mixed, "" = unknown.
-        language: A language code such as "en"; "" = unknown.
-        words: Timed words; empty = unknown.
-        phones: Timed phones, "sil" for pauses; empty = unknown.
-        kind: What sort of utterance: "keyword", "digits", "sentence", "phrase", "mix", "prompt", …
-        turns: Who speaks when (the label is the speaker); by default one turn from the first word to the last.
-    """
+    """One recording and all that is known about it; what is "" or empty is unknown."""
 
     def __init__(  # noqa: PLR0917
         self,
-        id: str,
-        audio: Samples | Reader,
-        sampling_rate: int = SAMPLING_RATE,
-        text: str = "",
-        speaker: str = "",
-        language: str = "",
-        words: Iterable[Segment] = (),
-        phones: Iterable[Segment] = (),
+        id: str,  # a name that is unique in its set
+        audio: Samples | Reader,  # samples `[S]` in [-1, 1], or what decodes them when `.audio` is asked for
+        sampling_rate: int = SAMPLING_RATE,  # samples per second
+        text: str = "",  # the words spoken; lower case without punctuation in the sets that w2vc brings
+        speaker: str = "",  # who speaks; "a+b" = two voices mixed
+        language: str = "",  # a language code such as "en"
+        words: Iterable[Segment] = (),  # timed words
+        phones: Iterable[Segment] = (),  # timed phones, "sil" for pauses
         *,
-        kind: str = "",
-        turns: Iterable[Segment] = (),
+        kind: str = "",  # "keyword", "digits", "sentence", "phrase", "mix", "prompt", …
+        turns: Iterable[Segment] = (),  # who speaks when; by default one turn from the first word to the last
     ) -> None:
         self.id, self.text, self.speaker, self.language, self.kind = id, text, speaker, language, kind
         self.sampling_rate = sampling_rate
@@ -148,21 +134,14 @@ class Utterance:
 
 # %% ../../nbs/data/corpus.ipynb #992f8685
 class Speech(Sequence[Utterance]):
-    """A list of utterances that can be sliced, filtered, sorted, joined and handed to `datasets`.
-
-    Args:
-        utterances: The utterances.
-        name: Name of the set.
-        split: Name of the split.
-        about: Facts for the reader: licence, source, speakers, ….
-    """
+    """A list of utterances that can be sliced, filtered, sorted, joined and handed to `datasets`."""
 
     def __init__(
         self,
         utterances: Iterable[Utterance],
-        name: str = "",
-        split: str = "",
-        about: Mapping[str, Any] | None = None,
+        name: str = "",  # name of the set
+        split: str = "",  # name of the split
+        about: Mapping[str, Any] | None = None,  # facts for the reader: licence, source, speakers, …
     ) -> None:
         self.utterances = list(utterances)
         self.name, self.split, self.about = name, split, dict(about or {})
@@ -275,22 +254,15 @@ def _unpack_segments(labels: str, times: list[int]) -> list[Segment]:
 
 # %% ../../nbs/data/corpus.ipynb #7b108eb2
 def save_speech(
-    folder: str | Path,
-    splits: Mapping[str, Iterable[Utterance]],
-    about: Mapping[str, Any],
+    folder: str | Path,  # where to write: all of it or nothing
+    splits: Mapping[str, Iterable[Utterance]],  # taken one by one, so generators are welcome
+    about: Mapping[str, Any],  # facts for the reader: licence, source, speakers, …
     *,
-    suffix: str = ".flac",
-    compression: float | None = None,
+    suffix: str = ".flac",  # exact to 16 bits; ".ogg" is Vorbis, a third of the size, lossy
+    compression: float | None = None,  # from 0 (large) to 1 (small); for Vorbis it sets the quality
 ) -> None:
-    """Write a corpus as one audio file per speaker and a table, `speech.json`; `load_speech(folder)` reads it.
-
-    Args:
-        folder: Where to write: all of it or nothing.
-        splits: The utterances of each split, taken one by one, so generators are welcome.
-        about: Facts for the reader: licence, source, speakers, ….
-        suffix: ".flac" (exact to 16 bits) or ".ogg" (Vorbis, a third of the size, lossy).
-        compression: From 0 (large) to 1 (small); for Vorbis it sets the quality.
-    """
+    """Write a corpus as one audio file per speaker and a table, `speech.json`; `load_speech(folder)` reads it."""
+    coding = {"samplerate": SAMPLING_RATE, "channels": 1, "compression_level": compression}
     files: dict[str, Any] = {}
     written: Counter[str] = Counter()  # samples of each file
     rows: list[str] = []
@@ -298,13 +270,8 @@ def save_speech(
         for split, u in ((split, u) for split, utterances in splits.items() for u in utterances):
             name, audio = re.sub(r"[^\w-]", "_", u.speaker or "unknown") + suffix, u.audio
             if name not in files:
-                file = _soundfile().SoundFile(
-                    fresh / name, "w", SAMPLING_RATE, 1, compression_level=compression
-                )
-                files[name] = stack.enter_context(file)
-            for k in range(
-                0, len(audio), 4096
-            ):  # one long write overflows the stack of some libsndfile versions
+                files[name] = stack.enter_context(_soundfile().SoundFile(fresh / name, "w", **coding))
+            for k in range(0, len(audio), 4096):  # one long write overflows the stack of some libsndfile
                 files[name].write(audio[k : k + 4096])
             row = {"split": split, "file": name, "start": written[name], "samples": len(audio)}
             row |= {key: getattr(u, key) for key in ("id", "kind", "speaker", "language", "text")}
@@ -396,29 +363,19 @@ def load_speech(name: str | Path | None = None, split: str = "train", **options:
             raise ValueError(f"{name!r} takes no such option: {error}") from None
         return source(split, **options)
     if not Path(name).expanduser().exists():
-        raise ValueError(
-            f"name={str(name)!r} is no folder here and no known set; known sets: {list(SOURCES)}"
-        )
+        raise ValueError(f"name={str(name)!r} is no folder here and none of the known sets: {list(SOURCES)}")
     return load_folder(name, split, **options)
 
 
 # %% ../../nbs/data/corpus.ipynb #925e762d
 def frame_activity(
-    segments: Iterable[Segment],
-    labels: Sequence[str],
-    n_frames: int,
-    hop: float = 0.02,
-    middle: float = 0.0125,
-) -> NDArray[np.bool_]:
-    """Say for each frame and label whether a segment of that label covers the frame's middle, `[T, len(labels)]`.
-
-    Args:
-        segments: In any order; they may overlap. Those with a label that is not in `labels` are passed over.
-        labels: The labels, one per column.
-        n_frames: T.
-        hop: Seconds from one frame to the next.
-        middle: Middle of frame 0 in seconds; 200 samples for the default feature encoder.
-    """
+    segments: Iterable[Segment],  # in any order; they may overlap
+    labels: Sequence[str],  # one per column; segments with another label are passed over
+    n_frames: int,  # T
+    hop: float = 0.02,  # seconds from one frame to the next
+    middle: float = 0.0125,  # middle of frame 0 in seconds; 200 samples for the default feature encoder
+) -> NDArray[np.bool_]:  # [T, len(labels)]
+    """Say for each frame and label whether a segment of that label covers the frame's middle."""
     times = np.arange(n_frames) * hop + middle
     active = np.zeros((n_frames, len(labels)), bool)
     for label, start, end in segments:
@@ -459,23 +416,15 @@ class _Mix:
 
 
 def mix(
-    parts: Sequence[Utterance], starts: Sequence[float], *, gain: float = 0.7, id: str = "mix"
+    parts: Sequence[Utterance],
+    starts: Sequence[float],  # when each part begins, in seconds from the start of the mix
+    *,
+    gain: float = 0.7,  # factor on each part: the built-in ones peak at 0.7, so the sum of two stays below 1
+    id: str = "mix",
 ) -> Utterance:
-    """Put utterances on one time line.
-
-    Args:
-        parts: The utterances, all at 16 kHz.
-        starts: When each begins, in seconds from the start of the mix; the first must not be negative.
-        gain: Factor on each part. The built-in ones peak at 0.7, so 0.7 keeps the sum of two below 1.
-        id: Name of the mix.
-
-    Returns:
-        An utterance with the `turns` and the `words` of all, each sorted by start; words may overlap, and `phones` are empty.
-    """
+    """Put utterances on one time line; `turns` and `words` are sorted by start and may overlap, `phones` are empty."""
     if len(parts) != len(starts) or not parts or min(starts) < 0:
-        raise ValueError(
-            f"starts={list(starts)} must give a time of at least 0 s to each of the {len(parts)} parts"
-        )
+        raise ValueError(f"starts={list(starts)} must give each of {len(parts)} parts a time of at least 0 s")
     if {part.sampling_rate for part in parts} != {SAMPLING_RATE}:
         raise ValueError(f"parts must all be at {SAMPLING_RATE} Hz")
     samples = tuple(round(start * SAMPLING_RATE) for start in starts)
@@ -499,17 +448,14 @@ def mix(
 
 # %% ../../nbs/data/corpus.ipynb #19a92605
 def two_speaker_mixes(
-    speech: Speech, count: int, *, turns: int = 4, overlap: float = 0.4, seed: int = 0
+    speech: Speech,  # single speakers with known turns; keywords are left out where there is anything longer
+    count: int,
+    *,
+    turns: int = 4,  # per mix
+    overlap: float = 0.4,  # longest overlap, and longest gap, between two turns, in seconds
+    seed: int = 0,
 ) -> Speech:
-    """Make conversations of two speakers who take turns, some talking over the other; equal arguments, equal mixes.
-
-    Args:
-        speech: Single-speaker utterances with known turns. Keywords are left out where there is anything longer.
-        count: How many mixes.
-        turns: Turns per mix.
-        overlap: Longest overlap, and longest gap, between two turns, in seconds.
-        seed: Another seed, other mixes.
-    """
+    """Make conversations of two speakers who take turns, some talking over the other; equal arguments, equal mixes."""
     usable = speech.filter(lambda u: bool(u.turns) and "+" not in u.speaker and u.kind != "keyword") or speech
     by_speaker = {s: list(usable.filter(speaker=s)) for s in usable.speakers}
     if len(by_speaker) < 2:
@@ -612,19 +558,13 @@ def _transcripts(folder: Path) -> dict[Path, dict[str, str]]:
 
 # %% ../../nbs/data/corpus.ipynb #51559c33
 def load_folder(
-    folder: str | Path, split: str = "train", *, language: str = "", subfolders: str = ""
+    folder: str | Path,  # searched in depth, hidden files left out, sorted by path
+    split: str = "train",  # a subfolder where there is one of that name; otherwise everything is "train" and "all"
+    *,
+    language: str = "",  # language code of the recordings
+    subfolders: str = "",  # what the name of a file's folder means: "speaker" (VoxCeleb), "text" (Speech Commands)
 ) -> Speech:
-    """Open a folder of audio files, or one file, or what `save_speech` wrote.
-
-    Args:
-        folder: The folder; searched in depth, hidden files left out, sorted by path.
-        split: A subfolder of that name where there is one; otherwise everything is "train" and "all".
-        language: Language code of the recordings.
-        subfolders: What the name of the folder that a file lies in means: "speaker" (as in VoxCeleb), "text" (as in
-            Speech Commands), or "" for nothing.
-
-    Returns:
-        The utterances. `text` is "" where no transcript was found, and stands as it was written otherwise.
+    """Open a folder of audio files, or one file, or what `save_speech` wrote; texts stand as they were written.
 
     Raises:
         ValueError: If there is no such folder, split or audio, if a table names files that are missing, or two files
@@ -639,9 +579,7 @@ def load_folder(
         return load_packed(folder, folder.name, split)
     top = folder / split if (folder / split).is_dir() else folder
     if top == folder and split not in {"train", "all"}:
-        raise ValueError(
-            f"split={split!r}: {folder} has no subfolder of that name; without one it is all 'train'"
-        )
+        raise ValueError(f"split={split!r}: {folder} has no subfolder of that name, so it is all 'train'")
     audio, known, utterances = find_audio(top), _transcripts(top), []
     for path in audio:
         row = known.get(path.resolve(), {})
@@ -693,11 +631,8 @@ def _audio_column() -> Any:
 
         def cast_storage(self, storage: Any) -> Any:  # arrays that a function given to `map` passes on
             if pyarrow.types.is_struct(storage.type) and storage.type.get_field_index("array") >= 0:
-                cells = storage.to_pylist()
-                arrays = [load_audio(cell, SAMPLING_RATE) for cell in cells]
-                storage = pyarrow.array(
-                    [{"bytes": _encode(array), "path": None} for array in arrays], self.pa_type
-                )
+                files = [_encode(load_audio(cell, SAMPLING_RATE)) for cell in storage.to_pylist()]
+                storage = pyarrow.array([{"bytes": file, "path": None} for file in files], self.pa_type)
             return super().cast_storage(storage)
 
     with warnings.catch_warnings():  # it says that it is experimental
@@ -714,38 +649,31 @@ def _to_dataset(speech: Speech, sampling_rate: int) -> Any:
     features |= {key: [{"label": text, "start": number, "end": number}] for key in timed}
     columns: dict[str, list[Any]] = {key: [getattr(u, key) for u in speech] for key in facts}
     columns |= {key: [[s._asdict() for s in getattr(u, key)] for u in speech] for key in timed}
-    paths = [getattr(u._audio, "source", None) for u in speech]
-    columns["audio"] = [
-        {"bytes": None, "path": str(path)}
-        if isinstance(path, Path)
-        else {"bytes": _encode(u.audio), "path": None}
-        for u, path in zip(speech, paths, strict=True)
-    ]
+    columns["audio"] = []
+    for u in speech:
+        path = (
+            u._audio.source
+            if isinstance(u._audio, _AudioFile) and isinstance(u._audio.source, Path)
+            else None
+        )
+        columns["audio"].append({"bytes": None if path else _encode(u.audio), "path": path and str(path)})
     rows = library.Dataset.from_dict({key: columns[key] for key in features}, library.Features(features))
     return rows.cast_column("audio", _audio_column()(sampling_rate=sampling_rate))
 
 
 # %% ../../nbs/data/corpus.ipynb #9379f60c
 def load_dataset(
-    path: str | Path,
-    name: str | None = None,
+    path: str
+    | Path,  # a name on the hub, a folder as released or of plain audio files, or a set of `load_speech`
+    name: str | None = None,  # configuration, such as "clean"
     *,
-    split: str | None = None,
-    sampling_rate: int = SAMPLING_RATE,
-    **options: Any,
+    split: str | None = None,  # None gives a dict of all
+    sampling_rate: int = SAMPLING_RATE,  # of the arrays
+    **options: Any,  # passed on to `datasets.load_dataset`, such as `streaming=True`
 ) -> Any:
     """Load a published data set through `datasets`, with its column "audio" decoded by soundfile.
 
-    Args:
-        path: A data set's name on the hub, a folder in its released layout, a folder of plain audio files, or the name
-            of a set of `load_speech`.
-        name: Configuration, such as "clean".
-        split: Which split; None gives a dict of all.
-        sampling_rate: Rate that the arrays are resampled to.
-        **options: Passed on to `datasets.load_dataset`, such as `streaming=True`.
-
-    Returns:
-        What `datasets.load_dataset` returns. Cast the column to `datasets.Audio()` before you write files for others.
+    Returns what `datasets.load_dataset` returns. Cast the column to `datasets.Audio()` before you write files for others.
     """
     plain = Path(path).expanduser()
     tables = {".parquet", ".arrow", ".jsonl"}  # of a released data set
@@ -762,33 +690,23 @@ def load_dataset(
 
 
 # %% ../../nbs/data/corpus.ipynb #d9255d5a
-def hub_speech(name: str, split: str = "test", limit: int | None = None) -> Speech:
-    """Stream a published data set through `datasets`: one split is fetched, and its files stay compressed in memory.
-
-    Args:
-        name: "REPOSITORY", "REPOSITORY:CONFIGURATION" or "REPOSITORY:CONFIGURATION:SPLIT", such as
-            "openslr/librispeech_asr:clean:test"; a folder in the released layout will do.
-        split: Where the name says none.
-        limit: Take the first rows only.
-    """
+def _hub_speech(name: str, split: str, limit: int | None) -> Speech:
+    """Stream one split of "REPOSITORY[:CONFIGURATION[:SPLIT]]"; its files stay compressed in memory."""
     library = _datasets()
     repository, config, part = (*name.split(":"), "", "")[:3]
     rows = library.load_dataset(repository, config or None, split=part or split, streaming=True)
     rows = rows.cast_column("audio", library.Audio(decode=False))
+    keys = {"text": ("text", "transcription", "sentence"), "speaker": ("speaker_id", "speaker")}
+    keys |= {key: (key,) for key in ("id", "language", "kind")}
     found = []
     for i, row in enumerate(itertools.islice(rows, limit)):
-
-        def fact(*keys: str, row: Mapping[str, Any] = row) -> str:
-            return next((str(row[key]) for key in keys if row.get(key) not in {None, ""}), "")
-
-        data = row["audio"]["bytes"]
-        audio = _AudioFile(Path(row["audio"]["path"]) if data is None else data)
-        facts: Any = {
-            "text": fact("text", "transcription", "sentence"),
-            "speaker": fact("speaker_id", "speaker"),
+        given = {
+            key: str(value) for key, value in row.items() if isinstance(value, (str, int)) and value != ""
         }
-        facts |= {"language": fact("language"), "kind": fact("kind")}
-        found.append(Utterance(fact("id") or f"row {i}", audio, **facts))
+        known = {fact: next((given[k] for k in names if k in given), "") for fact, names in keys.items()}
+        data, path = row["audio"]["bytes"], row["audio"]["path"]
+        facts: Any = {**known, "id": known["id"] or f"row {i}"}
+        found.append(Utterance(audio=_AudioFile(Path(path) if data is None else data), **facts))
     return Speech(found, f"{repository}{':' * bool(config)}{config}", part or split)
 
 
@@ -796,7 +714,8 @@ def open_speech(name: str | os.PathLike[str], split: str | None = None, limit: i
     """Open a set to be measured on.
 
     Args:
-        name: What `load_speech` knows: a set or a folder; or "hf:" and what `hub_speech` knows.
+        name: What `load_speech` knows: a set or a folder; or "hf:REPOSITORY[:CONFIGURATION[:SPLIT]]", such as
+            "hf:openslr/librispeech_asr:clean:test", of which one split is streamed.
         split: "test" by default; of a folder without splits all of it.
         limit: At most so many utterances, drawn once and for all (the first ones, if the set is streamed).
 
@@ -807,7 +726,7 @@ def open_speech(name: str | os.PathLike[str], split: str | None = None, limit: i
         raise ValueError(f"limit={limit} must be at least 1")
     text = os.fspath(name)
     if text.startswith("hf:"):
-        speech = hub_speech(text.removeprefix("hf:"), split or "test", limit)
+        speech = _hub_speech(text.removeprefix("hf:"), split or "test", limit)
     else:
         folder = Path(text).expanduser()
         splits = (folder / "test").is_dir() or (folder / "speech.json").is_file() or not folder.exists()

@@ -9,11 +9,8 @@ import copy
 import json
 import logging
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +23,15 @@ from ..model.attention import SelfAttention, attend, hide_padding
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.fast import slow_down
 from ..model.features import receptive_field
-from .atomic import write_together
+from .atomic import replace_folder
 
 # %% auto #0
-__all__ = [
-    "LARGEST_FILE",
-    "ExportedSelfAttention",
-    "CTCProgram",
-    "example_inputs",
-    "export_model",
-    "quiet",
-    "export_facts",
-    "export_onnx",
-    "onnx_session",
-    "onnx_difference",
-]
+__all__ = ["export_model", "export_onnx", "onnx_session", "onnx_difference"]
 
 
 # %% ../../nbs/files/export.ipynb #a74c0de2
-class ExportedSelfAttention(SelfAttention):
-    """Attention by the readable path, whose scores are picked out by their indices: operations of which every runtime has all."""
+class _ExportedSelfAttention(SelfAttention):
+    """Attention by the readable path, with scores picked out by their indices: operations that every runtime has."""
 
     def mix(  # noqa: PLR0917
         self,
@@ -56,7 +42,6 @@ class ExportedSelfAttention(SelfAttention):
         distance_keys: Tensor | None,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do what `SelfAttention` does."""
         bias = None
         if distance_keys is not None:
             scaled = (query + self.pos_bias_v[:, None]) * query.shape[-1] ** -0.5
@@ -73,66 +58,41 @@ class ExportedSelfAttention(SelfAttention):
 
 
 # %% ../../nbs/files/export.ipynb #40c1791a
-class CTCProgram(nn.Module):
-    """What is exported of a CTC model: waveforms and mask in, logits out, and nothing that only training needs.
+class _CTCProgram(nn.Module):
+    """What is exported of a CTC model: waveforms `[B, S]` and mask `[B, S]` in, logits `[B, T, V]` out.
 
-    The model is copied, moved to the CPU in float32 and put into eval mode. The dead convolutional positions are left out, weight
-    norms anywhere else are folded into plain weights, and attention takes the form above.
-
-    Args:
-        model: With a CTC head.
-
-    Raises:
-        ValueError: Not a CTC model.
+    The model is copied, moved to the CPU in float32 and put into eval mode. The dead convolutional positions are left out,
+    weight norms anywhere else are folded into plain weights, and attention takes the form above.
     """
 
     def __init__(self, model: Wav2Vec2ConformerForCTC) -> None:
         super().__init__()
         if not isinstance(model, Wav2Vec2ConformerForCTC):
             raise refuse("model", type(model).__name__, "a Wav2Vec2ConformerForCTC")
-        model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        model.wav2vec2_conformer.encoder.pos_conv_embed = nn.Identity()  # type: ignore[assignment]
-        for part in slow_down(model).modules():
+        self.model = slow_down(copy.deepcopy(model)).cpu().float().eval().requires_grad_(False)
+        self.model.wav2vec2_conformer.encoder.pos_conv_embed = nn.Identity()  # type: ignore[assignment]
+        for part in self.model.modules():
             if type(part) is SelfAttention:
-                part.__class__ = ExportedSelfAttention
+                part.__class__ = _ExportedSelfAttention
             for name in [*getattr(part, "parametrizations", {})]:
-                part.__class__ = type(
-                    type(part).__name__, type(part).__bases__, dict(vars(type(part)))
-                )  # not the model's own
+                kind = type(part)  # to be changed, and shared with the model that was copied
+                part.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                 nn.utils.parametrize.remove_parametrizations(part, name)
-        self.model = model
 
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Score the tokens of every frame.
-
-        Args:
-            input_values: `[B, S]` float32, normalised as the feature extractor does it.
-            attention_mask: `[B, S]` int64, 1 = real sample, padding on the right.
-
-        Returns:
-            Logits `[B, T, V]`; those of padded frames mean nothing.
-        """
         logits: Tensor = self.model(input_values, attention_mask, return_dict=True).logits
         return logits
 
 
 # %% ../../nbs/files/export.ipynb #0c2ed0f4
-def example_inputs(samples: int, with_mask: bool = True) -> tuple[Tensor, ...]:
-    """Give two rows of noise of so many samples, `[2, S]`, the second one quarter padding, and the mask."""
-    audio = torch.randn(2, samples, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(2, samples, dtype=torch.int64)
-    mask[1, 3 * samples // 4 :] = 0
-    return (audio, mask) if with_mask else (audio,)
-
-
 def export_model(
     model: Wav2Vec2ConformerForCTC, *, seconds: float = 1.0, dynamic: bool = True, with_mask: bool = True
 ) -> torch.export.ExportedProgram:
-    """Write a CTC model down as one graph.
+    """Write a CTC model down as one graph; `torch.export.save` writes it to a file.
 
-    The program takes `input_values` `[B, S]` and, with a mask, `attention_mask` `[B, S]` int64, and gives logits `[B, T, V]`. The
-    shortest input makes two frames (720 samples in the released models); pad what is shorter, and say so in the mask. Padding
-    changes no real frame's logits. `torch.export.save` writes the program to a file.
+    The program takes `input_values` `[B, S]` and, with a mask, `attention_mask` `[B, S]` int64 (1 = real sample, padding on the
+    right), and gives logits `[B, T, V]`; those of padded frames mean nothing, and padding changes no real frame's. The shortest
+    input makes two frames (720 samples in the released models).
 
     Args:
         model: With a CTC head; it is copied, not changed.
@@ -143,58 +103,29 @@ def export_model(
     Raises:
         ValueError: Not a CTC model, or an example too short for two frames.
     """
-    module = CTCProgram(model)
-    config = module.model.config
+    program, config = _CTCProgram(model), model.config
     width, hop = receptive_field(config.conv_kernel, config.conv_stride)
     samples = round(seconds * 16000)
     if samples < width + hop:
         raise refuse("seconds", seconds, f"at least {(width + hop) / 16000:g}, which makes two frames")
-    inputs = example_inputs(samples, with_mask)
+    audio = torch.randn(2, samples, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, samples, dtype=torch.int64)
+    mask[1, 3 * samples // 4 :] = 0
+    inputs = (audio, mask) if with_mask else (audio,)
     letters = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=width + hop)}
     shapes = tuple(letters for _ in inputs) if dynamic else None
     # sizes count as unknown: else torch writes down what is true of the example's, such as "more than one row"
     unknown = torch.fx.experimental._config.patch(backed_size_oblivious=dynamic)  # type: ignore[attr-defined]
     with torch.no_grad(), unknown:
         return torch.export.export(
-            module, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+            program, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
 
 
 # %% ../../nbs/files/export.ipynb #3fe83442
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the converter's remarks about packages that we do not use to itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def export_facts(model: Wav2Vec2ConformerForCTC, processor: Any = None) -> dict[str, str]:
-    """Collect what a user of the file needs to know: strings, lists as JSON.
-
-    Args:
-        model: The model.
-        processor: Adds vocabulary and normalisation; None: leaves them out.
-    """
-    width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
-    facts = {
-        "sampling_rate": "16000", "samples_per_frame": str(hop), "receptive_field": str(width),
-        "blank": str(model.config.pad_token_id),
-    }  # fmt: skip
-    if processor is not None:
-        extractor, tokens = processor.feature_extractor, processor.tokenizer.get_vocab()
-        facts["do_normalize"] = json.dumps(extractor.do_normalize)
-        facts["vocabulary"] = json.dumps(sorted(tokens, key=lambda token: int(tokens[token])))
-    return facts
-
-
-LARGEST_FILE = 1_500_000_000  # bytes of weights; the format ends at 2 GB, and larger ones go to a second file
+_LARGEST_FILE = (
+    1_500_000_000  # bytes of weights; the format ends at 2 GB, and larger ones go to a second file
+)
 
 
 def export_onnx(
@@ -205,10 +136,9 @@ def export_onnx(
     seconds: float = 1.0,
     with_mask: bool = True,
 ) -> Path:
-    """Write a CTC model as an ONNX file for any batch and any length.
+    """Write a CTC model as an ONNX file for any batch and any length, with the inputs and the output of `export_model`.
 
-    Inputs are `input_values` `[B, S]` float32 and `attention_mask` `[B, S]` int64, the output is `logits` `[B, T, V]`. The weights of a
-    large model stand beside it in `NAME.data`. Old files are replaced only when the new ones are complete on the disk.
+    The weights of a large model stand beside it in `NAME.data`. Old files are replaced only when the new ones are complete.
 
     Args:
         model: With a CTC head.
@@ -217,43 +147,44 @@ def export_onnx(
         seconds: See `export_model`.
         with_mask: See `export_model`.
 
-    Returns:
-        The path.
-
     Raises:
         ImportError: `onnx` or `onnxscript` is missing.
         ValueError: See `export_model`.
     """
     path = Path(path)
     program = export_model(model, seconds=seconds, with_mask=with_mask)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # no remarks about packages that are not used here
     try:
-        with quiet():
+        with warnings.catch_warnings(action="ignore"):
             converted: Any = torch.onnx.export(program, dynamo=True, output_names=["logits"], verbose=False)
     except ImportError as error:
         raise ImportError('export_onnx needs onnx and onnxscript: pip install "w2vc[onnx]"') from error
-    converted.model.metadata_props.update(export_facts(model, processor))
-    large = sum(p.nbytes for p in program.parameters()) > LARGEST_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as place:
-        converted.save(Path(place) / path.name, external_data=large)
-        made = {file.name: file for file in Path(place).iterdir()}
-        write_together(path.parent, {name: _moved(file) for name, file in made.items()})
+    finally:
+        logger.setLevel(level)
+    width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
+    numbers = {
+        "sampling_rate": 16000,
+        "samples_per_frame": hop,
+        "receptive_field": width,
+        "blank": model.config.pad_token_id,
+    }
+    facts = {name: str(value) for name, value in numbers.items()}
+    if processor is not None:
+        tokens = processor.tokenizer.get_vocab()
+        facts["do_normalize"] = json.dumps(processor.feature_extractor.do_normalize)
+        facts["vocabulary"] = json.dumps(sorted(tokens, key=tokens.__getitem__))
+    converted.model.metadata_props.update(facts)
+    large = sum(p.nbytes for p in program.parameters()) > _LARGEST_FILE
+    with replace_folder(path.parent) as fresh:
+        converted.save(fresh / path.name, external_data=large)
     return path
-
-
-def _moved(file: Path) -> Any:
-    """What puts a finished file in its place."""
-    return lambda target: shutil.move(file, target)
 
 
 # %% ../../nbs/files/export.ipynb #5aba05f0
 def onnx_session(path: str | os.PathLike[str], threads: int | None = None) -> Any:
-    """Open an ONNX file with onnxruntime on the CPU.
-
-    Args:
-        path: The file.
-        threads: None: as the runtime likes.
-    """
+    """Open an ONNX file with onnxruntime on the CPU; None: as many threads as the runtime likes."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -275,7 +206,7 @@ def onnx_difference(
 
     Args:
         path: The file.
-        model: The model, on the CPU.
+        model: The model.
         shapes: Rows and samples of each batch; the last row is half padding, unless it is alone.
 
     Returns:
@@ -283,15 +214,14 @@ def onnx_difference(
     """
     session, worst = onnx_session(path), 0.0
     model = copy.deepcopy(model).cpu().float().eval()
-    masked = len(session.get_inputs()) == 2
     for rows, samples in shapes:
         audio = torch.randn(rows, samples, generator=torch.Generator().manual_seed(rows * samples))
-        mask = torch.ones(rows, samples, dtype=torch.int64)
-        if rows > 1 and masked:
-            mask[-1, samples // 2 :] = 0
-        want = model(audio, mask if masked else None, return_dict=True).logits
-        feeds = {"input_values": audio.numpy()} | ({"attention_mask": mask.numpy()} if masked else {})
-        got = torch.from_numpy(session.run(["logits"], feeds)[0])
+        feeds, mask = {"input_values": audio}, torch.ones(rows, samples, dtype=torch.int64)
+        if len(session.get_inputs()) == 2:
+            feeds["attention_mask"] = mask
+            mask[-1, samples // 2 :] = int(rows == 1)
+        want = model(**feeds, return_dict=True).logits
+        got = torch.from_numpy(session.run(["logits"], {name: x.numpy() for name, x in feeds.items()})[0])
         real = model._get_feature_vector_attention_mask(want.shape[1], mask)
         worst = max(worst, float((got - want)[real].abs().max() / want[real].abs().max()))
     return worst

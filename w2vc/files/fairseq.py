@@ -12,7 +12,6 @@ import os
 import pickle
 import pickletools
 import re
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,18 +28,11 @@ from ..data.audio import Wav2Vec2FeatureExtractor
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
-from .atomic import write_together
+from .atomic import replace_folder
 from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
 
 # %% auto #0
-__all__ = [
-    "OLD_FILES",
-    "read_torch_file",
-    "FairseqCheckpoint",
-    "read_fairseq",
-    "load_fairseq",
-    "convert_fairseq",
-]
+__all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq", "convert_fairseq"]
 
 
 # %% ../../nbs/files/fairseq.ipynb #433c9660
@@ -697,11 +689,6 @@ def _make_tokenizer(symbols: Sequence[str], vocab_size: int) -> Wav2Vec2CTCToken
 
 
 # %% ../../nbs/files/fairseq.ipynb #7905e4c4
-OLD_FILES = (  # of an earlier checkpoint in the same folder, which may have had more files
-    *OLD_WEIGHTS, "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json",
-)  # fmt: skip
-
-
 def convert_fairseq(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -716,34 +703,29 @@ def convert_fairseq(
 
     Args:
         path: The `.pt` file.
-        out: The folder, made if needed.
+        out: The folder, made if needed; an earlier checkpoint in it goes.
         dictionary: The `dict.ltr.txt` of a fine-tuned model; None: the dictionary in the checkpoint.
         dtype: Type of the weights; None: as in the file.
         strict: See `load_fairseq`.
         max_shard_bytes: Larger weights are split into several files with an index.
         config_overrides: Options that win over the file's settings.
 
-    Returns:
-        The model.
-
     Raises:
         FileNotFoundError: No such file.
         ValueError: See `load_fairseq`; or a fine-tuned model has no dictionary, or one that does not fit.
     """
     checkpoint = read_fairseq(path)
-    parts: Any = checkpoint.feature_extractor
+    processor: Any = checkpoint.feature_extractor
     if checkpoint.kind == "ctc":
         symbols = checkpoint.symbols if dictionary is None else _read_dictionary(dictionary)
         if symbols is None:
             raise ValueError(
-                f"dictionary=None: {checkpoint.source} holds none, so give the dict.ltr.txt that it was trained with; "
-                "load_fairseq needs none"
+                f"dictionary=None: {checkpoint.source} holds none; give the dict.ltr.txt of its training"
             )
-        parts = Wav2Vec2Processor(parts, _make_tokenizer(symbols, checkpoint.config.vocab_size or 0))
+        processor = Wav2Vec2Processor(processor, _make_tokenizer(symbols, checkpoint.config.vocab_size or 0))
     model = load_fairseq(checkpoint, dtype=dtype, strict=strict, **config_overrides)
-    files = model.files(max_shard_bytes=max_shard_bytes)
-    with tempfile.TemporaryDirectory() as folder:
-        parts.save_pretrained(folder)
-        files |= {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-    write_together(out, files, remove=OLD_FILES)
+    older = (*OLD_WEIGHTS, "vocab.json", "added_tokens.json", "*tokenizer_config.json", "special_tokens_map.json", "processor_config.json")  # fmt: skip
+    with replace_folder(out, remove=older) as fresh:
+        model.save_pretrained(fresh, max_shard_bytes=max_shard_bytes)
+        processor.save_pretrained(fresh)
     return model

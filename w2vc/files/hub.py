@@ -13,7 +13,7 @@ from pathlib import Path
 from .atomic import finish_saves
 
 # %% auto #0
-__all__ = ["lacks", "missing_file", "find_folder", "find_file", "pin_revision"]
+__all__ = ["missing_file", "find_folder", "find_file"]
 
 
 # %% ../../nbs/files/hub.ipynb #ef833164
@@ -61,20 +61,8 @@ def find_folder(
     return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 
-# %% ../../nbs/files/hub.ipynb #c6adc3f0
-def find_file(
-    name_or_path: str | os.PathLike[str], filename: str, *, revision: str | None = None
-) -> Path | None:
+# %% ../../nbs/files/hub.ipynb #fa39bb74
+def find_file(name: str | os.PathLike[str], filename: str, *, revision: str | None = None) -> Path | None:
     """A file of a checkpoint, or None where it has none."""
-    path = find_folder(name_or_path, revision, ("*.json", filename)) / filename
+    path = find_folder(name, revision, ("*.json", filename)) / filename
     return path if path.is_file() else None
-
-
-def pin_revision(
-    name_or_path: str | os.PathLike[str], filename: str, *, revision: str | None = None
-) -> str | None:
-    """The commit of a hub id; `revision` itself for a folder."""
-    return revision if Path(name_or_path).exists() else find_folder(name_or_path, revision).name
-
-
-lacks = missing_file

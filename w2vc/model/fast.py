@@ -9,7 +9,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -29,20 +29,17 @@ from w2vc.model.features import (
 from .attention import SelfAttention
 from .conformer import ConformerEncoder
 from .convolution import ConvolutionModule
-from .positions import Positions
 
 # %% auto #0
 __all__ = [
     "FAST",
     "convolve_rows",
     "fold_group_norm",
-    "records_graph",
     "BlockwiseFeatureEncoder",
     "Packing",
     "PackedConvolutionModule",
     "FastSelfAttention",
     "PackedConformerEncoder",
-    "is_untouched",
     "describe_forms",
     "speed_up",
     "slow_down",
@@ -95,7 +92,7 @@ def fold_group_norm(windows: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tup
 
 
 # %% ../../nbs/practice/speed.ipynb #322944e6
-def records_graph() -> bool:
+def _records_graph() -> bool:
     """Whether torch is recording a graph (compile, export, trace): loops over utterances would be unrolled into it."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
@@ -108,7 +105,7 @@ class BlockwiseFeatureEncoder(FeatureEncoder):
 
     def forward(self, input_values: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Do what `FeatureEncoder` does: `[B, S]` -> `[B, T, C]`."""
-        if records_graph():
+        if _records_graph():
             return super().forward(input_values, lengths)
         samples = input_values.to(cast(ConvLayer, self.conv_layers[0]).conv.weight.dtype)
         B, S = samples.shape
@@ -205,53 +202,38 @@ class FastSelfAttention(SelfAttention):
     fewest = 32  # queries in a block: with fewer, products are slow
 
     def mix(  # noqa: PLR0917
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        frame_mask: Any,
-        distance_keys: Tensor | None,
-        output_attentions: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any, distance_keys: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Do what `SelfAttention` does."""
         if isinstance(frame_mask, Packing):
-            return self.mix_packed(query, key, value, frame_mask, distance_keys), None
-        if not (output_attentions or distance_keys is None or records_graph()):
+            return self.mix_packed((query, key, value), frame_mask, distance_keys), None
+        if not (output_attentions or distance_keys is None or _records_graph()):
             B, H, T, _ = query.shape
             size = max(self.fewest, self.most_bytes // (B * H * 2 * T * query.element_size()))
             if size < T:
-                return self.mix_in_blocks(size, query, key, value, frame_mask, distance_keys), None
+                return self.mix_in_blocks(size, query, (key, value, frame_mask), distance_keys), None
         return super().mix(query, key, value, frame_mask, distance_keys, output_attentions)
 
-    def mix_packed(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, distance_keys: Tensor | None
-    ) -> Tensor:
+    def mix_packed(self, heads: Sequence[Tensor], packing: Packing, distance_keys: Tensor | None) -> Tensor:
         """Mix each utterance alone, with the distances that it has."""
         T, near, mixed = packing.mask.shape[1], distance_keys, []
-        for q, k, v in zip(*(torch.split(x, packing.lengths, 2) for x in (query, key, value)), strict=True):
+        for q, k, v in zip(*(torch.split(x, packing.lengths, 2) for x in heads), strict=True):
             if distance_keys is not None:
                 far = T - q.shape[2]  # distances beyond this utterance, on each side
                 near = distance_keys[:, far : 2 * T - 1 - far]
             mixed.append(self.mix(q, k, v, None, near, False)[0])
         return torch.cat(mixed, dim=2)
 
-    def mix_in_blocks(  # noqa: PLR0917
-        self,
-        size: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        frame_mask: Tensor | None,
-        distance_keys: Tensor,
+    def mix_in_blocks(
+        self, size: int, query: Tensor, heard: tuple[Any, ...], distance_keys: Tensor
     ) -> Tensor:
         """Mix for `size` queries at a time; a block of n meets the `n + T - 1` distances that it can see."""
         T, plain = query.shape[2], super().mix
-        mixed = None if torch.is_grad_enabled() else torch.empty_like(value)
+        mixed = None if torch.is_grad_enabled() else torch.empty_like(heard[1])
         blocks = []
         for first in range(0, T, size):
             after = min(first + size, T)
-            seen = distance_keys[:, T - after : 2 * T - 1 - first]
-            inputs = query[:, :, first:after], key, value, frame_mask, seen, False
+            inputs = query[:, :, first:after], *heard, distance_keys[:, T - after : 2 * T - 1 - first], False
             if mixed is None:  # scores are made again in the backward pass, with the same dropout
                 blocks.append(checkpoint(plain, *inputs, use_reentrant=False)[0])
             else:  # small results between large temporary tensors would break up the allocator's memory
@@ -264,18 +246,13 @@ class PackedConformerEncoder(ConformerEncoder):
     """Run the blocks on the real frames alone."""
 
     def forward(
-        self,
-        hidden: Tensor,
-        frame_mask: Tensor | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-    ) -> Any:
+        self, hidden: Tensor, frame_mask: Tensor | None = None, output_attentions: bool = False, output_hidden_states: bool = False
+    ) -> Any:  # fmt: skip
         """Do what `ConformerEncoder` does, `[B, T, D]` -> `[B, T, D]`; who wants maps, hidden states or a graph gets the padded batch."""
         padded = output_attentions or output_hidden_states or not self.config.padding_invariant
-        if padded or frame_mask is None or records_graph() or not Packing.helps(frame_mask):
+        if padded or frame_mask is None or _records_graph() or not Packing.helps(frame_mask):
             return super().forward(hidden, frame_mask, output_attentions, output_hidden_states)
-        packing = Packing(frame_mask.to(hidden.device))
-        positions: Positions = None
+        packing, positions = Packing(frame_mask.to(hidden.device)), None
         if self.embed_positions is not None:
             positions = self.embed_positions(hidden.shape[1], hidden.device, hidden.dtype)
         if isinstance(
@@ -298,33 +275,30 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     SelfAttention: FastSelfAttention,
     ConvolutionModule: PackedConvolutionModule,
 }
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-def is_untouched(part: nn.Module) -> bool:
+def _is_untouched(part: nn.Module) -> bool:
     """Whether a part has no hook, no replaced `forward` and no foreign module, itself or inside.
 
     A fast form calls the modules inside it in another way, or with other shapes; only ours, torch's own and torch's linear
     layers of 8 bits are known to bear that, and of ours no subclass of a part that has a fast form.
     """
-    linears = "torch.ao.nn.quantized.dynamic.modules.linear", "torch.ao.nn.quantized.modules.linear"
+    known = "torch.nn.modules.", "w2vc.", "torch.ao.nn.quantized.dynamic.modules.linear", "torch.ao.nn.quantized.modules.linear"  # fmt: skip
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return all(
-        type(module).__module__.startswith(("torch.nn.modules.", "w2vc.", *linears))
+        type(module).__module__.startswith(known)
         and (type(module) in {*FAST, *FAST.values()} or not isinstance(module, tuple(FAST)))
         and "forward" not in vars(module)
-        and not any(getattr(module, name) for name in _HOOKS)
+        and not any(getattr(module, name) for name in hooks)
         for module in part.modules()
     )
 
 
 def describe_forms(model: nn.Module) -> str:
     """Say in one line which fast forms run, and which parts have one and stayed plain."""
-    forms = Counter(type(part).__name__ for part in model.modules() if type(part) in FAST.values())
-    plain = [
-        name or type(part).__name__
-        for name, part in model.named_modules()
-        if isinstance(part, tuple(FAST)) and type(part) not in FAST.values()
-    ]
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, tuple(FAST))]
+    forms = Counter(type(part).__name__ for _, part in parts if type(part) in FAST.values())
+    plain = [name or type(part).__name__ for name, part in parts if type(part) not in FAST.values()]
     fast = ", ".join(f"{n} {form}" for form, n in forms.items()) or "none"
     return f"fast forms: {fast}" + (f"; plain: {', '.join(plain)}" if plain else "")
 
@@ -335,19 +309,12 @@ _log = logging.getLogger(__name__)
 
 
 def speed_up(model: _Model) -> _Model:
-    """Give each part of a model its faster form, in place: parameters, state and names stay.
+    """Give each part of a model its faster form, in place, and return the model: parameters, state and names stay.
 
     Results stay the same to rounding. A part that has hooks, or that is or holds a module of a foreign class, is left as it is.
     What runs is logged in one line.
-
-    Args:
-        model: Any model or part.
-
-    Returns:
-        The model itself.
     """
-    chosen = [part for part in model.modules() if type(part) in FAST and is_untouched(part)]
-    for part in chosen:
+    for part in [part for part in model.modules() if type(part) in FAST and _is_untouched(part)]:
         part.__class__ = FAST[type(part)]
     _log.info(describe_forms(model))
     return model

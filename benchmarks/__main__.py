@@ -1,0 +1,5 @@
+"""`python -m benchmarks ROWS --against transformers`."""
+
+from benchmarks.run import main
+
+main()
