@@ -152,7 +152,7 @@ def _check(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> Ten
     needed = int(min_input_length(row, torch.tensor([row.shape[1]])))
     if needed > T:
         raise ValueError(
-            f"labels: {row.shape[1]} labels need {needed} frames, and there are {T}: the text is too long for this audio"
+            f"labels: {row.shape[1]} labels need {needed} frames, and there are {T}: too long a text"
         )
     return row
 
