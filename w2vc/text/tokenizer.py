@@ -344,7 +344,7 @@ class Wav2Vec2CTCTokenizer:
     padding_side: str = field(default="right", kw_only=True)
     clean_up_tokenization_spaces: bool = field(default=False, kw_only=True)
 
-    model_input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     pad_token_id = _id_of("pad_token")  # the blank of CTC
     unk_token_id = _id_of("unk_token")
     bos_token_id = _id_of("bos_token")
