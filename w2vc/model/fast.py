@@ -202,7 +202,8 @@ class FastSelfAttention(SelfAttention):
     fewest = 32  # queries in a block: with fewer, products are slow
 
     def mix(  # noqa: PLR0917
-        self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any, distance_keys: Tensor | None, output_attentions: bool
+        self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any, distance_keys: Tensor | None,
+        output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Do what `SelfAttention` does."""
         if isinstance(frame_mask, Packing):
@@ -246,7 +247,8 @@ class PackedConformerEncoder(ConformerEncoder):
     """Run the blocks on the real frames alone."""
 
     def forward(
-        self, hidden: Tensor, frame_mask: Tensor | None = None, output_attentions: bool = False, output_hidden_states: bool = False
+        self, hidden: Tensor, frame_mask: Tensor | None = None, output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> Any:  # fmt: skip
         """Do what `ConformerEncoder` does, `[B, T, D]` -> `[B, T, D]`; who wants maps, hidden states or a graph gets the padded batch."""
         padded = output_attentions or output_hidden_states or not self.config.padding_invariant
@@ -283,10 +285,10 @@ def _is_untouched(part: nn.Module) -> bool:
     A fast form calls the modules inside it in another way, or with other shapes; only ours, torch's own and torch's linear
     layers of 8 bits are known to bear that, and of ours no subclass of a part that has a fast form.
     """
-    known = "torch.nn.modules.", "w2vc.", "torch.ao.nn.quantized.dynamic.modules.linear", "torch.ao.nn.quantized.modules.linear"  # fmt: skip
+    linears = "torch.ao.nn.quantized.dynamic.modules.linear", "torch.ao.nn.quantized.modules.linear"
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return all(
-        type(module).__module__.startswith(known)
+        type(module).__module__.startswith(("torch.nn.modules.", "w2vc.", *linears))
         and (type(module) in {*FAST, *FAST.values()} or not isinstance(module, tuple(FAST)))
         and "forward" not in vars(module)
         and not any(getattr(module, name) for name in hooks)
