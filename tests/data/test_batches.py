@@ -14,6 +14,7 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from helpers import tiny_config
 from w2vc.data.audio import Wav2Vec2FeatureExtractor, normalise
@@ -30,7 +31,7 @@ from w2vc.data.batches import (
     bucket_batches,
     crop_start,
     data_loader,
-    draw_masks,
+    draw_mask,
     draw_negatives,
     find_problems,
     label_names,
@@ -52,6 +53,12 @@ BASE = [0.4897758798192007, 0.48066014524207823]
 
 def rngs(n: int, seed: int = 0, epoch: int = 0, purpose: str = "mask") -> list[np.random.Generator]:
     return [sample_rng(seed, epoch, f"utterance {i}", purpose) for i in range(n)]
+
+
+def draw_masks(keyed: list[np.random.Generator], n_frames: list[int], **spans: Any) -> Tensor:
+    return pad_sequence(
+        [draw_mask(rng, n, **spans) for rng, n in zip(keyed, n_frames, strict=True)], batch_first=True
+    )
 
 
 def within(got: float, expected: float, error: float, times: float = 4.5) -> None:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import helpers
-from w2vc.config import Wav2Vec2ConformerConfig
+from heads import PRETRAINING, SAMPLES
 from w2vc.model import quantizer
-from w2vc.model.masking import compute_mask_indices
 from w2vc.model.negatives import sample_negative_indices
 from w2vc.model.pretraining import (
     Wav2Vec2ConformerForPreTraining,
@@ -28,8 +27,6 @@ from w2vc.model.pretraining import (
     diversity_loss,
 )
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
-
-SAMPLES = 32_000  # two seconds
 
 
 def plain_loss(
@@ -248,128 +245,9 @@ def test_diversity_loss_from_collapsed_to_uniform() -> None:
 # ---- the whole head
 
 
-def still(**knobs: Any) -> Wav2Vec2ConformerConfig:
-    """A tiny config without any randomness but the Gumbel noise."""
-    return helpers.tiny_config(
-        **{
-            "hidden_dropout": 0.0,
-            "activation_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "feat_proj_dropout": 0.0,
-            "feat_quantizer_dropout": 0.0,
-            "conformer_conv_dropout": 0.0,
-            "layerdrop": 0.0,
-            "mask_time_prob": 0.05,
-            "mask_feature_prob": 0.0,
-            "contrastive_logits_temperature": 0.2,
-            "diversity_loss_weight": 0.3,
-            **knobs,
-        }
-    )
-
-
-def build(config: Wav2Vec2ConformerConfig, training: bool = False) -> Wav2Vec2ConformerForPreTraining:
-    torch.manual_seed(0)
-    model = Wav2Vec2ConformerForPreTraining(config)
-    helpers.randomise_(model)
-    return model.train(training)
-
-
-def batch(model: Wav2Vec2ConformerForPreTraining, padded: bool = False) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(3)
-    lengths = torch.tensor([SAMPLES, 21_000 if padded else SAMPLES, 15_000 if padded else SAMPLES])
-    attention_mask = (torch.arange(SAMPLES) < lengths[:, None]).long()
-    values = torch.randn(3, SAMPLES, generator=g) * attention_mask
-    frames = model._get_feat_extract_output_lengths(lengths)
-    T = int(frames.max())
-    frame_mask = torch.arange(T) < frames[:, None]
-    mask = compute_mask_indices((3, T), 0.5, 3, frame_mask, min_masks=2, generator=g)
-    negatives = sample_negative_indices((3, T), 10, mask, generator=g)
-    inputs = {"input_values": values, "mask_time_indices": mask, "sampled_negative_indices": negatives}
-    return {**inputs, "attention_mask": attention_mask} if padded else inputs
-
-
-def same_noise(*models: nn.Module) -> None:
-    """Start every quantizer call of these models from one seed."""
-    for model in models:
-        model.quantizer.register_forward_pre_hook(lambda *_: torch.manual_seed(11) and None)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("norm", ["group", "layer"])
-@pytest.mark.parametrize("positions", ["relative", "rotary", None])
-def test_parity_of_the_whole_head(positions: str | None, norm: str, padded: bool, training: bool) -> None:
-    config = still(
-        position_embeddings_type=positions,
-        feat_extract_norm=norm,
-        conv_bias=norm == "layer",
-        padding_invariant=False,
-    )
-    ours = build(config, training)
-    theirs = helpers.twin(ours)
-    same_noise(ours, theirs)
-    ours.set_gumbel_temperature(1.5)
-    theirs.quantizer.temperature = 1.5
-    inputs = batch(ours, padded)
-    a, b = ours(**inputs, output_hidden_states=True), theirs(**inputs, output_hidden_states=True)
-    for name in ("projected_states", "projected_quantized_states", "codevector_perplexity"):
-        helpers.assert_close(f"pretraining {name}", a[name], b[name])
-    for name in ("loss", "contrastive_loss", "diversity_loss"):
-        helpers.assert_close(f"pretraining {name}", a[name], b[name])
-    optimisers = [torch.optim.SGD(m.parameters(), lr=1e-4) for m in (ours, theirs)]
-    a.loss.backward()
-    b.loss.backward()
-    gap = helpers.grad_difference(ours, theirs)
-    helpers.worst["pretraining gradients"] = max(helpers.worst.get("pretraining gradients", 0.0), gap)
-    assert gap <= helpers.PARITY
-    for optimiser in optimisers:
-        optimiser.step()
-    before = build(config).state_dict()
-    peers = theirs.state_dict()
-    for name, value in ours.state_dict().items():
-        helpers.assert_close("pretraining state after a step", value.float(), peers[name].float())
-        if "running" in name:  # the statistics moved in training, and only then
-            assert torch.equal(value, before[name]) != training
-
-
-def test_strict_state_dict_both_ways_and_tuple_outputs() -> None:
-    ours = build(still())
-    theirs = helpers.twin(ours)  # loads strictly in both directions
-    assert sorted(ours.state_dict()) == sorted(theirs.state_dict())
-    inputs = batch(ours)
-    for drop in ((), ("sampled_negative_indices",), ("sampled_negative_indices", "mask_time_indices")):
-        some = {k: v for k, v in inputs.items() if k not in drop}
-        flags = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
-        a, b = ours(**some, **flags), theirs(**some, **flags)
-        assert isinstance(a, tuple)
-        assert len(a) == len(b) == (8 if not drop else 5)
-        named = ours(**some, output_hidden_states=True, output_attentions=True)
-        assert [type(x) for x in named.to_tuple()] == [type(x) for x in a]
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            if isinstance(x, Tensor):
-                helpers.assert_close(f"pretraining tuple {i}", x, y)
-            else:
-                assert isinstance(y, tuple)
-                assert len(x) == len(y)
-        ours.config.return_dict = False
-        assert isinstance(ours(**some), tuple)
-        ours.config.return_dict = True
-
-
-def test_field_order() -> None:
-    output = build(still())(**batch(build(still())), output_hidden_states=True, output_attentions=True)
-    assert list(output.keys()) == [
-        "loss", "projected_states", "projected_quantized_states", "codevector_perplexity",
-        "hidden_states", "attentions", "contrastive_loss", "diversity_loss",
-    ]  # fmt: skip
-    assert output.loss.shape == ()
-    assert output[0] is output.loss
-
-
 def test_loss_reads_the_config_at_each_call() -> None:
-    model = build(still())
-    inputs = batch(model)
+    model = PRETRAINING.build()
+    inputs = PRETRAINING.batch()
     first = model(**inputs)
     torch.testing.assert_close(first.loss, first.contrastive_loss + 0.3 * first.diversity_loss)
     model.config.diversity_loss_weight = 0.0
@@ -379,8 +257,8 @@ def test_loss_reads_the_config_at_each_call() -> None:
 
 
 def test_masks_of_any_type_and_quantised_frames_for_all() -> None:
-    model = build(still())
-    inputs = batch(model)
+    model = PRETRAINING.build()
+    inputs = PRETRAINING.batch()
     first = model(**inputs)
     again = model(**{**inputs, "mask_time_indices": inputs["mask_time_indices"].long()})
     assert torch.equal(first.loss, again.loss)
@@ -423,12 +301,10 @@ def test_one_seed_gives_the_training_loss_of_transformers(
     positions: str, padded: bool, attention: str
 ) -> None:
     """Every dropout, LayerDrop and the Gumbel noise draw the same numbers in the same order."""
-    config = still(
-        **LOUD, position_embeddings_type=positions, padding_invariant=False, attn_implementation=attention
-    )
-    ours = build(config, training=True)
+    knobs = {**LOUD, "position_embeddings_type": positions, "attn_implementation": attention}
+    ours = PRETRAINING.build(training=True, padding_invariant=False, **knobs)
     theirs = helpers.twin(ours)
-    inputs = batch(ours, padded)
+    inputs = PRETRAINING.batch(padded)
     losses, left_out = [], set()
     for seed in range(3):
         both = []
@@ -450,14 +326,13 @@ def test_one_seed_gives_the_training_loss_of_transformers(
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 def test_one_seed_gives_the_training_states_of_transformers(positions: str, attention: str) -> None:
-    config = still(
-        **LOUD, position_embeddings_type=positions, padding_invariant=False, attn_implementation=attention
-    )
+    knobs = {**LOUD, "position_embeddings_type": positions, "attn_implementation": attention}
+    config = PRETRAINING.config(padding_invariant=False, **knobs)
     torch.manual_seed(0)
     ours = Wav2Vec2ConformerModel(config).train()
     helpers.randomise_(ours)
     theirs = helpers.twin(ours)
-    inputs = batch(ours)
+    inputs = PRETRAINING.batch()
     inputs.pop("sampled_negative_indices")
     for seed in range(3):
         torch.manual_seed(seed)
@@ -472,8 +347,8 @@ def test_one_seed_gives_the_training_states_of_transformers(positions: str, atte
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("n_masked", [0, 1])
 def test_few_masked_frames(training: bool, n_masked: int) -> None:
-    model = build(still(), training)
-    inputs = batch(model)
+    model = PRETRAINING.build(training)
+    inputs = PRETRAINING.batch()
     mask = torch.zeros_like(inputs["mask_time_indices"])
     mask[1, 5 : 5 + n_masked] = True
     inputs["mask_time_indices"] = mask
@@ -493,18 +368,12 @@ def test_few_masked_frames(training: bool, n_masked: int) -> None:
         assert all(g is None or (g == 0).all() for g in grads.values())
 
 
-def test_every_trainable_parameter_gets_a_gradient_in_training() -> None:
-    model = build(still(), training=True)
-    model(**batch(model)).loss.backward()
-    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-
-
 def test_freeze_and_temperature() -> None:
-    model = build(still(), training=True)
+    model = PRETRAINING.build(training=True)
     model.freeze_feature_encoder()
     model.set_gumbel_temperature(0.5)
     assert model.quantizer.temperature == 0.5
-    model(**batch(model)).loss.backward()
+    model(**PRETRAINING.batch()).loss.backward()
     assert all(p.grad is None for p in model.wav2vec2_conformer.feature_extractor.parameters())
     assert model.quantizer.weight_proj.weight.grad is not None
     with pytest.raises(ValueError, match="temperature"):
@@ -512,8 +381,8 @@ def test_freeze_and_temperature() -> None:
 
 
 def test_head_errors() -> None:
-    model = build(still())
-    inputs = batch(model)
+    model = PRETRAINING.build()
+    inputs = PRETRAINING.batch()
     mask, negatives = inputs.pop("mask_time_indices"), inputs.pop("sampled_negative_indices")
 
     def refused(match: str, negatives: Tensor, mask: Tensor | None, head: Any = model) -> None:
@@ -531,41 +400,20 @@ def test_head_errors() -> None:
         some = negatives.clone()
         some[row + 1, frame, 3] = wrong
         refused(rf"\[{row + 1}, {frame}, 3\] = {wrong} is refused: allowed are row \* {T}", some, mask)
-    refused("add_adapter", negatives, mask, build(still(add_adapter=True)))
+    refused("add_adapter", negatives, mask, PRETRAINING.build(add_adapter=True))
 
 
 def test_negatives_of_visible_frames_are_not_looked_at() -> None:
-    model = build(still())
-    inputs = batch(model)
+    model = PRETRAINING.build()
+    inputs = PRETRAINING.batch()
     loss = model(**inputs).loss
     visible = ~inputs["mask_time_indices"][..., None]
     inputs["sampled_negative_indices"] = inputs["sampled_negative_indices"].masked_fill(visible, 0)
     assert torch.equal(model(**inputs).loss, loss)
 
 
-def test_padding_does_not_reach_the_loss() -> None:
-    """Padding-invariant: masked frames of an utterance predict the same, alone or beside longer ones."""
-    model = build(still(feat_extract_norm="group"))
-    inputs = batch(model, padded=True)
-    together = model(**{k: v for k, v in inputs.items() if k != "sampled_negative_indices"})
-    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
-        T = int(model._get_feat_extract_output_lengths(length))
-        alone = model(
-            inputs["input_values"][row : row + 1, :length],
-            mask_time_indices=inputs["mask_time_indices"][row : row + 1, :T],
-        )
-        helpers.assert_close(
-            "pretraining alone", together.projected_states[row : row + 1, :T], alone.projected_states
-        )
-        helpers.assert_close(
-            "pretraining alone",
-            together.projected_quantized_states[row : row + 1, :T],
-            alone.projected_quantized_states,
-        )
-
-
 def test_initialisation_of_the_projections() -> None:
-    model = Wav2Vec2ConformerForPreTraining(still())
+    model = Wav2Vec2ConformerForPreTraining(PRETRAINING.config())
     bound = 1 / math.sqrt(32)
     for p in (*model.project_hid.parameters(), model.quantizer.weight_proj.bias):
         assert p.abs().max() <= bound
@@ -576,24 +424,11 @@ def test_initialisation_of_the_projections() -> None:
     assert model.quantizer.codevectors.max() <= 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_finite_and_close(dtype: torch.dtype) -> None:
-    model = build(still(), training=True)
-    same_noise(model)
-    inputs = batch(model)
-    exact = model(**inputs)
-    half = model.to(dtype)(**{**inputs, "input_values": inputs["input_values"].to(dtype)})
-    assert half.loss.dtype == torch.float32
-    torch.testing.assert_close(half.loss, exact.loss, rtol=0.1, atol=0)
-    half.loss.backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True])
 def test_gpu_equals_cpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = build(still(), training)
-    gpu = build(still(), training).cuda()
+    cpu = PRETRAINING.build(training)
+    gpu = PRETRAINING.build(training).cuda()
     noise = torch.empty(3 * 100 * 2 * 8).exponential_().log_()
 
     def relaxed(logits: Tensor, temperature: float) -> Tensor:
@@ -602,7 +437,7 @@ def test_gpu_equals_cpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None
         return ((logits - given) / temperature).softmax(-1)
 
     monkeypatch.setattr(quantizer, "gumbel_relaxed", relaxed)
-    inputs = batch(cpu)
+    inputs = PRETRAINING.batch()
     a, b = gpu(**{k: v.cuda() for k, v in inputs.items()}), cpu(**inputs)
     helpers.assert_close("pretraining loss on the GPU", a.loss.cpu(), b.loss, tol=1e-4)
     a.loss.backward()
@@ -665,7 +500,7 @@ def test_the_documentation_example_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
     from w2vc.data.audio import Wav2Vec2FeatureExtractor
 
-    build(still()).save_pretrained(tmp_path)
+    PRETRAINING.build().save_pretrained(tmp_path)
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
     sound = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0)).numpy()
     module = types.ModuleType("fake_datasets")

@@ -443,19 +443,9 @@ def test_forward_on_the_gpu_equals_the_cpu() -> None:
     assert_close("model, cpu and gpu", got.last_hidden_state.cpu(), want.last_hidden_state)
 
 
-@pytest.mark.parametrize(
-    "name", ["Model", "ForCTC", "ForSequenceClassification", "ForAudioFrameClassification", "ForXVector"]
-)  # fmt: skip
-@pytest.mark.parametrize("knobs", [{}, {"use_weighted_layer_sum": True}], ids=["last", "mixed"])
-def test_the_mask_may_stay_on_the_host(name: str, knobs: dict[str, Any]) -> None:
-    """The meta device stands for an accelerator: it holds no values, and refuses to be mixed with tensors of the host.
-
-    The pre-training head has a base model like the others, and switches autocast off, which torch cannot do on this device.
-    """
-    config = tiny_config(vocab_size=12, **knobs)
+def test_the_mask_may_stay_on_the_host() -> None:
+    """The meta device stands for an accelerator; of the heads, test_heads asks the same."""
     with torch.device("meta"):
-        model = getattr(w2vc, f"Wav2Vec2Conformer{name}")(config).eval()
-    mask = torch.ones(2, 8000, dtype=torch.long)
-    mask[1, 5000:] = 0
-    output = model(torch.empty(2, 8000, device="meta"), attention_mask=mask)
+        model = Wav2Vec2ConformerModel(tiny_config()).eval()
+    output = model(torch.empty(2, 8000, device="meta"), attention_mask=torch.ones(2, 8000).tril(5000))
     assert all(x.device.type == "meta" for x in output.values() if isinstance(x, Tensor))

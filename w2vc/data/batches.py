@@ -32,7 +32,7 @@ __all__ = [
     "SampleRequest",
     "BucketSampler",
     "crop_start",
-    "draw_masks",
+    "draw_mask",
     "draw_negatives",
     "Example",
     "SpeechDataset",
@@ -56,7 +56,8 @@ def sample_rng(seed: int, epoch: int, name: str, purpose: str) -> np.random.Gene
     The four are hashed (BLAKE2) to the key of Philox, a counter-based generator (Salmon et al., 2011, "Parallel random
     numbers: as easy as 1, 2, 3"). Who asks, when, and in which order plays no part.
     """
-    digest = hashlib.blake2b(repr((seed, epoch, name, purpose)).encode(), digest_size=16).digest()
+    facts = repr((int(seed), int(epoch), name, purpose))
+    digest = hashlib.blake2b(facts.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
@@ -103,7 +104,7 @@ def bucket_batches(
         ValueError: an utterance that is empty or too long (which one), bounds below 1, or too few for `multiple_of`.
     """
     if max_samples < 1 or (max_rows is not None and max_rows < 1):
-        raise ValueError(f"max_samples={max_samples} and max_rows={max_rows} must be at least 1")
+        raise ValueError(f"{max_samples=} and {max_rows=} must be at least 1")
     sizes = np.asarray(lengths, dtype=np.int64)
     if (bad := np.flatnonzero((sizes < 1) | (sizes > max_samples))).size:
         raise ValueError(f"utterance {bad[0]} has {sizes[bad[0]]} samples, not 1..max_samples={max_samples}")
@@ -135,8 +136,7 @@ class SampleRequest(NamedTuple):
 class BucketSampler(Sampler[list[SampleRequest]]):
     """Deal out the batches of `bucket_batches`, epoch after epoch, to one process or many; stoppable anywhere.
 
-    What comes next follows from (epoch, position). Each request carries its epoch, so that workers which live longer
-    than an epoch know it.
+    What comes next follows from (epoch, position). Requests carry the epoch, as workers live longer than one.
 
     Args:
         lengths: samples of each utterance.
@@ -159,20 +159,19 @@ class BucketSampler(Sampler[list[SampleRequest]]):
         rank: int | None = None,
     ) -> None:
         if processes < 1 or (rank is not None and not 0 <= rank < processes):
-            raise ValueError(
-                f"rank={rank} must be None or lie in 0..processes - 1, and processes={processes}"
-            )
+            raise ValueError(f"{rank=} must be None or lie in 0..processes - 1, and {processes=}")
         self.facts = ([int(n) for n in lengths], max_samples, max_rows, seed, processes)
-        self.processes, self.rank = processes, rank
+        self.processes, self.rank, self.epoch = processes, rank, -1
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
         """Go to an epoch, and there to a position: batches that each process has had already."""
         if epoch < 0 or position < 0:
-            raise ValueError(f"epoch={epoch} and position={position} must not be negative")
-        lengths, most, rows, seed, n = self.facts
+            raise ValueError(f"{epoch=} and {position=} must not be negative")
+        if epoch != self.epoch:
+            lengths, most, rows, seed, n = self.facts
+            self.batches = bucket_batches(lengths, most, max_rows=rows, seed=seed, epoch=epoch, multiple_of=n)
         self.epoch, self.position = epoch, position
-        self.batches = bucket_batches(lengths, most, max_rows=rows, seed=seed, epoch=epoch, multiple_of=n)
 
     def _to_come(self) -> list[list[int]]:
         """This process's batches from the position on."""
@@ -189,12 +188,7 @@ class BucketSampler(Sampler[list[SampleRequest]]):
             yield [SampleRequest(epoch, i) for i in batch]
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on exactly here.
-
-        Args:
-            position: batches of this epoch that each process has used. Only the training loop knows: workers ask for
-                batches ahead of time.
-        """
+        """What `load_state_dict` needs to go on here, or at a position that the training loop knows (workers ask ahead)."""
         here = self.position if position is None else position
         data = hashlib.blake2b(repr(self.facts).encode(), digest_size=8).hexdigest()
         return {"epoch": self.epoch, "position": here, "data": data}
@@ -220,42 +214,22 @@ def crop_start(rng: np.random.Generator, length: int, keep: int) -> int:
 
 
 # %% ../../nbs/data/batches.ipynb #940480fc
-def draw_masks(
-    rngs: Sequence[np.random.Generator],
-    n_frames: Sequence[int],
-    *,
-    mask_prob: float,
-    mask_length: int,
-    min_masks: int = 0,
+def draw_mask(
+    rng: np.random.Generator, n_frames: int, *, mask_prob: float, mask_length: int, min_masks: int = 0
 ) -> Tensor:
-    """Choose the frames to mask, for each utterance as if it were alone.
+    """Choose the frames of one utterance to mask, as `compute_mask_indices((1, n_frames), …)` does; `[T]` bool.
 
-    A row has the distribution of `compute_mask_indices((1, length), …)`, rounding included, and does not depend on the
-    other rows or on the padding. An utterance shorter than a span masks nothing.
-
-    Args:
-        rngs: a generator for each row.
-        n_frames: real frames of each row.
-        mask_prob: as in `compute_mask_indices`, like `mask_length` and `min_masks`.
-        mask_length: $M$.
-        min_masks: where they fit.
-
-    Returns:
-        `[B, T]` bool, True = masked.
+    An utterance shorter than a span of `mask_length` frames masks nothing.
     """
     if not 0 <= mask_prob <= 1 or mask_length < 1 or min_masks < 0:
         raise ValueError(f"{mask_prob=} must lie in 0..1, {mask_length=} from 1 up, {min_masks=} from 0 up")
-    lengths, T = torch.tensor(n_frames), max(n_frames)
-    if mask_length > T:
-        return torch.zeros(len(rngs), T, dtype=torch.bool)
-    epsilon = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
-    noise = np.stack([rng.random(T - mask_length + 1) for rng in rngs])  # a longer draw begins alike
+    if n_frames < mask_length:
+        return torch.zeros(n_frames, dtype=torch.bool)
+    length, epsilon = torch.tensor([n_frames]), torch.tensor(rng.random(), dtype=torch.float32)
     spans: Any = {"mask_prob": mask_prob, "mask_length": mask_length, "min_masks": min_masks}
-    counts = span_counts(lengths, T, epsilon, **spans)
-    counts = torch.minimum(
-        counts, lengths // mask_length
-    )  # the row's own bound, not that of the padded batch
-    return spans_from_noise(torch.from_numpy(noise), counts, lengths, mask_length)
+    counts = span_counts(length, n_frames, epsilon, **spans)  # rounded by the utterance's own number
+    noise = torch.from_numpy(rng.random((1, n_frames - mask_length + 1)))  # float64: no ties
+    return spans_from_noise(noise, counts, length, mask_length)[0]
 
 
 def draw_negatives(rngs: Sequence[np.random.Generator], mask: Tensor, num_negatives: int) -> Tensor:
@@ -267,7 +241,7 @@ def draw_negatives(rngs: Sequence[np.random.Generator], mask: Tensor, num_negati
         num_negatives: $N$, at least 1.
 
     Returns:
-        `[B, T, N]` int32, numbers of frames in the flattened batch `[B * T]`; see `sample_negative_indices`.
+        `[B, T, N]` int32, as `sample_negative_indices` does.
     """
     if num_negatives < 1:
         raise ValueError(f"num_negatives={num_negatives} must be at least 1")
@@ -288,19 +262,11 @@ class Example:
 
 
 class SpeechDataset(Dataset[Example]):
-    """Decode utterances when they are asked for, in whichever process asks.
-
-    Args:
-        speech: the utterances.
-        preload: decode all now and keep them in memory (4 bytes a sample): for small sets.
-
-    Attributes:
-        left_out: utterances that `data_loader` did not take over, with their lengths.
-    """
+    """Decode utterances when they are asked for, in whichever process asks; `preload` decodes all now and keeps them."""
 
     def __init__(self, speech: Speech, *, preload: bool = False) -> None:
         self.speech = speech
-        self.left_out: list[str] = []
+        self.left_out: list[str] = []  # what data_loader did not take over
         self._kept = [self._decode(utterance) for utterance in speech] if preload else None
 
     def __len__(self) -> int:
@@ -389,6 +355,11 @@ class Collator:
         """A generator for each row of a batch."""
         return [sample_rng(self.seed, batch["epoch"], name, purpose) for name in batch["ids"]]
 
+    def masks(self, batch: BatchFeature, **spans: Any) -> Tensor:
+        """Draw a mask for each row by `draw_mask`, `[B, T]` bool; padding is not masked."""
+        pairs = zip(self.rngs(batch, "mask"), batch["n_frames"], strict=True)
+        return pad_sequence([draw_mask(rng, n, **spans) for rng, n in pairs], batch_first=True)
+
     def add(self, batch: BatchFeature, examples: Sequence[Example], starts: Sequence[int]) -> None:
         """Add to a batch what an objective needs; `starts` are the first samples of the crops."""
 
@@ -420,9 +391,9 @@ class Collator:
         batch["lengths"], batch["n_frames"] = lengths, [self.frames(n) for n in lengths]
         config = self.config
         if self.spec_augment and config.apply_spec_augment and config.mask_time_prob > 0:
-            batch["mask_time_indices"] = draw_masks(
-                self.rngs(batch, "mask"), batch["n_frames"], mask_prob=config.mask_time_prob,
-                mask_length=config.mask_time_length, min_masks=config.mask_time_min_masks,
+            batch["mask_time_indices"] = self.masks(
+                batch, mask_prob=config.mask_time_prob, mask_length=config.mask_time_length,
+                min_masks=config.mask_time_min_masks,
             )  # fmt: skip
         self.add(batch, examples, starts)
         return batch
@@ -441,12 +412,9 @@ class Collator:
 
 
 # %% ../../nbs/data/batches.ipynb #6dc3267c
-_FACTS = ("ids", "epoch", "lengths", "n_frames", "n_masked", "n_labels", "label_lengths", "texts", "dropped")
-
-
 def model_inputs(batch: BatchFeature) -> dict[str, Tensor]:
-    """Take from a batch what a model's forward is given; the rest are facts for the host."""
-    return {key: value for key, value in batch.items() if key not in _FACTS}
+    """Take from a batch what a model's forward is given, the tensors; the rest are facts for the host."""
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 def find_problems(speech: Speech, collator: Collator) -> dict[str, str]:
@@ -469,10 +437,8 @@ class PretrainingCollator(Collator):
 
     def add(self, batch: BatchFeature, examples: Sequence[Example], starts: Sequence[int]) -> None:
         """Add `mask_time_indices` `[B, T]`, `sampled_negative_indices` `[B, T, N]`, and how many are masked, `n_masked`."""
-        mask = draw_masks(
-            self.rngs(batch, "mask"), batch["n_frames"], mask_prob=self.mask_prob, mask_length=self.mask_length,
-            min_masks=self.min_masks,
-        )  # fmt: skip
+        spans = {"mask_prob": self.mask_prob, "mask_length": self.mask_length, "min_masks": self.min_masks}
+        mask = self.masks(batch, **spans)
         n = self.config.num_negatives if self.num_negatives is None else self.num_negatives
         batch["mask_time_indices"], batch["n_masked"] = mask, int(mask.sum())
         batch["sampled_negative_indices"] = draw_negatives(self.rngs(batch, "negatives"), mask, n)
@@ -512,12 +478,7 @@ class CTCCollator(Collator):
 
 # %% ../../nbs/data/batches.ipynb #47bba856
 def label_names(speech: Speech, target: str | Callable[[Utterance], Any]) -> dict[int, str]:
-    """Number all labels that occur in a training set, in alphabetical order: an `id2label` for the config.
-
-    Args:
-        speech: the training set.
-        target: as `LabelCollator` takes it.
-    """
+    """Number all labels of a training set in alphabetical order, an `id2label`; `target` as in `LabelCollator`."""
     found: set[str] = set()
     for utterance in speech:
         value = target(utterance) if callable(target) else getattr(utterance, target)
@@ -603,11 +564,11 @@ class LabelCollator(Collator):
         """
         triples = zip(examples, starts, batch["n_frames"], strict=True)
         rows = [self.label(e.utterance, start, n) for e, start, n in triples]
-        batch["labels"] = labels = (
-            torch.stack(rows) if self.per == "utterance" else pad_sequence(rows, True, -100)
-        )
-        known = labels[..., 0] if self.several else labels
-        batch["n_labels"] = int((known != -100).sum()) if self.per == "frame" else len(examples)
+        if self.per == "utterance":
+            batch["labels"], batch["n_labels"] = torch.stack(rows), len(rows)
+        else:
+            batch["labels"] = labels = pad_sequence(rows, True, -100)
+            batch["n_labels"] = int(((labels[..., 0] if self.several else labels) != -100).sum())
 
 
 # %% ../../nbs/data/batches.ipynb #a2bcbace
@@ -643,26 +604,25 @@ def data_loader(
         ValueError: an utterance that is too short for a frame or too long for a batch (which one). With the collator's
             `bad="drop"` it is left out and named in `loader.dataset.left_out`.
     """
-    rate = collator.feature_extractor.sampling_rate
-    fits = [collator.width <= collator.row_samples(u.n_samples) <= max_seconds * rate for u in speech]
-    left_out = [
-        f"{u.id!r} ({u.n_samples / rate:.2f} s)" for u, fit in zip(speech, fits, strict=True) if not fit
-    ]
+    most = max_seconds * collator.feature_extractor.sampling_rate
+    kept, left_out = [], []
+    for u in speech:
+        if collator.width <= collator.row_samples(u.n_samples) <= most:
+            kept.append(u)
+        else:
+            left_out.append(f"{u.id!r} ({u.seconds:.2f} s)")
     if left_out and collator.bad == "raise":
         raise ValueError(
             f"{len(left_out)} of {len(speech)} utterances are shorter than a frame or longer than {max_seconds=}, such as "
             f"{', '.join(left_out[:3])}: filter or crop them, or give the collator bad='drop'"
         )
-    kept = [u for u, fit in zip(speech, fits, strict=True) if fit]
     dataset = SpeechDataset(Speech(kept, speech.name, speech.split, speech.about), preload=preload)
     dataset.left_out = left_out
-    sampler = BucketSampler(
-        [collator.row_samples(u.n_samples) for u in kept], int(max_seconds * rate), max_rows=max_rows, seed=seed,
-        processes=processes, rank=rank,
-    )  # fmt: skip
+    lengths = [collator.row_samples(u.n_samples) for u in kept]
+    order: dict[str, Any] = {"max_rows": max_rows, "seed": seed, "processes": processes, "rank": rank}
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=BucketSampler(lengths, int(most), **order),
         collate_fn=collator,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -23,7 +23,6 @@ from ..data.corpus import Segment
 
 # %% auto #0
 __all__ = [
-    "Floats",
     "EditCounts",
     "eval_library",
     "plain_text",
@@ -168,10 +167,10 @@ def character_error_rate(
 
 
 # %% ../../nbs/evaluation/measures.ipynb #5ab269c4
-Floats = NDArray[np.float64]
+_Floats = NDArray[np.float64]
 
 
-def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[Floats, NDArray[np.bool_]]:
+def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[_Floats, NDArray[np.bool_]]:
     """Compare every utterance with every other one by the cosine of their vectors.
 
     Args:
@@ -187,7 +186,7 @@ def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[Floats, ND
 
 
 # %% ../../nbs/evaluation/measures.ipynb #1e49c93b
-def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Floats, Floats]:
+def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[_Floats, _Floats, _Floats]:
     """Both shares of errors at every threshold that makes a difference; "same" is said from the threshold upwards.
 
     Args:
@@ -315,7 +314,7 @@ def activity_turns(
 
 
 # %% ../../nbs/evaluation/measures.ipynb #063a77b3
-def _active(turns: Sequence[Segment], middles: Floats) -> tuple[list[str], NDArray[np.bool_]]:
+def _active(turns: Sequence[Segment], middles: _Floats) -> tuple[list[str], NDArray[np.bool_]]:
     """Say who of all speakers is active in the middle of each slice of time."""
     names = list(dict.fromkeys(turn.label for turn in turns))
     on = np.zeros((len(names), len(middles)), bool)

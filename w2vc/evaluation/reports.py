@@ -50,7 +50,6 @@ from .probes import phone_frames, phone_probe, utterance_batches
 # %% auto #0
 __all__ = [
     "Metrics",
-    "HEADS",
     "Measure",
     "Report",
     "EvalContext",
@@ -185,11 +184,13 @@ class EvalContext:
         groups = [speakers[name] for name in ids] if self.by == "speaker" else None
         return Measure(*bootstrap(rows, statistic, groups=groups, **{**self.draws, **options}), note)
 
-    def select(self, use: Callable[[Utterance], bool], why: str) -> Speech:
-        """Choose utterances, with a note on how many are left out, and why."""
+    def select(self, use: Callable[[Utterance], bool], missing: str) -> Speech:
+        """Choose utterances, with a note on how many are left out and what they miss; a ValueError if all are."""
         chosen = self.speech.filter(use)
+        if not chosen:
+            raise ValueError(f"{missing} in {self.speech!r}")
         if left := len(self.speech) - len(chosen):
-            self.notes.append(f"{left} of {len(self.speech)} utterances left out: {why}")
+            self.notes.append(f"{left} of {len(self.speech)} utterances left out: {missing}")
         return chosen
 
     def watch(self, items: Iterable[Any], unit: str, total: int | None = None) -> Iterable[Any]:
@@ -211,6 +212,8 @@ class EvalContext:
             for batch in self.watch(batches, "batch"):
                 output = self.model(batch["input_values"], batch["attention_mask"], return_dict=True)
                 found += zip(batch["utterances"], output[name].float().cpu(), strict=True)
+        if not found:
+            raise ValueError(f"none of {speech!r} can be used: {left_out[0]}")
         if left_out:
             self.notes.append(f"{len(left_out)} of {len(speech)} utterances left out, such as {left_out[0]}")
         return found
@@ -230,16 +233,11 @@ def evaluate_ctc(
     chunk_seconds: float | None = None,
 ) -> Metrics:
     """Word and character error rates, over all utterances and for each kind of them."""
-    known = context.select(lambda u: bool(u.text.strip()), "their text is not known")
-    if not known:
-        raise ValueError(f"no text is known in {context.speech!r}")
-    options: Any = {
-        "chunk_seconds": chunk_seconds,
-        "batch_seconds": context.batch_seconds,
-        "decoder": decoder,
-    }
+    known = context.select(lambda u: bool(u.text.strip()), "no text is known")
+    options: Any = {"chunk_seconds": chunk_seconds, "batch_seconds": context.batch_seconds}
     heard = context.watch(known, "utterance", len(known))
-    said = [t.text for t in transcribe(iter(heard), context.model, processor, timestamps=None, **options)]
+    options |= {"decoder": decoder, "timestamps": None}
+    said = [t.text for t in transcribe(iter(heard), context.model, processor, **options)]
     meant, ids, kinds = [u.text for u in known], [u.id for u in known], [u.kind for u in known]
     words, characters = (measures.count_edits(meant, said, unit, normalise) for unit in ("word", "char"))
     figures = {}
@@ -273,11 +271,8 @@ def evaluate_sequences(context: EvalContext, target: str | None = None) -> Metri
     choices = ("text", "speaker", "language", "kind")
     hits = {name: sum(getattr(u, name) in labels for u in context.speech) for name in choices}
     name = target or max(hits, key=hits.__getitem__)
-    known = context.select(lambda u: getattr(u, name) in labels, f"their {name} is no label of the model")
-    if not known:
-        raise ValueError(
-            f"target is missing: the labels {list(labels)[:5]} occur in none of {', '.join(choices)}"
-        )
+    missing = f"no {name} that is a label of the model is known (target says what its labels stand for)"
+    known = context.select(lambda u: getattr(u, name) in labels, missing)
     asked, logits = zip(*context.outputs(known, "logits"), strict=True)
     truth, said = np.array([labels[getattr(u, name)] for u in asked]), torch.stack(logits).argmax(1).numpy()
     table, right = cross_table(truth, said, (len(labels), len(labels))), truth == said
@@ -300,9 +295,7 @@ def evaluate_frames(context: EvalContext, target: str | None = None) -> Metrics:
     if kind not in {ONE_LABEL, MANY_LABELS}:
         raise ValueError(f"problem_type={kind!r} has no measure here; frames with one label or several have")
     target = target or ("turns" if all(label.startswith("speaker ") for label in labels) else "phones")
-    known = context.select(lambda u: bool(getattr(u, target)), f"their {target} are not known")
-    if not known:
-        raise ValueError(f"target={target!r}: nothing is known of it in {context.speech!r}")
+    known = context.select(lambda u: bool(getattr(u, target)), f"no {target} are known")
     clock = FrameClock.of(config, adapter=True)
     grid: Any = {"hop": clock.step, "middle": clock.middle()}
     ids: list[str] = []
@@ -337,7 +330,7 @@ def evaluate_speakers(context: EvalContext) -> Metrics:
     least = min_samples(context.model.config)
     known = context.select(
         lambda u: u.speaker != "" and "+" not in u.speaker and u.n_samples >= least,
-        f"no one speaker, or shorter than {least / SAMPLING_RATE:.2f} s",
+        f"no one speaker is known, or less than {least / SAMPLING_RATE:.2f} s of sound",
     )
     asked, vectors = zip(*context.outputs(known, "embeddings"), strict=True)
     scores, same = measures.score_pairs(torch.stack(vectors), [u.speaker for u in asked])
@@ -392,11 +385,11 @@ def contrastive_sums(
         speech, collator, max_seconds=max(data.batch_seconds, longest), max_rows=data.batch_rows, seed=seed
     )
     seen: dict[str, Tensor] = {}
+    found: dict[str, Sums] = {}
     hook = model.quantizer.register_forward_hook(
         lambda quantizer, inputs, output: seen.update(scores=quantizer.logits(inputs[0]), codes=output[2])
     )
-    found: dict[str, Sums] = {}
-    with eval_mode(model):
+    with hook, eval_mode(model):
         for batch in loader:
             batch.to(model.device)
             padding = None if len(set(batch["lengths"])) == 1 else batch["attention_mask"]
@@ -407,11 +400,9 @@ def contrastive_sums(
             for i, name in enumerate(batch["ids"]):
                 row = slice(i, i + 1)
                 parts = (states[row], targets[row], negatives[row], mask[row], seen["codes"][row])
-                sums = code_sums(scores[row], mask[row]) | choice_sums(
-                    *parts, config.contrastive_logits_temperature
-                )
+                sums = choice_sums(*parts, config.contrastive_logits_temperature)
+                sums |= code_sums(scores[row], mask[row])
                 found[name] = {key: value.cpu() for key, value in sums.items()}
-    hook.remove()
     return found
 
 
@@ -540,7 +531,7 @@ def evaluate_pretraining(
 
 
 # %% ../../nbs/evaluation/reports.ipynb #0a30434e
-HEADS: dict[str, type[PreTrainedModel]] = {  # a tensor that only this head has -> its class
+_HEADS: dict[str, type[PreTrainedModel]] = {  # a tensor that only this head has -> its class
     "lm_head.": Wav2Vec2ConformerForCTC,
     "quantizer.": Wav2Vec2ConformerForPreTraining,
     "tdnn.": Wav2Vec2ConformerForXVector,
@@ -564,14 +555,14 @@ def model_class(
         FileNotFoundError: No checkpoint there.
         ValueError: No such class.
     """
-    classes = {cls.__name__: cls for cls in HEADS.values()}
+    classes = {cls.__name__: cls for cls in _HEADS.values()}
     if architecture is None:
         config = find_folder(model, revision) / "config.json"
         named = (read_json(config).get("architectures") or [None])[0] if config.is_file() else None
         if named not in classes:
             names = read_checkpoint(model, revision=revision, device="meta")
-            part = next(part for part in HEADS if any(name.startswith(part) for name in names))
-            return HEADS[part]
+            part = next(part for part in _HEADS if any(name.startswith(part) for name in names))
+            return _HEADS[part]
         architecture = named
     if architecture not in classes:
         raise ValueError(f"architecture={architecture!r}: allowed are {', '.join(classes)}")
@@ -654,9 +645,9 @@ def evaluate(
     if isinstance(model, str | os.PathLike):
         cls = model_class(model, revision=revision)
         model = cls.from_pretrained(model, device=device, dtype=dtype, revision=revision)
-    elif not isinstance(model, tuple(HEADS.values())):
+    elif not isinstance(model, tuple(_HEADS.values())):
         raise ValueError(
-            f"model is a {type(model).__name__}: allowed are {', '.join(c.__name__ for c in HEADS.values())}"
+            f"model is a {type(model).__name__}: allowed are {', '.join(c.__name__ for c in _HEADS.values())}"
         )
     processor = processor or _processor_of(model)
     extractor = getattr(processor, "feature_extractor", processor)

@@ -15,6 +15,7 @@ from w2vc.model.classification import (
     Wav2Vec2ConformerForSequenceClassification,
 )
 
+from ..files.atomic import read_json
 from ..files.pretrained import PreTrainedModel, demo_folder
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
@@ -73,4 +74,4 @@ def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
 # %% ../../nbs/training/demo.ipynb #df89519e
 def demo_figures() -> dict[str, Any]:
     """What the demo checkpoint reaches on speech that it never heard: head -> set -> report (see its model card)."""
-    return dict(json.loads((demo_folder().parent / "figures.json").read_text(encoding="utf-8")))
+    return read_json(demo_folder().parent / "figures.json")

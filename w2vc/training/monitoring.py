@@ -5,7 +5,6 @@
 # %% ../../nbs/training/monitoring.ipynb #623cc377
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..files.atomic import read_json
 from ..model.pretraining import contrastive_logits
 from ..model.quantizer import codebook_perplexity
 from .recipes import recipe_folder
@@ -185,6 +185,7 @@ def _collapse(train: Records) -> str:
     return ""
 
 
+# %% ../../nbs/training/monitoring.ipynb #f947c48d
 def _divergence(train: Records) -> str:
     """A loss or gradient far above what it was."""
     loss, gradient = _recent(train, "loss"), _recent(train, "gradient")
@@ -196,7 +197,6 @@ def _divergence(train: Records) -> str:
     return ""
 
 
-# %% ../../nbs/training/monitoring.ipynb #f947c48d
 def _not_learning(train: Records, steps: int, chance: float) -> str:
     """Late in the run, answers that are hardly better than guesses; or nothing but blanks."""
     if train[-1]["step"] < min(0.4 * steps, 10_000) or len(train) < 8:
@@ -224,35 +224,20 @@ def _overfitting(train: Records, valid: Records) -> str:
 
 
 # %% ../../nbs/training/monitoring.ipynb #54a79dc1
-@dataclass(frozen=True)
-class Alarm:
-    """Something is wrong with a run: a key of `ALARMS`, the step, the figures that raised it, usual cause, and remedy."""
-
-    name: str
-    step: int
-    seen: str
-    cause: str
-    remedy: str
-
-    def __str__(self) -> str:
-        """One paragraph for the log."""
-        return f"{self.name} at step {self.step}: {self.seen}. Cause: {self.cause}. Remedy: {self.remedy}."
-
-
 ALARMS = {  # name -> (usual cause, remedy)
     "collapse": (
         "the quantizer answers with few codes, so that right and wrong answers look alike and guessing pays",
-        "go back to a checkpoint before the fall; raise model.config.diversity_loss_weight (0.1 to 1), lower optimizer.lr, set "
-        "pretraining.features_penalty, or lower the temperature more slowly",
+        "go back to a checkpoint before the fall; raise model.config.diversity_loss_weight (0.1 to 1), lower optimizer.lr, "
+        "set pretraining.features_penalty, or lower the temperature more slowly",
     ),
     "divergence": (
         "steps are too long, or a few samples are far from all others",
-        "lower optimizer.lr, lengthen schedule.warmup, set optimizer.clip to about twice the usual length of the gradient",
+        "lower optimizer.lr, lengthen schedule.warmup, set optimizer.clip to twice the usual length of the gradient",
     ),
     "not learning": (
-        "too little audio per update, a learning rate that is too small or far too large, or a task without an answer",
-        "raise run.accumulate or data.batch_seconds; try a third and three times optimizer.lr; start from a pre-trained model; "
-        "look at a batch: are sound and labels right?",
+        "too little audio per update, a rate that is too small or far too large, or a task without an answer",
+        "raise run.accumulate or data.batch_seconds; try a third and three times optimizer.lr; start from a pre-trained "
+        "model; look at a batch: are sound and labels right?",
     ),
     "features grow": (
         "nothing holds the scale of the latent frames before their norm",
@@ -265,16 +250,28 @@ ALARMS = {  # name -> (usual cause, remedy)
 }
 
 
+@dataclass(frozen=True)
+class Alarm:
+    """Something is wrong with a run: what, since when, the figures that raised it, the usual cause, and the remedy."""
+
+    name: str  # a key of ALARMS
+    step: int
+    seen: str
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """One paragraph for the log."""
+        return f"{self.name} at step {self.step}: {self.seen}. Cause: {self.cause}. Remedy: {self.remedy}."
+
+
 def find_alarms(records: Records, steps: int, chance: float = 0.0) -> list[Alarm]:
-    """Look at the figures of a run so far, and say what is wrong now.
+    """Look at the figures of a run so far, and say what is wrong now; nothing for a healthy run.
 
     Args:
         records: lines of `metrics.jsonl`, in order.
         steps: of the whole run.
         chance: share of right answers of somebody who guesses.
-
-    Returns:
-        Alarms for the last record; empty for a healthy run.
     """
     train, valid = ([r for r in records if r["kind"] == kind] for kind in ("train", "valid"))
     if not train:
@@ -343,7 +340,7 @@ def healthy_bands(
 def stored_bands(recipe: str) -> dict[str, Any] | None:
     """Read the bands that lie beside a recipe of the package (`NAME.health.json`); None if it has none."""
     path = recipe_folder() / f"{recipe}.health.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def compare_with_bands(records: Records, bands: Mapping[str, Any]) -> dict[str, float]:
