@@ -103,10 +103,11 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, address: Any) -> _Storage:
         """Read the address that torch writes for a row of numbers."""
         match address:
-            case ("storage", kind, str(key), _, int(count), *_) if (
-                getattr(kind, "name", "") in _STORAGE_TYPES
-            ):
-                return self.storages.setdefault(key, _Storage(key, _STORAGE_TYPES[kind.name], count))
+            case ("storage", kind, str(key), _, int(size), *view) if not any(
+                view
+            ):  # views are older than torch 0.4
+                if dtype := _STORAGE_TYPES.get(getattr(kind, "name", "")):
+                    return self.storages.setdefault(key, _Storage(key, dtype, size))
         raise ValueError("it has an address of another kind")
 
 
