@@ -13,21 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 from torch import Tensor, nn
 
 import w2vc.model.quantizer
 from w2vc.data.batches import data_loader
 from w2vc.data.corpus import Speech, load_speech
+from w2vc.training.monitoring import whole_tensor
+from w2vc.training.objectives import build
 from w2vc.training.recipes import Recipe
 from w2vc.training.trainer import (
-    OBJECTIVE_CLASSES,
-    MetricsLog,
     Stream,
-    Trainer,
+    TrainState,
+    continue_run,
+    evaluate,
     gather_speech,
-    put_together,
+    make_state,
     train,
+    train_step,
 )
 
 CALM = {  # nothing random inside the model, so that cuts of a batch can be compared
@@ -61,30 +64,25 @@ def fixed_noise(logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).softmax(-1)
 
 
-def gradients_of_a_step(trainer: Trainer) -> dict[str, Tensor]:
+def gradients_of_a_step(state: TrainState) -> dict[str, Tensor]:
     """What the optimiser gets to see in one step, with batch norm in eval."""
-    trainer.unfreeze()
-    for module in trainer.model.modules():
+    for module in state.model.modules():
         if isinstance(module, nn.BatchNorm1d):
-            module.eval()
+            module.train = lambda mode, module=module: nn.Module.train(module, False)  # type: ignore[method-assign,assignment,misc]
     seen: dict[str, Tensor] = {}
-    trainer.log = MetricsLog(trainer.folder)
-    trainer.optimizer.step = lambda: seen.update(
-        {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    state.optimizer.step = lambda: seen.update(  # type: ignore[method-assign,assignment]
+        {n: whole_tensor(p.grad).clone() for n, p in state.model.named_parameters() if p.grad is not None}
     )
-    trainer.update()
-    return put_together(seen)
+    train_step(state)
+    return seen
 
 
-def trainer_for(
+def state_for(
     plan: Recipe, speech: Speech, folder: Path, valid: Speech | None = None, *, double: bool = True
-) -> Trainer:
-    """A trainer on speech of our choice; in double precision, rounding stays far below what is asserted."""
-    kind = OBJECTIVE_CLASSES[plan.objective]
-    model, processor = kind.build(plan, speech)
-    if double:
-        model.double()
-    return Trainer(plan, folder, kind(plan, model, processor), speech, valid, progress=False)
+) -> TrainState:
+    """A run on speech of our choice; in double precision, rounding stays far below what is asserted."""
+    objective, model = build(plan, speech)
+    return make_state(plan, folder, objective, model.double() if double else model, speech, valid)
 
 
 def cut_gradients(objective: str, cut: tuple[str, ...], folder: Path, **knobs: Any) -> dict[str, Tensor]:
@@ -96,7 +94,7 @@ def cut_gradients(objective: str, cut: tuple[str, ...], folder: Path, **knobs: A
     )
     plan.model.config |= {} if objective == "ctc" else {"apply_spec_augment": False}
     return gradients_of_a_step(
-        trainer_for(plan, load_speech("builtin", "dev").filter(kind="digits")[:4], folder)
+        state_for(plan, load_speech("builtin", "dev").filter(kind="digits")[:4], folder)
     )
 
 
@@ -142,7 +140,7 @@ def together(
 def one_of_two(child: Callable[[Path, int], None], folder: Path, rank: int, place: dict[str, str]) -> None:
     """Take a place in the group, and begin."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **place}
-    AcceleratorState._reset_state(reset_partial_state=True)  # what this process was before it was copied
+    PartialState._reset_state()  # what this process was before it was copied
     child(folder, rank)
 
 
@@ -188,15 +186,15 @@ def child_of_two(folder: Path, rank: int) -> None:
 IN_PIECES = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def poison(trainer: Trainer, bad: str) -> None:
+def poison(state: TrainState, bad: str) -> None:
     """Let the loss of every batch with the utterance `bad` be no number."""
-    forward = trainer.objective.forward
+    forward = state.objective.forward
 
-    def poisoned(model: Any, batch: Any, count: int) -> Any:
-        loss, output = forward(model, batch, count)
-        return loss * math.nan if bad in batch["ids"] else loss, output
+    def poisoned(model: Any, batch: Any) -> Any:
+        loss, result = forward(model, batch)
+        return loss * math.nan if bad in batch["ids"] else loss, result
 
-    trainer.objective.forward = poisoned  # type: ignore[method-assign]
+    state.objective.forward = poisoned  # type: ignore[method-assign]
 
 
 def few_steps(objective: str, folder: Path, *cut: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -206,16 +204,14 @@ def few_steps(objective: str, folder: Path, *cut: str) -> tuple[dict[str, Tensor
         layerdrop=0.0, diversity_loss_weight=0.0, apply_spec_augment=False,
     )  # fmt: skip
     speech = gather_speech(plan.data.train)[:8]
-    trainer = trainer_for(plan, speech, folder, speech[:3])
-    if trainer.world == 1:  # the batches of two processes in turn
-        trainer.stream = Stream(data_loader(
-            speech, trainer.objective.collator(True), max_seconds=plan.data.batch_seconds, max_rows=plan.data.batch_rows,
+    state = state_for(plan, speech, folder, speech[:3])
+    if state.processes.count == 1:  # the batches of two processes in turn
+        state.stream = Stream(data_loader(
+            speech, state.objective.collator(True), max_seconds=plan.data.batch_seconds, max_rows=plan.data.batch_rows,
             seed=plan.run.seed, processes=2, rank=None,
         ))  # fmt: skip
-    trainer.log = MetricsLog(folder / "log")
-    trainer.unfreeze()
-    figures = trainer.evaluate()
-    weights = {name: p.detach() for name, p in trainer.run().model.named_parameters()}
+    figures = evaluate(state)
+    weights = {name: p.detach() for name, p in continue_run(state).model.named_parameters()}
     return weights, figures
 
 
@@ -264,16 +260,9 @@ def poisoned_child(folder: Path, rank: int) -> None:
     """One of two processes, one of which gets a bad clip now and then, and less to validate on."""
     plan = make_recipe("ctc", "run.steps=8", "data.batch_rows=1", mask_time_prob=0.0)
     speech = gather_speech(plan.data.train)[:6]
-    trainer = trainer_for(plan, speech, folder / "run", speech[:4], double=False)
-    poison(trainer, speech[3].id)
-
-    def give_up(module: nn.Module, inputs: Any) -> None:
-        """Refuse in the middle of the model, when samples are looked at one by one."""
-        if torch.is_inference_mode_enabled():
-            raise ValueError("not a number")
-
-    trainer.model.base_model.encoder.layers[1].register_forward_pre_hook(give_up)
-    assert len(trainer.valid) == 2
-    trainer.valid = Short(trainer.valid, 2 - rank)
-    trainer.run()
-    torch.save(trainer.skipped, folder / f"skipped-{rank}.pt")
+    state = state_for(plan, speech, folder / "run", speech[:4], double=False)
+    poison(state, speech[3].id)
+    assert len(state.valid) == 2
+    state.valid = Short(state.valid, 2 - rank)
+    continue_run(state)
+    torch.save(state.skipped, folder / f"skipped-{rank}.pt")

@@ -225,7 +225,7 @@ def test_a_ctc_model_without_a_processor_is_refused(folder: Path, utterance: Utt
 def test_tracks_need_a_frame() -> None:
     u = Utterance("x", np.zeros(100, np.float32))
     with pytest.raises(ValueError, match="one frame"):
-        views.track_explorer("x", u, [], [], FrameClock(), alt="nothing at all is to be seen here")
+        views.track_explorer("x", u, [], [], FrameClock(), facts="", alt="nothing at all is to be seen here")
 
 
 def test_a_picture_has_a_pattern_for_each_error() -> None:

@@ -1,4 +1,4 @@
-"""Two processes that hold a piece of the model each (FSDP2) do what one does that holds it whole."""
+"""Two processes do what one does: each with a whole model (DDP), or with a piece of it (FSDP 2)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import w2vc
 import w2vc.model.quantizer
 from training_runs import (
     IN_PIECES,
     agree_with_the_whole,
     child_in_pieces,
+    child_of_two,
     few_steps,
     fixed_noise,
     largest_gap,
@@ -28,9 +28,65 @@ from training_runs import (
 )
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
-from w2vc.training.trainer import gather_speech, make_accelerator, read_metrics, wants_pieces
+from w2vc.training.distributed import find_processes
+from w2vc.training.objectives import build
+from w2vc.training.trainer import gather_speech, read_metrics, train
 
-SETTINGS = Path(w2vc.__file__).parent / "assets" / "scale"
+SETTINGS = Path(w2vc.__file__).parent / "assets" / "scale"  # for `accelerate launch`
+
+
+@pytest.fixture(scope="module")
+def of_two_whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found that trained together."""
+    folder = tmp_path_factory.mktemp("two")
+    together(child_of_two, folder)
+    return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in "01"]
+
+
+@pytest.mark.parametrize("objective", ["pretraining", "ctc"])
+def test_two_processes_see_the_gradient_of_one(
+    objective: str, of_two_whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agree_with_the_whole(objective, of_two_whole, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("objective", ["pretraining", "ctc"])
+def test_two_processes_stay_together(objective: str, of_two_whole: list[dict[str, Any]]) -> None:
+    """LayerDrop, a frozen feature encoder, and a base model that is frozen for two steps; resumed after each step."""
+    parameters = dict(trainer_parameters(objective))
+    for kind in ("whole", "pieces"):
+        first, second = (found[f"{objective}-{kind}"] for found in of_two_whole)
+        assert all(torch.equal(first[name], second[name]) for name in parameters)
+    whole, pieces = of_two_whole[0][f"{objective}-whole"], of_two_whole[0][f"{objective}-pieces"]
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    moved = {name for name, start in parameters.items() if not torch.equal(whole[name], start)}
+    assert any(".encoder.layers.0." in name for name in moved)
+    assert any(".feature_extractor." in name for name in moved) == (objective == "ctc")
+
+
+def trainer_parameters(objective: str) -> list[tuple[str, torch.Tensor]]:
+    """The first weights of a run."""
+    plan = make_recipe(objective)
+    _, model = build(plan, gather_speech(plan.data.train))
+    return [(name, p.detach()) for name, p in model.named_parameters()]
+
+
+def test_accelerate_launch_starts_two_processes(tmp_path: Path) -> None:
+    """As the settings file says; `--cpu` would start one. What they learn together is what one learns from the same batches."""
+    settings = SETTINGS / "cpu_2.yaml"
+    plan = make_recipe("ctc", "run.steps=2", "run.log_every=2", "run.evaluate_every=2", "run.threads=1")
+    (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
+    line = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings), "-m", "w2vc.cli", "finetune",
+        str(tmp_path / "recipe.yaml"), str(tmp_path / "run"),
+    ]  # fmt: skip
+    out = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-2000:]
+    state = torch.load(tmp_path / "run" / "last" / "training_state.pt", weights_only=True)
+    assert len(state["rng"]) == 2
+    assert "x 2 process(es)" in out.stdout
+    with pytest.raises(ValueError, match=r"of 2 process\(es\), and there are 1"):
+        train(plan, tmp_path / "run", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -152,29 +208,38 @@ def test_what_this_loop_cannot_do_is_refused(
     for key, value in (IN_PIECES | settings).items():
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match=message):
-        make_accelerator()
+        find_processes(cpu=True)
 
 
-def test_layerdrop_is_refused_where_all_processes_gather_the_same_blocks(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"layerdrop": 0.1}, r"layerdrop=0\.1 is refused.*model\.config\.layerdrop=0"),
+        ({"precision": "fp16"}, r"run\.precision='fp16' is refused: it must be 'bf16' or 'no' with FSDP"),
+    ],
+)
+def test_what_pieces_do_not_bear_is_refused(
+    wish: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2vc.training.trainer.wants_pieces", lambda: True)
-    with pytest.raises(ValueError, match=r"layerdrop=0\.1 is refused.*model\.config\.layerdrop=0"):
-        make_accelerator(cpu=True, layerdrop=0.1)
+    """LayerDrop, as all processes gather the same blocks; a loss scale."""
+    for key, value in IN_PIECES.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        find_processes(cpu=True, **wish)
 
 
-def test_other_ways_to_cut_a_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in ("DEEPSPEED", "MEGATRON_LM"):
-        made = SimpleNamespace(distributed_type=kind)
-        monkeypatch.setattr(accelerate, "Accelerator", lambda made=made, **options: made)
-        with pytest.raises(ValueError, match=f"distributed_type='{kind}' is refused"):
-            make_accelerator()
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
+def test_other_ways_to_cut_a_model_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ValueError, match=f"distributed_type='{kind}' is refused"):
+        find_processes()
 
 
 def test_a_lone_process_keeps_its_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert not wants_pieces()
+    for key, value in IN_PIECES.items():
+        monkeypatch.setenv(key, value)
+    assert not find_processes(cpu=True).sharded
 
 
 def test_accelerate_launch_starts_two_processes_with_a_piece_each(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def attention_maps(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Tensor:
-    """Capture the attention weights of one recording: `[L, H, T, T]` float32; row `i` holds the weights of frame `i` on every frame.
+    """Capture the attention weights of one recording: `[L, H, T, T]` float32, rows look and columns are looked at.
 
     Args:
         model: With any head or none; it runs in eval mode.
@@ -96,12 +96,12 @@ def attention_distance(maps: Tensor, hop: float = 0.02) -> Tensor:
 
 
 def attention_entropy(maps: Tensor) -> Tensor:
-    """Measure how widely a head spreads its weights, relative to log T: `[..., T, T]` to `[...]`; 1 = equal on all frames, 0 = all on one."""
+    """Measure how widely a head spreads its weights: `[..., T, T]` to `[...]`; 1 = on all frames alike, 0 = all on one."""
     return torch.special.entr(maps).sum(-1).mean(-1) / max(np.log(maps.shape[-1]), 1e-9)
 
 
 def diagonality(maps: Tensor, reach: int = 2) -> Tensor:
-    """Measure the share of its weight that a head keeps within `reach` frames (2: 40 ms back and ahead): `[..., T, T]` to `[...]`."""
+    """Measure the share of weight that a head keeps within `reach` frames: `[..., T, T]` to `[...]`."""
     return maps.triu(-reach).tril(reach).sum(-1).mean(-1)
 
 
@@ -128,7 +128,7 @@ def same_label_share(maps: Tensor, labels: Sequence[str]) -> Tensor:
 
 
 def distance_only(maps: Tensor) -> Tensor:
-    """Give every weight the mean of its distance (its diagonal), rows summing to one again: a head deaf to content, `[..., T, T]`."""
+    """Make a head deaf to content: every weight becomes the mean of its distance, rows sum to one, `[..., T, T]`."""
     n_frames = maps.shape[-1]
     profile = offset_profile(maps, n_frames - 1)  # [..., 2T-1]
     frames = torch.arange(n_frames, device=maps.device)
@@ -137,7 +137,7 @@ def distance_only(maps: Tensor) -> Tensor:
 
 
 def offset_profile(maps: Tensor, reach: int = 50) -> Tensor:
-    """Average a map along its diagonals: entry `reach + o` of `[..., 2 reach + 1]` is the mean weight of the frame o frames later.
+    """Average a map along its diagonals: `[..., 2 reach + 1]`, entry `reach + o` for the frame o frames later.
 
     Raises:
         ValueError: reach is not in 0..T-1.
@@ -149,7 +149,7 @@ def offset_profile(maps: Tensor, reach: int = 50) -> Tensor:
 
 # %% ../../nbs/explore/attention.ipynb #67b1018a
 def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float = 0.02) -> dict[str, Tensor]:
-    """Sum every head up: `distance` (ms), `entropy` (1 = equal weights), `near` (share within 2 frames), `same`, `by_chance`, each `[L, H]`.
+    """Sum every head up, `[L, H]` each: `distance` (ms), `entropy`, `near` (within 2 frames), `same`, `by_chance`.
 
     Args:
         maps: `[L, H, T, T]`, from `attention_maps`.
@@ -173,7 +173,7 @@ def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float =
 def plot_heads(
     summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
 ) -> Any:
-    """Draw `head_summary` as small tables, one row a layer and one column a head, by their names or counted from 0; returns the figure."""
+    """Draw `head_summary` as small tables, a row a layer and a column a head, named or counted from 0; returns the figure."""
     tables = [
         ("mean distance (ms)", summary["distance"], ".0f"), ("entropy (1 = equal weights)", summary["entropy"], ".2f"),
         ("share of weight near (%)", 100 * summary["near"], ".1f"),

@@ -152,7 +152,10 @@ def collect_codes(
 
 @torch.no_grad()
 def target_shares(model: Wav2Vec2ConformerForPreTraining) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What each code adds to the target of the loss, `[G, V, proj_codevector_dim]`, and the bias: `project_q(e_1, e_2) = share_1 + share_2 + bias`."""
+    """What each code adds to the target of the loss, `[G, V, proj_codevector_dim]`, and the bias of `project_q`.
+
+    `project_q(e_1, e_2) = share_1 + share_2 + bias`.
+    """
     quantizer, project = model.quantizer, model.project_q
     table = quantizer.codevectors.float().view(quantizer.num_groups, quantizer.num_vars, -1)  # [G, V, d]
     columns = project.weight.float().view(project.out_features, quantizer.num_groups, -1)  # [P, G, d]
@@ -314,7 +317,14 @@ def code_information(
 
 # %% ../../nbs/explore/codevectors.ipynb #10027e1f
 class CodeSegment(NamedTuple):
-    """Frames in a row with the same code: the place of the utterance, seconds from the first frame's start to the last one's end, and the phone in the middle ("" = unknown)."""
+    """Frames in a row with the same code.
+
+    Attributes:
+        utterance: Its place in the speech.
+        start: Seconds, where the first frame begins to hear.
+        end: Seconds, where the last frame ends.
+        phone: In the middle; "" = unknown.
+    """
 
     utterance: int
     start: float
@@ -325,7 +335,7 @@ class CodeSegment(NamedTuple):
 def code_segments(
     frames: CodeFrames, group: int, code: int, *, n: int | None = None, seed: int = 0
 ) -> list[CodeSegment]:
-    """List the stretches of sound that chose a code, in the order of the utterances and of time; or `n` of them, drawn by lot."""
+    """List the stretches of sound that chose a code, in the order of time; or `n` of them, drawn by lot."""
     hits = np.flatnonzero(frames.codes[:, group] == code)
     new = (np.diff(hits, prepend=-2) > 1) | (np.diff(frames.owner[hits], prepend=-1) != 0)
     runs = np.split(hits, np.flatnonzero(new)[1:]) if len(hits) else []
@@ -398,7 +408,7 @@ def _unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def flatten_to_plane(vectors: ArrayLike) -> tuple[NDArray[np.float32], str]:
-    """Lay vectors `[V, width]` on a plane along the two directions in which they spread most (PCA): points `[V, 2]`, and what is kept."""
+    """Lay vectors `[V, width]` on the plane in which they spread most (PCA): points `[V, 2]`, and what is kept."""
     points = np.asarray(vectors, np.float64)
     left, spread, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
     flat = left[:, :2] * spread[:2]

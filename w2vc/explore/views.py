@@ -68,7 +68,6 @@ __all__ = [
     "error_stretches",
     "turns_view",
     "codes_view",
-    "answers_table",
     "explore_page",
 ]
 
@@ -165,12 +164,8 @@ def read_ctc(model: Any, audio: Any, processor: Any = None, *, text: str | None 
 
 
 # %% ../../nbs/explore/views.ipynb #b75f0146
-SIGNS = {
-    "wrong": "////",
-    "missed": "////",
-    "false alarm": "....",
-    "confused": "xxx",
-}  # the pattern of each kind of error
+# the pattern of each kind of error
+SIGNS = {"wrong": "////", "missed": "////", "false alarm": "....", "confused": "xxx"}
 
 
 class Track(NamedTuple):
@@ -197,7 +192,7 @@ def plain_track(name: str, segments: Sequence[Any]) -> Track:
 
 
 def plot_tracks(utterance: Utterance, tracks: Sequence[Track], hop: float) -> Any:
-    """Draw tracks under waveform and spectrogram, on one time axis, `hop` seconds a frame; errors carry a pattern. Returns the figure."""
+    """Draw tracks under waveform and spectrogram, `hop` seconds a frame; errors carry a pattern. Returns the figure."""
     heights = [0.8 * len(t.labels) if t.heat is not None else 1.5 if t.curve is None else 2.2 for t in tracks]
     ratios = [3.2, 4.5, *heights]
     fig, axes = figure(len(ratios), height=0.6 + 0.17 * sum(ratios), sharex=True, height_ratios=ratios)
@@ -244,14 +239,13 @@ def wrong_words(read: Sequence[str], said: Sequence[str]) -> list[bool]:
 
 
 def ctc_tracks(reading: CTCReading, least: float = 0.1) -> list[Track]:
-    """The tracks of a reading: words said, text aligned, words and letters read, and the symbols that reach the probability `least`."""
+    """The tracks of a reading: words said, aligned and read, and the symbols that reach the probability `least`."""
     chances, read, aligned = reading.log_probs.exp(), reading.read, reading.aligned
     peaks = [i for i in range(chances.shape[1]) if i != reading.blank and chances[:, i].max() >= least]
     peaks.sort(key=lambda i: int((chances[:, i] >= 0.5 * chances[:, i].max()).int().argmax()))
     order = [*peaks, reading.blank]
-    wrong = (
-        wrong_words([w.label for w in read], [w.label for w in aligned]) if aligned else [False] * len(read)
-    )
+    texts = [[word.label for word in words] for words in (read, aligned)]
+    wrong = wrong_words(*texts) if aligned else [False] * len(read)
     tracks = [plain_track("said", reading.utterance.words)] if reading.utterance.words else []
     if aligned:
         tracks += [plain_track("aligned", aligned), plain_track("", [c for w in aligned for c in w.chars])]
@@ -263,14 +257,7 @@ def ctc_tracks(reading: CTCReading, least: float = 0.1) -> list[Track]:
 
 # %% ../../nbs/explore/views.ipynb #32eac120
 def track_explorer(
-    title: str,
-    u: Utterance,
-    tracks: Sequence[Track],
-    said: Sequence[str],
-    clock: FrameClock,
-    *,
-    facts: str = "",
-    alt: str,
+    title: str, u: Utterance, tracks: list[Track], said: list[str], clock: FrameClock, *, facts: str, alt: str
 ) -> Explorer:
     """Make tracks alive: point at a frame or step with the arrow keys to read what is said of it, and click to hear it.
 
@@ -295,7 +282,7 @@ def track_explorer(
         notes.append("brightness grows with the root of the probability")
     data = {
         "clip": clip_data(u), "hop": clock.step, "middle": clock.middle(), "frames": len(said), "frame": len(said) // 2,
-        "tracks": [_track_data(track) for track in tracks], "said": list(said), "facts": facts,
+        "tracks": [_track_data(track) for track in tracks], "said": said, "facts": facts,
         "key": ("; ".join(notes) + ".").capitalize() if notes else "",
     }  # fmt: skip
     return Explorer(title, "tracks", data, render(plot_tracks(u, tracks, clock.step), alt))
@@ -307,34 +294,25 @@ def _track_data(track: Track) -> dict[str, Any]:
         return {"name": track.name, "png": gray_png(root_bytes(track.heat)[0]), "labels": list(track.labels)}
     if track.curve is not None:
         return {"name": track.name, "values": np.round(100 * np.asarray(track.curve)).astype(int).tolist()}
-    rows = [
-        [label, round(float(start), 3), round(float(end), 3), sign]
-        for label, start, end, sign in track.stretches
-    ]
+    rows = [[label, round(a, 3), round(b, 3), sign] for label, a, b, sign in track.stretches]
     return {"name": track.name, "stretches": rows}
 
 
 # %% ../../nbs/explore/views.ipynb #77bd00d6
 def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None = None) -> Explorer:
-    """Show how a CTC model reads one recording: letters over time, blanks, the text read, and the known text aligned; arguments as of `read_ctc`."""
+    """Show how a CTC model reads: letters over time, the text read, the known text aligned; arguments as of `read_ctc`."""
     reading = read_ctc(model, audio, processor, text=text)
-    u, said = reading.utterance, []
+    u, clock, said = reading.utterance, reading.clock, []
     values, best = reading.log_probs.exp().topk(min(3, len(reading.symbols)))
     for t, (chances, symbols) in enumerate(zip(values.tolist(), best.tolist(), strict=True)):
-        top = [
-            f"{reading.symbols[i]} {100 * p:.0f} %"
-            for p, i in zip(chances, symbols, strict=True)
-            if p >= 0.005
-        ]
-        known, time = "", reading.clock.middle(t)
+        ranked = [(reading.symbols[i], 100 * p) for p, i in zip(chances, symbols, strict=True) if p >= 0.005]
+        top, known, time = ", ".join(f"{name} {p:.0f} %" for name, p in ranked), "", clock.middle(t)
         if word := _at(reading.aligned, time):
             letter = _at(word.chars, time)
             known = (
-                f" The text has {letter.label} of “{word.label}” here."
-                if letter
-                else f" The text is in “{word.label}”."
+                f" The text has {letter.label} of “{word.label}” here." if letter else f" In “{word.label}”."
             )
-        said.append(f"Frame {t}, {t * reading.clock.step:.2f} s: {', '.join(top)}.{known}")
+        said.append(f"Frame {t}, {t * clock.step:.2f} s: {top}.{known}")
     facts = f"Read: {reading.text or '(nothing)'}\n"
     if reading.aligned:
         facts += f"Known text: {' '.join(w.label for w in reading.aligned)}\n"
@@ -343,9 +321,8 @@ def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None 
         facts += f"The blank is the best symbol of {blanks:.0f} % of the frames."
     name = u.text or u.id
     alt = f"Letters over time for {name}: short peaks of probability for each letter, with blanks between, under the sound; the model reads: {reading.text or 'nothing'}."
-    return track_explorer(
-        f"Letters over time: {name}", u, ctc_tracks(reading), said, reading.clock, facts=facts, alt=alt
-    )
+    title, tracks = f"Letters over time: {name}", ctc_tracks(reading)
+    return track_explorer(title, u, tracks, said, clock, facts=facts, alt=alt)
 
 
 def _at(segments: Sequence[Any], time: float) -> Any:
@@ -372,23 +349,9 @@ def viterbi_scores(log_probs: Tensor, states: Tensor, bars: Tensor) -> Tensor:
 
 
 def trellis_view(
-    model: Any,
-    audio: Any,
-    processor: Any = None,
-    *,
-    text: str | None = None,
-    words: slice = slice(None),
-    depth: float = 30.0,
+    model: Any, audio: Any, processor: Any = None, *, text: str | None = None, words: slice = slice(None)
 ) -> Picture:
-    """Draw the trellis of a known text, with the best path through it.
-
-    Args:
-        model: As for `read_ctc`.
-        audio: As for `read_ctc`.
-        processor: As for `read_ctc`.
-        text: What is said; None: the utterance's own text.
-        words: Which words to draw; all by default.
-        depth: What is worse than the best path of its frame by this much (natural logarithm) is dark.
+    """Draw the trellis of some words of a known text, with the best path through it; other arguments as of `read_ctc`.
 
     Raises:
         ValueError: No text is known, or none of its words is chosen; and as `read_ctc`.
@@ -396,11 +359,7 @@ def trellis_view(
     reading = read_ctc(model, audio, processor, text=text)
     chosen, clock = reading.aligned[words], reading.clock
     if not chosen:
-        raise refuse(
-            "text",
-            reading.utterance.text if text is None else text,
-            "a text, and words= that choose some of it",
-        )
+        raise refuse("text", text or reading.utterance.text, "a text, and words= that choose some of it")
     spelled = [label for word in reading.aligned for label in ("space", *(c.label for c in word.chars))][1:]
     number = {name: i for i, name in enumerate(reading.symbols)}
     if unknown := [s for s in spelled if s not in number]:
@@ -414,7 +373,7 @@ def trellis_view(
         min(clock.frame(chosen[-1].end) + 3, len(path) - 1),
     )
     low, high = int(path[first]), int(path[last]) + 1
-    shown = (scores - scores.max(1, keepdim=True).values).clamp(min=-depth)[first : last + 1, low:high]
+    shown = (scores - scores.max(1, keepdim=True).values).clamp(min=-30)[first : last + 1, low:high]
     fig, ax = figure(height=1.2 + 0.105 * (high - low))
     edges = (first * clock.step, (last + 1) * clock.step, high - 0.5, low - 0.5)
     bar, rows = "log probability behind the best", "letters of the text, with blanks between"
@@ -443,19 +402,9 @@ def beam_view(
     every: float = 0.2,
     **options: Any,
 ) -> Explorer:
-    """Show the hypotheses of a beam search as the sound goes on, with a slider over time.
+    """Show the `n_best` hypotheses of a beam search as the sound goes on, a picture `every` so many seconds.
 
-    Args:
-        model: As for `read_ctc`.
-        audio: As for `read_ctc`.
-        processor: As for `read_ctc`.
-        beam_width: Hypotheses that live at once.
-        n_best: Hypotheses to show.
-        every: Seconds from one picture to the next.
-        **options: Of `CTCDecoder`, such as `language_model=`.
-
-    Raises:
-        ValueError: As `read_ctc`, or a step of no length.
+    Further options are those of `CTCDecoder`, such as `language_model=`; other arguments are those of `read_ctc`.
     """
     model, processor = open_checkpoint(model, processor, head="ctc")
     reading = read_ctc(model, audio, processor)
@@ -473,9 +422,12 @@ def beam_view(
         for row, words in enumerate(texts):
             ax.text(1, row, words, va="center", fontsize=9)
         ax.set(
-            ylim=(n_best - 0.5, -0.5), xlim=(0, 100), yticks=range(n_best), yticklabels=range(1, n_best + 1)
+            ylim=(n_best - 0.5, -0.5),
+            xlim=(0, 100),
+            xlabel="share of the hypotheses shown (%)",
+            ylabel="rank",
         )
-        ax.set(xlabel="share of the hypotheses shown (%)", ylabel="rank")
+        ax.set_yticks(range(n_best), range(1, n_best + 1))
         told = "; ".join(f"{words} {share:.0f} %" for words, share in zip(texts, shares, strict=True))
         pictures[f"{t * hop:.2f} s"] = render(fig, f"Best hypotheses after {t * hop:.2f} s: {told}.")
     title = f"Beam search, width {beam_width}: {reading.utterance.text or reading.utterance.id}"
@@ -553,10 +505,8 @@ def speaker_view(model: Any, speech: Speech) -> Picture:
     plot_matrix(cosines, axes[0, 1], center=0, colorbar="cosine", vmin=-1, vmax=1)
     sizes = np.array([names.count(name) for name in speakers])
     edges = np.cumsum(sizes) - 0.5
-    for ticks, line in (
-        (axes[0, 1].set_xticks, axes[0, 1].axvline),
-        (axes[0, 1].set_yticks, axes[0, 1].axhline),
-    ):
+    table = axes[0, 1]
+    for ticks, line in ((table.set_xticks, table.axvline), (table.set_yticks, table.axhline)):
         ticks(edges - sizes / 2, speakers, fontsize=8)
         for edge in edges[:-1]:
             line(edge, color="black", linewidth=0.5)
@@ -575,21 +525,19 @@ def _plot_voices(ax: Any, vectors: Tensor, names: Sequence[str]) -> None:
     speakers, signs = list(dict.fromkeys(names)), "osD^vPX*<>ph"
     for i, name in enumerate(speakers):
         mine = points[[n == name for n in names]]
-        look: dict[str, Any] = {"marker": signs[i % len(signs)], "color": OKABE_ITO[i % 7]}
-        ax.plot(
-            *mine.T,
-            linestyle="",
-            markersize=5.5,
-            label=name,
-            markeredgecolor="black",
-            markeredgewidth=0.4,
-            **look,
-        )
+        sign, color = signs[i % len(signs)], OKABE_ITO[i % 7]
+        ax.plot(*mine.T, sign, color=color, markersize=5.5, label=name, mec="black", mew=0.4)
     ax.set(xticks=[], yticks=[], xlabel="first direction", ylabel="second direction")
     ax.set_title(note, fontsize=9.5)
     if len(speakers) <= 16:
-        where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08)}
-        ax.legend(frameon=False, fontsize=8, ncols=4, columnspacing=1, handletextpad=0.1, **where)
+        ax.legend(
+            frameon=False,
+            fontsize=8,
+            ncols=4,
+            columnspacing=1,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.08),
+        )
 
 
 # %% ../../nbs/explore/views.ipynb #cdc8ab63
@@ -626,10 +574,8 @@ def turns_view(model: Any, audio: Any) -> Explorer:
     clock = FrameClock.of(model.config, u.sampling_rate)
     hop, middle = clock.step, clock.middle()
     with plain_forms(model), eval_mode(model):
-        chances = (
-            model(as_input(model, u), return_dict=True).logits[0].sigmoid().float().cpu()
-        )  # [T, speakers]
-    found = chances > 0.5
+        chances = model(as_input(model, u), return_dict=True).logits[0].sigmoid().float().cpu()
+    found = chances > 0.5  # [T, speakers]
     turns = activity_turns(found, labels, hop=hop, middle=middle)
     names, facts, said_of_truth = {label: label for label in labels}, "", [""] * len(found)
     above: list[Track] = []
@@ -643,10 +589,8 @@ def turns_view(model: Any, audio: Any) -> Explorer:
         order = [labels.index(back.get(label, label)) for label in labels]
         ordered = found[:, order] if len(set(order)) == len(labels) else found
         facts = f"Error rate {100 * rate.rate:.1f} % of {rate.total:.1f} s of speech: missed {rate.missed:.2f} s, false alarm {rate.false_alarm:.2f} s, confused {rate.confusion:.2f} s."
-        above = [
-            plain_track("" if i else "true", [t for t in known if t.label == name])
-            for i, name in enumerate(labels)
-        ]
+        truths = [[t for t in known if t.label == name] for name in labels]
+        above = [plain_track("" if i else "true", row) for i, row in enumerate(truths)]
         errors = [Track("errors", error_stretches(truth, ordered, hop))]
         speaking = [[name for name, on in zip(labels, row, strict=True) if on] for row in truth.tolist()]
         said_of_truth = [f" Truth: {' and '.join(who) or 'nobody'}." for who in speaking]
@@ -677,10 +621,8 @@ def codes_view(model: Any, audio: Any, extractor: Any = None, *, reference: Spee
     model, extractor = open_checkpoint(model, extractor, kind=Wav2Vec2ConformerForPreTraining)
     u = as_utterance(audio)
     reference = load_speech("builtin", "dev") if reference is None else reference
-    named, codes = (
-        collect_codes(model, reference, extractor),
-        collect_codes(model, Speech([u]), extractor).codes,
-    )  # [T, G]
+    named = collect_codes(model, reference, extractor)
+    codes = collect_codes(model, Speech([u]), extractor).codes  # [T, G]
     clock = FrameClock.of(model.config, u.sampling_rate)
     tracks = [plain_track(row, getattr(u, row)) for row in ("words", "phones") if getattr(u, row)]
     said = [f"Frame {t}, {t * clock.step:.2f} s" for t in range(len(codes))]
@@ -691,38 +633,28 @@ def codes_view(model: Any, audio: Any, extractor: Any = None, *, reference: Spee
         counts, names = phone_counts(named, g)  # [V, phones]
         main = [names[int(row.argmax())] if row.any() else "" for row in counts]
         shares = 100 * counts.max(1, initial=0) / named.counts[g].clip(1)
-        stretches = [
-            (run.label, run.start * clock.step, run.end * clock.step) for run in runs(column, blank=None)
-        ]
+        stretches = [(r.label, r.start * clock.step, r.end * clock.step) for r in runs(column, blank=None)]
         tracks.append(Track(f"group {g}", [(str(code), start, end, "") for code, start, end in stretches]))
         tracks.append(Track("mostly", [(main[code], start, end, "") for code, start, end in stretches]))
-        told = [
-            f" (mostly {main[code]}, {shares[code]:.0f} %)" if main[code] else " (never met)"
-            for code in column
-        ]
-        said = [
-            f"{text}{',' if g else ':'} group {g} code {code}{more}"
-            for text, code, more in zip(said, column, told, strict=True)
-        ]
+        for t, code in enumerate(column):
+            more = f"mostly {main[code]}, {shares[code]:.0f} %" if main[code] else "never met"
+            said[t] += f"{',' if g else ':'} group {g} code {code} ({more})"
     alt = f"The codes of {codes.shape[1]} groups over time under the sound of {u.text or u.id}: each code lasts one or a few frames, and below it stands the phone that uses it most."
     facts = f"The phone that uses a code most was counted on {reference.seconds / 60:.1f} minutes of other speech."
-    return track_explorer(
-        f"Codes: {u.text or u.id}", u, tracks, [f"{text}." for text in said], clock, facts=facts, alt=alt
-    )
+    said = [f"{text}." for text in said]
+    return track_explorer(f"Codes: {u.text or u.id}", u, tracks, said, clock, facts=facts, alt=alt)
 
 
 # %% ../../nbs/explore/views.ipynb #cacb088a
-def answers_table(model: SequenceModel, utterance: Utterance, n: int = 10) -> str:
+def _answers(model: SequenceModel, utterance: Utterance, n: int = 10) -> str:
     """The `n` most probable labels of a recording, as a table of HTML."""
     with plain_forms(model), eval_mode(model):
         logits = model(as_input(model, utterance), return_dict=True).logits[0].float()
     many = resolve_problem_type(model.config) == "multi_label_classification"
     values, places = (logits.sigmoid() if many else logits.softmax(-1)).topk(min(n, len(logits)))
-    answers = [
-        (str(model.config.id2label[i]), f"{100 * p:.1f} %")
-        for p, i in zip(values.tolist(), places.tolist(), strict=True)
-    ]
-    return html_table("Answers of the model", ["label", "probability"], [(0, answer) for answer in answers])
+    names = [str(model.config.id2label[i]) for i in places.tolist()]
+    rows = [(0, (name, f"{100 * p:.1f} %")) for name, p in zip(names, values.tolist(), strict=True)]
+    return html_table("Answers of the model", ["label", "probability"], rows)
 
 
 def _few_maps(model: PreTrainedModel, seconds: float, layers: Any, heads: Any) -> dict[str, Any]:
@@ -741,7 +673,7 @@ def _views(model: PreTrainedModel, processor: Any, u: Utterance, text: str | Non
     if isinstance(model, Wav2Vec2ConformerForPreTraining):
         return ["<h2>Codes</h2>", codes_view(model, u, processor)]
     if isinstance(model, SequenceModel):
-        return ["<h2>Answers</h2>", answers_table(model, u)]
+        return ["<h2>Answers</h2>", _answers(model, u)]
     if isinstance(model, FrameModel) and resolve_problem_type(model.config) == "multi_label_classification":
         return ["<h2>Turns</h2>", turns_view(model, u)]
     return []
@@ -773,18 +705,14 @@ def explore_page(audio: Any, model: Any = None, output: str | os.PathLike[str] =
         if not 0 <= start < end:
             raise refuse("start", start, f"seconds from 0 to the end, {end:g}")
         u = Utterance(u.id, u.cut(start, end), u.sampling_rate)  # what was known of the whole no longer fits
-    opened = (
-        [open_checkpoint(head="ctc"), open_checkpoint()]
-        if model is None
-        else [open_checkpoint(model, processor)]
-    )
+    opened = [open_checkpoint(model, processor, head="ctc")] + ([open_checkpoint()] if model is None else [])
     first = opened[0][0]
     attention = attention_explorer(first, u, **_few_maps(first, u.seconds, layers, heads))
     title = f"{u.text or u.id}: what a model hears"
-    names = " and ".join(
-        f"{type(m).__name__} ({m.num_parameters() / 1e6:.1f} million parameters)" for m, _ in opened
+    sizes = [f"{type(m).__name__} ({m.num_parameters() / 1e6:.1f} million parameters)" for m, _ in opened]
+    about = (
+        f"{u.seconds:.2f} s of sound, seen by {' and '.join(sizes)}. Everything on this page is in this file."
     )
-    about = f"{u.seconds:.2f} s of sound, seen by {names}. Everything on this page is in this file."
     parts: list[Explorer | str] = [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"]
     for each, beside in opened:
         parts += _views(each, beside, u, text)

@@ -10,542 +10,114 @@ import json
 import math
 import os
 import time
-import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from w2vc.training.monitoring import (
-    Sums,
-    choice_sums,
-    code_sums,
-    describe_codes,
-    diversity_share,
-    find_alarms,
-)
-
-from ..config import Wav2Vec2ConformerConfig, refuse
-from ..data.audio import BatchFeature, Wav2Vec2FeatureExtractor
-from ..data.batches import Collator, CTCCollator, LabelCollator, PretrainingCollator, data_loader
-from ..data.corpus import Speech, Utterance, load_speech
-from ..evaluation.measures import EditCounts, count_edits
-from ..files.atomic import write_file, write_together
-from ..files.hub import find_file
-from ..files.pretrained import OLD_WEIGHTS, PreTrainedModel, eval_mode, read_checkpoint
-from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification
-from ..model.ctc import Wav2Vec2ConformerForCTC
+from ..data.audio import BatchFeature
+from ..data.batches import SampleRequest, data_loader
+from ..data.corpus import SAMPLING_RATE, Speech, Utterance, load_speech
+from ..files.atomic import read_folder, replace_folder, write_file
+from ..files.pretrained import PreTrainedModel, eval_mode, read_checkpoint
 from ..model.fast import describe_forms, slow_down, speed_up
-from ..model.pretraining import Wav2Vec2ConformerForPreTraining
-from ..model.speaker import Wav2Vec2ConformerForXVector
-from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
-from .recipes import Recipe, SourceConfig, gumbel_temperature
+from .distributed import Processes, exchange, find_processes, load_weights, piece_of
+from .monitoring import Sums, compare_with_bands, find_alarms, gradient_norms
+from .objectives import Objective, build
+from .recipes import Recipe, SourceConfig, learning_rate
 
 # isort: split
-from ..data.batches import label_names, model_inputs, turn_order
-from ..model.classification import Wav2Vec2ConformerForSequenceClassification
-from .monitoring import compare_with_bands, gradient_norms, stored_bands, whole_tensor
-from .recipes import learning_rate
+from .distributed import shard_model, whole_model, wrap_model
+from .monitoring import stored_bands, whole_tensor
 
 # %% auto #0
 __all__ = [
-    "OBJECTIVE_CLASSES",
-    "FREE_KEYS",
-    "HIGHER",
     "gather_speech",
-    "Objective",
-    "PretrainingObjective",
-    "CTCObjective",
-    "LabelObjective",
-    "FrameObjective",
-    "XVectorObjective",
-    "label_target",
-    "decays",
-    "make_optimizer",
-    "blame",
-    "Stream",
-    "in_process_group",
-    "wants_pieces",
-    "make_accelerator",
-    "cut_weights",
-    "whole_weights",
-    "put_together",
-    "piece_of",
-    "MetricsLog",
-    "read_metrics",
-    "averaged_weights",
-    "flat",
-    "changed_keys",
-    "TrainResult",
-    "RunState",
-    "SavedRun",
-    "LoggedRun",
-    "GuardedRun",
-    "SteppingRun",
-    "draw_gradients",
-    "draw_codes",
-    "JudgedRun",
-    "Trainer",
     "keep_usable",
-    "make_trainer",
+    "Stream",
+    "make_optimizer",
+    "read_metrics",
+    "MetricsLog",
+    "TrainState",
+    "make_state",
+    "set_frozen",
+    "save_state",
+    "read_state",
+    "load_state",
+    "accumulate",
+    "train_step",
+    "evaluate",
+    "start_run",
+    "TrainResult",
+    "continue_run",
     "train",
 ]
 
 
-# %% ../../nbs/training/trainer.ipynb #84ede42f
-def _renamed(utterance: Utterance, name: str) -> Utterance:
-    """The same utterance under another name: names decide crops and masks, so each needs its own."""
-    twin = copy.copy(utterance)
-    twin.id = name
-    return twin
-
-
+# %% ../../nbs/training/trainer.ipynb #81b5596f
 def gather_speech(
-    sources: list[SourceConfig], min_seconds: float = 0.0, max_seconds: float | None = None
+    sources: list[SourceConfig],
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+    left_out: list[str] | None = None,
 ) -> Speech:
     """Join the sources of a recipe to one set.
 
-    Args:
-        sources: What to load, how much of it, and how often an epoch goes through it.
-        min_seconds: Leave out what is shorter.
-        max_seconds: Leave out what is longer.
-
     Returns:
-        Utterances named `source/id`, the second round through a source `source/id#2`.
+        Utterances named `source/id`, the second round through a source `source/id#2`: names decide crops and masks.
+        `left_out`, a list, gets a line for each that is shorter than `min_seconds` or longer than `max_seconds`.
 
     Raises:
         ValueError: Nothing is left.
     """
     found: list[Utterance] = []
+    left_out = [] if left_out is None else left_out
     for source in sources:
         part = load_speech(source.name, source.split, **source.options)
-        part = part.filter(kind=source.kinds, language=source.languages)
         total, label = 0.0, Path(source.name).name
-        for u in part:
-            if u.seconds < min_seconds or (max_seconds is not None and u.seconds > max_seconds):
+        for u in part.filter(kind=source.kinds, language=source.languages):
+            if not min_seconds <= u.seconds <= max_seconds:
+                left_out.append(f"{label}/{u.id}: it has {u.seconds:.2f} s")
                 continue
             total += u.seconds
             if source.hours is not None and total > source.hours * 3600:
                 break
-            rounds = [f"{label}/{u.id}", *(f"{label}/{u.id}#{k}" for k in range(2, source.repeat + 1))]
-            found += [_renamed(u, name) for name in rounds[: source.repeat]]
+            for k in range(1, source.repeat + 1):
+                found.append(copy.copy(u))
+                found[-1].id = f"{label}/{u.id}#{k}" if k > 1 else f"{label}/{u.id}"
     if not found:
-        raise ValueError(
-            f"data: no utterance of at least {min_seconds} s in {[source.name for source in sources]}"
-        )
+        raise ValueError(f"data: no utterance of at least {min_seconds} s in {[s.name for s in sources]}")
     return Speech(found, "+".join(source.name for source in sources), sources[0].split)
 
 
-# %% ../../nbs/training/trainer.ipynb #d2b46565
-class Objective:
-    """What a run learns: which model, which batches, which loss, which figures.
+# %% ../../nbs/training/trainer.ipynb #af59236b
+def keep_usable(speech: Speech, objective: Objective, name: str, left_out: list[str] | None = None) -> Speech:
+    """Leave out what the objective cannot use (without text for CTC, …), with a line for each in `left_out`.
 
-    The loop knows nothing else of an objective. Losses are sums, and `count` says over how many things: that is what makes
-    the loss independent of how a batch is cut. Figures are made of sums too, which batches and processes add up.
-
-    Args:
-        recipe: The run.
-        model: Of the class `head`, unwrapped; hooks on it see what the forward computes.
-        processor: Feature extractor, or feature extractor and tokenizer.
+    Raises:
+        ValueError: Nothing is left; `name` says of which set.
     """
-
-    head: ClassVar[type[PreTrainedModel]]
-    monitor: ClassVar[str] = "loss"  # figure of the validation set that decides what is best
-    chance: float = 0.0  # share of right answers of somebody who guesses
-
-    def __init__(self, recipe: Recipe, model: Any, processor: Any) -> None:
-        self.recipe, self.model, self.processor = recipe, model, processor
-        self.taps: dict[str, Tensor] = {}
-        model.base_model.feature_extractor.register_forward_hook(self._tap_features)
-
-    @classmethod
-    def build(cls, recipe: Recipe, speech: Speech) -> tuple[PreTrainedModel, Any]:
-        """Make the model and its processor, from a checkpoint or from scratch."""
-        extractor = Wav2Vec2FeatureExtractor(do_normalize=recipe.data.normalize, return_attention_mask=True)
-        return cls.start(recipe, recipe.model_config()), extractor
-
-    @classmethod
-    def start(cls, recipe: Recipe, config: Wav2Vec2ConformerConfig) -> PreTrainedModel:
-        """The model with its first weights: those of `model.start`, or random ones from the seed."""
-        torch.manual_seed(recipe.run.seed)
-        if recipe.model.start is None:
-            return cls.head(config)
-        knobs = {key: getattr(config, key) for key in recipe.model.config}
-        if issubclass(cls.head, Wav2Vec2ConformerForCTC):
-            knobs |= {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
-        if config.id2label is not None and cls is not PretrainingObjective:
-            knobs |= {"id2label": config.id2label, "problem_type": config.problem_type}
-        return cls.head.from_pretrained(
-            recipe.model.start, dtype=torch.float32, **knobs
-        )  # fp16 would not learn
-
-    def _tap_features(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
-        """Keep the latent frames, and scale the gradient that flows back through them."""
-        self.taps["features"] = features
-        factor = self.recipe.model.features_gradient
-        if features.requires_grad and factor not in {0.0, 1.0}:
-            features.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
-
-    def collator(self, training: bool) -> Collator:
-        """What makes batches."""
-        raise NotImplementedError
-
-    def usable(self, utterance: Utterance) -> bool:
-        """Say whether the loss can be computed for an utterance, as far as one can tell without decoding it."""
-        return True
-
-    def options(self, training: bool) -> dict[str, Any]:
-        """What every collator is given."""
-        noise = self.recipe.data.noise_db if training else None
-        return {"seed": self.recipe.run.seed, "bad": "drop", "noise_db": noise}
-
-    def prepare(self, step: int) -> dict[str, float]:
-        """Set what depends on the step; returns it for the log."""
-        return {}
-
-    def count(self, batch: Mapping[str, Any]) -> int:
-        """How many things the loss of a batch is the sum over; read on the host, before the forward."""
-        return int(batch["n_labels"])
-
-    def inputs(self, batch: BatchFeature) -> dict[str, Tensor]:
-        """What the model is given, with an attention mask only where something is padded."""
-        inputs = model_inputs(batch)
-        if min(batch["lengths"]) == inputs["input_values"].shape[1]:
-            inputs.pop("attention_mask", None)
-        return inputs
-
-    def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
-        """Run a batch: its summed loss `[]`, and the model's output."""
-        output = model(**self.inputs(batch))
-        return output.loss * count, output
-
-    def measure(self, batch: BatchFeature, output: Any) -> Sums:
-        """What a batch adds to the figures."""
-        return {}
-
-    def pulls(self, output: Any) -> dict[str, float]:
-        """What parts of the loss pull how hard, before the backward."""
-        return {}
-
-    def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Turn sums into figures."""
-        return {}
-
-    def show(self, batch: BatchFeature, output: Any) -> list[str]:
-        """A line for each row of a batch, for the log."""
-        return []
-
-
-# %% ../../nbs/training/trainer.ipynb #458bab07
-class PretrainingObjective(Objective):
-    """Learn from sound alone; the loss is a sum over hidden frames."""
-
-    head = Wav2Vec2ConformerForPreTraining
-    monitor = "score"  # the loss falls and the accuracy rises in a collapse, too
-
-    def __init__(self, recipe: Recipe, model: Any, processor: Any) -> None:
-        super().__init__(recipe, model, processor)
-        self.chance = 1 / (1 + model.config.num_negatives)
-        model.quantizer.register_forward_hook(self._tap_quantizer)
-
-    @torch.no_grad()
-    def _tap_quantizer(self, module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        """Keep codes and scores; a hook on the layer of the scores itself would keep its backward pass from being spared."""
-        self.taps["codes"], self.taps["scores"] = output[2], module.logits(inputs[0])
-
-    def collator(self, training: bool) -> Collator:
-        """Crops, hidden frames and negatives."""
-        plan, data = self.recipe.pretraining, self.recipe.data
-        return PretrainingCollator(
-            self.model.config, self.processor, crop_seconds=data.crop_seconds, crop=data.crop, mask_prob=plan.mask_prob,
-            mask_length=plan.mask_length, min_masks=plan.min_masks, **self.options(training),
-        )  # fmt: skip
-
-    def prepare(self, step: int) -> dict[str, float]:
-        """Lower the Gumbel temperature."""
-        temperature = gumbel_temperature(step, self.recipe.run.steps, self.recipe.pretraining)
-        self.model.set_gumbel_temperature(temperature)
-        return {"temperature": temperature}
-
-    def count(self, batch: Mapping[str, Any]) -> int:
-        """Hidden frames."""
-        return int(batch["n_masked"])
-
-    def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
-        """The contrastive and the diversity loss, and the penalty on loud latent frames if the recipe has one: `[]`."""
-        inputs = self.inputs(batch)
-        output = model(**inputs)
-        loss = output.loss
-        if (
-            weight := self.recipe.pretraining.features_penalty
-        ) > 0:  # row by row, so that no cut of the batch matters
-            loss = loss + weight * (self.energy(batch) * inputs["mask_time_indices"].sum(1)).sum()
-        return loss, output
-
-    def energy(self, batch: Mapping[str, Any]) -> Tensor:
-        """Mean square of the real latent frames before their norm, `[B]` (fairseq's `features_pen`)."""
-        energy = self.taps["features"].float().square().mean(-1)  # [B, T]
-        frames = torch.as_tensor(batch["n_frames"], device=energy.device)
-        real = torch.arange(energy.shape[1], device=energy.device) < frames[:, None]
-        return energy.where(real, 0).sum(1) / frames
-
-    def pulls(self, output: Any) -> dict[str, float]:
-        """The share of the diversity loss in the gradient of the quantizer's scores."""
-        weight = self.model.config.diversity_loss_weight
-        if (
-            not output.diversity_loss.requires_grad
-            or not self.model.quantizer.weight_proj.weight.requires_grad
-        ):
-            return {}
-        parts = output.contrastive_loss, weight * output.diversity_loss
-        return {"diversity_share": diversity_share(*parts, self.model.quantizer.weight_proj.weight)}
-
-    @torch.no_grad()
-    def measure(self, batch: BatchFeature, output: Any) -> Sums:
-        """Codes in use, questions answered, energy of the latent frames, and the parts of the loss."""
-        config, mask, codes = self.model.config, batch["mask_time_indices"].bool(), self.taps["codes"]
-        scores = self.taps["scores"].view(*mask.shape, config.num_codevector_groups, -1)
-        sums = code_sums(scores, mask) | choice_sums(
-            output.projected_states, output.projected_quantized_states, batch["sampled_negative_indices"], mask, codes,
-            config.contrastive_logits_temperature,
-        )  # fmt: skip
-        sums["energy"], sums["rows"] = self.energy(batch).sum(), torch.tensor(float(len(mask)))
-        sums["contrastive"], sums["diversity"] = (
-            output.contrastive_loss.detach(),
-            output.diversity_loss.detach(),
+    collator = objective.collator(training=False)
+    problems = {u.id: collator.problem(u, u.n_samples) for u in speech}
+    bad = [f"{id}: {why}" for id, why in problems.items() if why]
+    if len(bad) == len(speech):
+        raise ValueError(
+            f"data.{name}: none of {len(bad)} utterances can be used for {objective.recipe.objective} ({bad[0]})"
         )
-        return sums
-
-    def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Figures of health."""
-        asked = sums["questions"].clamp_min(1)
-        parts = {key: float(sums[key] / asked) for key in ("contrastive", "diversity")}
-        return {**describe_codes(sums), **parts, "feature_energy": float(sums["energy"] / sums["rows"])}
-
-
-# %% ../../nbs/training/trainer.ipynb #b9027a56
-class CTCObjective(Objective):
-    """Learn to write; the loss is a sum over utterances (fairseq's `sentence_avg`), or over labels."""
-
-    head = Wav2Vec2ConformerForCTC
-    monitor = "cer"
-
-    @classmethod
-    def build(cls, recipe: Recipe, speech: Speech) -> tuple[PreTrainedModel, Any]:
-        """Take the vocabulary of `model.processor` or of the start, or make one of the training texts."""
-        folder = recipe.model.processor or recipe.model.start
-        if folder is not None and find_file(folder, "vocab.json") is not None:
-            processor = Wav2Vec2Processor.from_pretrained(folder)
-        else:
-            vocabulary = build_vocabulary((u.text for u in speech), bos_token=None, eos_token=None)
-            tokenizer = Wav2Vec2CTCTokenizer(vocabulary, bos_token=None, eos_token=None)
-            extractor = Wav2Vec2FeatureExtractor(
-                do_normalize=recipe.data.normalize, return_attention_mask=True
-            )
-            processor = Wav2Vec2Processor(extractor, tokenizer)
-        sizes = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-        model = cls.start(recipe, recipe.model_config(**sizes, ctc_zero_infinity=True))
-        model.config.ctc_loss_reduction, model.config.ctc_zero_infinity = "sum", True
-        return model, processor
-
-    def collator(self, training: bool) -> Collator:
-        """Audio, letters, and time masks in training."""
-        return CTCCollator(self.model.config, self.processor, spec_augment=training, **self.options(training))
-
-    def usable(self, utterance: Utterance) -> bool:
-        """It has text, in letters that the vocabulary has, and frames enough for them."""
-        tokenizer = self.processor.tokenizer
-        labels = tokenizer.encode(utterance.text) if utterance.text else []
-        repeats = sum(a == b for a, b in pairwise(labels))
-        frames = int(self.model._get_feat_extract_output_lengths(utterance.n_samples))
-        return 0 < len(labels) + repeats <= frames and tokenizer.unk_token_id not in labels
-
-    def count(self, batch: Mapping[str, Any]) -> int:
-        """Utterances or labels."""
-        return len(batch["ids"]) if self.recipe.run.per == "utterance" else int(batch["n_labels"])
-
-    def forward(self, model: nn.Module, batch: BatchFeature, count: int) -> tuple[Tensor, Any]:
-        """The summed CTC loss `[]`, and the model's output."""
-        return super().forward(model, batch, 1)
-
-    @torch.no_grad()
-    def measure(self, batch: BatchFeature, output: Any) -> Sums:
-        """Edits of letters and words, and blanks among the best symbols."""
-        said, best = self.read(batch, output), output.logits.argmax(-1)
-        frames = sum(batch["n_frames"])
-        real = (
-            torch.arange(best.shape[1], device=best.device)
-            < torch.tensor(batch["n_frames"], device=best.device)[:, None]
-        )
-        letters, words = (
-            sum(count_edits(batch["texts"], said, unit), EditCounts()) for unit in ("char", "word")
-        )
-        counts = {
-            "letter_edits": letters.errors, "letters": letters.length, "word_edits": words.errors, "words": words.length,
-            "blanks": int(((best == self.model.config.pad_token_id) & real).sum()), "ctc_frames": frames,
-        }  # fmt: skip
-        return {key: torch.tensor(float(value)) for key, value in counts.items()}
-
-    def read(self, batch: BatchFeature, output: Any) -> list[str]:
-        """What the model writes, greedily."""
-        best = output.logits.argmax(-1).cpu()
-        rows = [row[:n].tolist() for row, n in zip(best, batch["n_frames"], strict=True)]
-        return [self.processor.tokenizer.decode(row) for row in rows]
-
-    def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Character and word error rates, and the share of blanks."""
-        pairs = {
-            "cer": ("letter_edits", "letters"),
-            "wer": ("word_edits", "words"),
-            "blanks": ("blanks", "ctc_frames"),
-        }
-        return {key: float(sums[a] / sums[b].clamp_min(1)) for key, (a, b) in pairs.items()}
-
-    def show(self, batch: BatchFeature, output: Any) -> list[str]:
-        """What was written and what was meant."""
-        pairs = zip(batch["ids"], self.read(batch, output), batch["texts"], strict=True)
-        return [f"{id}: {said!r} (meant: {meant!r})" for id, said, meant in pairs]
-
-
-# %% ../../nbs/training/trainer.ipynb #6ee7b079
-class LabelObjective(Objective):
-    """Learn to name utterances; the loss is a sum over labels."""
-
-    head: ClassVar[type[PreTrainedModel]] = Wav2Vec2ConformerForSequenceClassification
-    monitor = "accuracy"
-    per: ClassVar[str] = "utterance"
-
-    @classmethod
-    def build(cls, recipe: Recipe, speech: Speech) -> tuple[PreTrainedModel, Any]:
-        """Number the labels of the training set."""
-        names, kind = label_names(speech, label_target(recipe)), {}
-        if recipe.data.label == "turns":
-            kind = {"problem_type": "multi_label_classification"}  # people talk at the same time
-        extractor = Wav2Vec2FeatureExtractor(do_normalize=recipe.data.normalize, return_attention_mask=True)
-        return cls.start(recipe, recipe.model_config(id2label=names, **kind)), extractor
-
-    def collator(self, training: bool) -> Collator:
-        """Audio and labels."""
-        crop = self.recipe.data.crop_seconds if training else None
-        return LabelCollator(
-            self.model.config, self.processor, label_target(self.recipe), per=self.per, crop_seconds=crop,
-            **self.options(training),
-        )  # fmt: skip
-
-    def usable(self, utterance: Utterance) -> bool:
-        """Its labels are known."""
-        target = label_target(self.recipe)
-        found = target(utterance) if callable(target) else getattr(utterance, target)
-        labels = [found] if self.per == "utterance" else [segment.label for segment in found]
-        return bool(labels) and all(label in self.model.config.label2id for label in labels)
-
-    @torch.no_grad()
-    def measure(self, batch: BatchFeature, output: Any) -> Sums:
-        """Labels that are right; a label of several classes is right if all of them are."""
-        labels, logits = batch["labels"], self.scores(output)
-        if labels.is_floating_point():
-            known = labels[..., 0] != -100
-            right = ((logits > 0) == (labels > 0.5)).all(-1) & known
-        else:
-            known = labels != -100
-            right = (logits.argmax(-1) == labels) & known
-        return {"right": right.sum().float(), "labels": known.sum().float()}
-
-    def scores(self, output: Any) -> Tensor:
-        """The scores that an answer is read from."""
-        return output.logits
-
-    def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The share of labels that are right."""
-        return {"accuracy": float(sums["right"] / sums["labels"].clamp_min(1))}
-
-
-# %% ../../nbs/training/trainer.ipynb #b5b74046
-class FrameObjective(LabelObjective):
-    """Learn to name frames."""
-
-    head = Wav2Vec2ConformerForAudioFrameClassification
-    per = "frame"
-
-
-class XVectorObjective(LabelObjective):
-    """Learn vectors that tell speakers apart."""
-
-    head = Wav2Vec2ConformerForXVector
-
-    def scores(self, output: Any) -> Tensor:
-        """How near the vector is to each speaker of the training set."""
-        return cast(Tensor, self.model.objective.cosines(output.logits.float()))
-
-
-def label_target(recipe: Recipe) -> Any:
-    """Where the label of an utterance stands."""
-    return turn_order if recipe.data.label == "turns" else recipe.data.label
-
-
-OBJECTIVE_CLASSES: dict[str, type[Objective]] = {
-    "pretraining": PretrainingObjective,
-    "ctc": CTCObjective,
-    "sequence": LabelObjective,
-    "frame": FrameObjective,
-    "xvector": XVectorObjective,
-}
-
-
-# %% ../../nbs/training/trainer.ipynb #f737aa60
-def decays(name: str, p: Tensor) -> bool:
-    """Say whether weight decay pulls on a parameter: on matrices and kernels, not on norms, biases and lone vectors."""
-    return p.dim() > 1 and "norm" not in name and "bias" not in name
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) over everything that may learn at some time in the run."""
-    plan = recipe.optimizer
-    learners = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in learners if decays(name, p)], "weight_decay": plan.weight_decay},
-        {"params": [p for name, p in learners if not decays(name, p)], "weight_decay": 0.0},
-    ]
-    options: dict[str, Any] = {"betas": plan.betas, "eps": plan.eps, "fused": True}
-    return torch.optim.AdamW([g for g in groups if g["params"]], plan.lr, **options)
-
-
-# %% ../../nbs/training/trainer.ipynb #88a1f4f3
-def blame(objective: Objective, batch: BatchFeature) -> list[str]:
-    """Name the rows of a batch whose loss, alone, is not finite; all of them if none is (they only fail together)."""
-    names: list[str] = []
-    facts = {
-        key: batch[key] for key in ("ids", "texts", "lengths", "n_frames", "label_lengths") if key in batch
-    }
-    for i, name in enumerate(batch["ids"]):
-        row = BatchFeature({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()})
-        row.update({key: value[i : i + 1] for key, value in facts.items()})
-        if "sampled_negative_indices" in row:
-            row["sampled_negative_indices"] = (
-                row["sampled_negative_indices"] - i * batch["mask_time_indices"].shape[1]
-            )
-        try:
-            with eval_mode(objective.model):
-                finite = bool(objective.forward(objective.model, row, 1)[0].isfinite())
-        except ValueError:  # the model refuses what is not a number
-            finite = False
-        if not finite:
-            names.append(name)
-    return names or list(batch["ids"])
+    if left_out is not None:
+        left_out += bad
+    return speech.filter(lambda u: not problems[u.id])
 
 
 # %% ../../nbs/training/trainer.ipynb #977c28af
 class Stream:
-    """The batches of a loader, epoch after epoch, and where we are among them.
-
-    Args:
-        loader: Of `data_loader`.
-    """
+    """The batches of a loader (`data_loader`), epoch after epoch, and where we are among them."""
 
     def __init__(self, loader: Any) -> None:
         self.loader, self.sampler = loader, loader.batch_sampler
@@ -554,241 +126,50 @@ class Stream:
 
     def __next__(self) -> BatchFeature:
         if self._batches is None:
-            self._go(self.epoch, self.position)
-        batch = next(cast(Iterator[BatchFeature], self._batches), None)
-        if batch is None:  # the end of the epoch
-            self._go(self.epoch + 1, 0)
-            batch = next(cast(Iterator[BatchFeature], self._batches))
+            self.sampler.set_epoch(self.epoch, self.position)
+            self._batches = iter(self.loader)
+        if (batch := next(self._batches, None)) is None:
+            self.epoch, self.position, self._batches = self.epoch + 1, 0, None
+            return next(self)
         self.position += 1
         return batch
-
-    def _go(self, epoch: int, position: int) -> None:
-        """Begin an epoch, at its start or further on."""
-        self.epoch, self.position = epoch, position
-        self.sampler.set_epoch(epoch, position)
-        self._batches = iter(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Where we are."""
         self.sampler.set_epoch(self.epoch, self.position)
         return dict(self.sampler.state_dict())
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go there."""
         self.sampler.load_state_dict(state)
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self._batches = None
+        self.epoch, self.position, self._batches = int(state["epoch"]), int(state["position"]), None
 
 
-# %% ../../nbs/training/trainer.ipynb #853a9eec
-def in_process_group() -> bool:
-    """Say whether this process is one of a group; a group of one counts, as its launcher wraps the model just the same."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+# %% ../../nbs/training/trainer.ipynb #f737aa60
+def _decays(name: str, p: Tensor) -> bool:
+    """Say whether weight decay pulls on a parameter: on matrices and kernels, not on norms, biases and lone vectors."""
+    return p.dim() > 1 and "norm" not in name and "bias" not in name
 
 
-def wants_pieces() -> bool:
-    """Say whether `accelerate launch` asked for FSDP, a model in pieces, and this process is one of a group.
-
-    Raises:
-        ValueError: It asked for something that this loop does not do.
-    """
-    told = {
-        key: os.environ.get(key, "false").lower()
-        for key in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
-    }
-    if told["ACCELERATE_USE_FSDP"] != "true":
-        return False
-    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        raise refuse(
-            "fsdp_version",
-            version,
-            "2: FSDP 1 joins the weights of a block to one long vector, which has no names (fsdp_version: 2)",
-        )
-    if told["FSDP_OFFLOAD_PARAMS"] == "true":
-        raise refuse("fsdp_offload_params", True, "false: pieces stay on their device")
-    if told["FSDP_ACTIVATION_CHECKPOINTING"] == "true":
-        raise refuse(
-            "fsdp_activation_checkpointing", True, "false: set model.checkpointing in the recipe instead"
-        )
-    return in_process_group()
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over everything that may learn at some time in the run."""
+    plan = recipe.optimizer
+    learners = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in learners if _decays(name, p)], "weight_decay": plan.weight_decay},
+        {"params": [p for name, p in learners if not _decays(name, p)], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
 
 
-def make_accelerator(precision: str = "no", cpu: bool = False, layerdrop: float = 0.0) -> Any:
-    """Accelerate's handle on devices, processes and precision; `accelerate launch` decides how many processes there are.
-
-    With LayerDrop, data-parallel training has to look which parameters got no gradient, or it waits for them forever.
-
-    Raises:
-        ValueError: The launcher asked for a way to train that this loop does not know.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise ImportError('training needs accelerate: pip install "w2vc[train]"') from error
-    wants_pieces()  # refuses before Accelerate complains less clearly
-    if AcceleratorState._shared_state:  # another run of this process may have had another precision
-        AcceleratorState._reset_state()
-    wrapping = DistributedDataParallelKwargs(find_unused_parameters=layerdrop > 0)
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[wrapping])
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in {"DEEPSPEED", "MEGATRON_LM"}:
-        raise refuse(
-            "distributed_type", kind, "data-parallel training (MULTI_GPU) or FSDP (the scale chapter)"
-        )
-    if precision == "fp16" and wants_pieces():
-        raise refuse(
-            "run.precision", precision, "'bf16' or 'no' with FSDP: the loss scale of fp16 is not tried there"
-        )
-    if layerdrop > 0 and wants_pieces():
-        raise refuse(
-            "layerdrop",
-            layerdrop,
-            "0 with FSDP (model.config.layerdrop=0): all processes gather the same blocks",
-        )
-    return accelerator
-
-
-# %% ../../nbs/training/trainer.ipynb #d88983ba
-def _reshards() -> bool:
-    """Whether a block forgets the others' pieces after its forward, to gather them again for its backward."""
-    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
-
-
-def cut_weights(model: PreTrainedModel, device: torch.device) -> None:
-    """Leave this process its piece of each weight, in place (FSDP2): the parameters become DTensors.
-
-    Each block of the encoder is gathered when its turn comes, and the rest for the whole step.
-
-    Args:
-        model: The same on all processes, or nearly: the first process's weights count, as in data-parallel training.
-        device: Where the model is.
-
-    Raises:
-        ImportError: torch is too old.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        raise ImportError(f"FSDP needs torch 2.13 or newer, and this is {torch.__version__}")
-    for tensor in (*model.parameters(), *model.buffers()):
-        torch.distributed.broadcast(tensor.detach(), 0)
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module .* returned a view"
-    )  # nobody writes to our outputs in place
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in cast(Any, model.base_model).encoder.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=_reshards())
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-
-
-# %% ../../nbs/training/trainer.ipynb #3118c3f0
-@contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Let every process hold all weights for a while, so that it may run forwards alone; all must enter together.
-
-    Without gradients. A model that is not in pieces stays as it is. The first time in the life of a cut model, a forward must run inside, on
-    each process.
-    """
-    if not in_process_group():
-        yield
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    yield  # an error ends the run: nothing to clean up then
-    if parts:  # FSDP notes each forward to plan the next backward: forget those that failed, or that others did not run
-        parts[0].reset_iter_state()
-    for part in parts:
-        part.set_reshard_after_forward(_reshards() and part is not parts[0], recurse=False)
-
-
-def put_together(value: Any, keep: bool = True) -> Any:
-    """Tables and lists of tensors, with those that are in pieces made whole, on the host; all processes must ask.
-
-    Args:
-        value: State of a model or an optimiser.
-        keep: False takes part and forgets the result.
-    """
-    if isinstance(value, Mapping):
-        return {key: put_together(item, keep) for key, item in value.items()}
-    if isinstance(value, list):
-        return [put_together(item, keep) for item in value]
-    if not hasattr(value, "full_tensor"):
-        return value
-    gathered = whole_tensor(value)
-    return gathered.cpu() if keep else None
-
-
-def piece_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's piece of a whole tensor, cut as `like` is; the tensor itself if that is not cut."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    like = cast(DTensor, like)
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-# %% ../../nbs/training/trainer.ipynb #33bd188d
-class MetricsLog:
-    """Lines of figures in a file, one JSON object each, and perhaps in TensorBoard.
-
-    Args:
-        folder: Of the run; the file is `metrics.jsonl`.
-        step: Records of later steps are forgotten: the run goes on from there.
-        tensorboard: Also write TensorBoard's files.
-        write: False keeps everything in memory alone (all processes but the first).
-    """
-
-    def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, write: bool = True) -> None:
-        self.path, self.write = folder / "metrics.jsonl", write
-        self.records = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
-        self.board: Any = None
-        if write:
-            text = "".join(json.dumps(r) + "\n" for r in self.records)
-            write_file(self.path, text.encode())
-        if write and tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError('run.tensorboard needs tensorboard: pip install "w2vc[train]"') from error
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def add(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
-        """Write a record: numbers that are not finite become None, which JSON can hold."""
-        plain = {
-            key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in figures.items()
-        }
-        rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in plain.items()}
-        record = {"kind": kind, "step": step, **rounded}
-        self.records.append(record)
-        if self.write:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            for key, value in rounded.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(f"{kind}/{key}", value, step)
-                elif isinstance(value, str):
-                    self.board.add_text(f"{kind}/{key}", value, step)
-                elif isinstance(value, list) and key == "samples":
-                    self.board.add_text(f"{kind}/{key}", "\n\n".join(value), step)
-        return record
-
-
-# %% ../../nbs/training/trainer.ipynb #20cb8ead
+# %% ../../nbs/training/trainer.ipynb #7b880e63
 def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
     """Read the records of a run's `metrics.jsonl` (or of the run's folder); a line cut short by a kill is passed over.
 
     Args:
         path: The file, or the folder of the run.
-        kind: "train", "valid", "skip", "alarm", …; None: all.
+        kind: "train", "valid", "skip" or "alarm"; None: all.
     """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
@@ -803,686 +184,567 @@ def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[
     return records
 
 
-# %% ../../nbs/training/trainer.ipynb #d812de1b
-@contextmanager
-def averaged_weights(model: nn.Module, average: dict[str, Tensor] | None) -> Iterator[None]:
-    """Let the model have its running average of weights for a while."""
-    if not average:
-        yield
-        return
-    parameters = dict(model.named_parameters())
-    kept = {name: parameters[name].detach().clone() for name in average}
-    with torch.no_grad():
-        for name, value in average.items():
-            parameters[name].copy_(value)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                parameters[name].copy_(value)
+# %% ../../nbs/training/trainer.ipynb #81132fdb
+class MetricsLog:
+    """Lines of figures in a file, one JSON object each, and perhaps in TensorBoard.
+
+    Args:
+        folder: Of the run; the file is `metrics.jsonl`.
+        step: Records of later steps are forgotten: the run goes on from there.
+        tensorboard: Also write TensorBoard's files.
+        write: False keeps everything in memory alone (all processes but the first).
+    """
+
+    def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, write: bool = True) -> None:
+        self.path, self.write = folder / "metrics.jsonl", write
+        self.board: Any = None
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
+        if write:
+            write_file(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+        if write and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
+        """Write a record; a number that is not finite is missing: None, as JSON has no other word for it."""
+        for key, value in figures.items():
+            if isinstance(value, float):
+                figures[key] = float(f"{value:.6g}") if math.isfinite(value) else None
+        record = {"kind": kind, "step": step, **figures}
+        self.records.append(record)
+        if self.write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        for key, value in figures.items() if self.board is not None else ():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"{kind}/{key}", value, step)
+            elif isinstance(value, str) or key == "samples":
+                self.board.add_text(
+                    f"{kind}/{key}", value if isinstance(value, str) else "\n\n".join(value), step
+                )
+        return record
+
+
+# %% ../../nbs/training/trainer.ipynb #7b59b261
+@dataclass
+class TrainState:
+    """A run at one moment: everything that decides what comes next."""
+
+    recipe: Recipe
+    folder: Path  # where checkpoints and figures go
+    objective: Objective  # what is learned
+    processes: Processes  # who trains together
+    model: Any  # the model, or this process's piece of it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the loss, for fp16; else it does nothing
+    average: AveragedModel | None  # of the weights; None: off
+    stream: Stream  # the training batches
+    valid: Any  # the loader of the validation set; None: no evaluation
+    log: MetricsLog
+    progress: bool = False  # print messages and a progress bar
+    wrapped: Any = None  # what forwards in training go through: the model, or its wrapper for many processes
+    held: list[nn.Parameter] = field(default_factory=list)  # parameters of the base model that learn later
+    step: int = 0  # updates done
+    skipped: int = 0  # updates left out because something was not finite
+    in_a_row: int = 0  # how many of these came last
+    waiting: int = 0  # evaluations since the best one
+    best: tuple[float, int] | None = None  # the best value of the monitored figure, and its step
+    since: Counter[str] = field(default_factory=Counter)  # sums over the steps since the last line of the log
+
+    def say(self, text: str) -> None:
+        """Print a message, if somebody watches, without tearing the progress bar."""
+        if self.progress:
+            from tqdm import tqdm
+
+            tqdm.write(text)
+
+
+# %% ../../nbs/training/trainer.ipynb #e917801c
+def make_state(  # noqa: PLR0917
+    recipe: Recipe,
+    folder: str | os.PathLike[str],
+    objective: Objective,
+    model: Any,
+    train: Speech,
+    valid: Speech | None = None,
+) -> TrainState:
+    """Put a run together at its step 0; `start_run` does it from a recipe alone."""
+    run, data = recipe.run, recipe.data
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    processes = find_processes(run.cpu, run.precision, model.config.layerdrop)
+    if recipe.model.features_gradient == 0:
+        model.freeze_feature_encoder()
+    if recipe.model.frozen:
+        model.freeze_base_model()
+    if recipe.model.checkpointing:
+        model.gradient_checkpointing_enable()
+    model.to(processes.device)
+    average = None
+    if run.ema > 0:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.ema))  # type: ignore[no-untyped-call]
+        average.update_parameters(model)  # it begins as the weights
+    if processes.sharded:
+        for whole in (model,) if average is None else (model, average.module):
+            shard_model(whole, processes.device)
+
+    def loader(speech: Speech, training: bool) -> Any:
+        return data_loader(
+            speech, objective.collator(training), max_seconds=data.batch_seconds, max_rows=data.batch_rows, seed=run.seed,
+            workers=data.workers, preload=data.preload, processes=processes.count, rank=processes.index,
+        )  # fmt: skip
+
+    torch.manual_seed(run.seed * 1000 + 1 + processes.index)  # noise inside the model
+    return TrainState(
+        recipe=recipe, folder=Path(folder), objective=objective, processes=processes, model=model, average=average,
+        optimizer=make_optimizer(model, recipe), stream=Stream(loader(train, True)),
+        scaler=torch.amp.GradScaler(processes.device.type, enabled=run.precision == "fp16"),
+        valid=None if valid is None else loader(valid, False), log=MetricsLog(Path(folder), write=False),
+    )  # fmt: skip
+
+
+# %% ../../nbs/training/trainer.ipynb #c79aed1b
+def set_frozen(state: TrainState) -> None:
+    """Freeze or free the base model as the step asks, and put the model into training mode.
+
+    Data-parallel training notes which parameters learn when it wraps the model, so it is wrapped anew on a change.
+    """
+    plan, model = state.recipe.model, state.model
+    freeze = state.step < plan.frozen_steps
+    if state.wrapped is None or freeze != bool(state.held):
+        learners = [p for p in model.base_model.parameters() if p.requires_grad]
+        state.held, changing = (learners, learners) if freeze else ([], state.held)
+        for p in changing:
+            p.requires_grad_(not freeze)
+        state.wrapped = wrap_model(model, state.processes, unused=model.config.layerdrop > 0)
+    state.wrapped.train()
+    if plan.frozen:
+        model.base_model.eval()  # so that its running statistics stay, too
+
+
+# %% ../../nbs/training/trainer.ipynb #09f2f074
+def save_state(state: TrainState) -> None:
+    """Write `last/`: a model folder with one more file, the state of the run; all or nothing.
+
+    The files are the same whether the model is in pieces or not. All processes call this together.
+    """
+    head, device = state.objective.head, state.processes.device
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    model, average = whole_model(state.model, head), state.average and whole_model(state.average.module, head)
+    optimizer = state.optimizer.state_dict()
+    moments = {i: {key: whole_tensor(t) for key, t in own.items()} for i, own in optimizer["state"].items()}
+    saved = {
+        "step": state.step, "stream": state.stream.state_dict(), "optimizer": optimizer | {"state": moments},
+        "rng": state.processes.gather([rng]), "average": {n: p.detach() for n, p in average.named_parameters()} if average else {},
+        "skipped": state.skipped, "in_a_row": state.in_a_row, "waiting": state.waiting, "best": state.best,
+        "scaler": state.scaler.state_dict(), "since": dict(state.since), "recipe": state.recipe.to_dict(),
+    }  # fmt: skip
+    if state.processes.index == 0:
+        with replace_folder(state.folder / "last") as fresh:
+            model.save_pretrained(fresh)
+            state.objective.processor.save_pretrained(fresh)
+            torch.save(saved, fresh / "training_state.pt")
 
 
 # %% ../../nbs/training/trainer.ipynb #c6e3fc09
-FREE_KEYS = (
-    frozenset(  # keys of a recipe that do not change what is learned: they may differ when a run is resumed
-        {"name", "about", "data.workers", "data.preload", "data.valid"}
-        | {
-            f"run.{key}"
-            for key in ("log_every", "evaluate_every", "save_every", "valid_batches", "monitor", "patience")
-        }
-        | {f"run.{key}" for key in ("samples", "tensorboard", "tolerance", "cpu", "threads")}
+_FREE_KEYS = frozenset({"name", "about", "data.workers", "data.preload", "data.valid"}) | {
+    f"run.{key}" for key in (
+        "log_every", "evaluate_every", "save_every", "valid_batches", "monitor", "patience", "samples", "tensorboard",
+        "tolerance", "cpu", "threads",
     )
-)
+}  # fmt: skip
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Write nested tables as one: `{"run": {"steps": 9}}` to `{"run.steps": 9}`."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
-        )
-    return found
-
-
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Name what differs between two recipes (as tables) and matters."""
-    a, b = flat(old), flat(new)
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in FREE_KEYS)
+def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name the keys in which two recipes (as tables) differ, of those that change what is learned."""
+    changed: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b, name = old.get(key), new.get(key), prefix + key
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            changed += _changed_keys(a, b, f"{name}.")
+        elif a != b and name not in _FREE_KEYS:
+            changed.append(name)
+    return changed
 
 
 # %% ../../nbs/training/trainer.ipynb #12fe0945
-@dataclass
-class TrainResult:
-    """How a run, or a piece of one, ended.
-
-    Attributes:
-        folder: Of the run: `last/` and `best/` are model folders, `metrics.jsonl` has the curves.
-        step: Updates done.
-        finished: The run is over; False: it can be resumed.
-        reason: Why it stopped.
-        best: The best value of the monitored figure, and its step.
-        model: The trained model, in eval mode; after training in pieces, a whole one for each process, read from `last/`.
-    """
-
-    folder: Path
-    step: int
-    finished: bool
-    reason: str
-    best: tuple[float, int] | None
-    model: PreTrainedModel
-
-
-# %% ../../nbs/training/trainer.ipynb #f1173697
-class RunState:
-    """A run at one moment: model, optimiser, data position, and all that decides what comes next.
-
-    Args:
-        recipe: The run.
-        folder: Where checkpoints and figures go.
-        objective: What is learned; made by `make_trainer`.
-        train: The training set.
-        valid: The validation set; None: no evaluation.
-        progress: Show a progress bar and messages.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: str | Path,
-        objective: Objective,
-        train: Speech,
-        valid: Speech | None,
-        *,
-        progress: bool = True,
-    ) -> None:
-        self.recipe, self.folder, self.objective = recipe, Path(folder), objective
-        self.model: PreTrainedModel = objective.model
-        if recipe.run.threads is not None:
-            torch.set_num_threads(recipe.run.threads)
-        self.accelerator = make_accelerator(recipe.run.precision, recipe.run.cpu, self.model.config.layerdrop)
-        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
-        self.is_main, self.progress = (
-            self.accelerator.is_main_process,
-            progress and self.accelerator.is_main_process,
-        )
-        self.stream = Stream(self._loader(train, training=True))
-        self.valid = None if valid is None else self._loader(valid, training=False)
-        if recipe.model.features_gradient == 0:
-            self.model.freeze_feature_encoder()
-        if recipe.model.frozen:
-            self.model.freeze_base_model()
-        if recipe.model.checkpointing:
-            self.model.gradient_checkpointing_enable()
-        self.model.to(self.device)
-        self.in_pieces = wants_pieces()
-        if self.in_pieces:
-            # adds autocast, and no wrapper
-            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-            cut_weights(self.model, self.device)
-        self.optimizer: Any = self.accelerator.prepare_optimizer(make_optimizer(self.model, recipe))
-        self.learners = [p for p in self.model.parameters() if p.requires_grad]
-        self.frozen: list[nn.Parameter] = []
-        self.wrapped: Any = None
-        self.step = self.skipped = self.in_a_row = self.waiting = 0
-        self.best: tuple[float, int] | None = None
-        self.average = self._first_average()
-        self.log: MetricsLog
-        self.bar: Any = None
-        self._since: dict[str, float] = {}
-        torch.manual_seed(
-            recipe.run.seed * 1000 + 1 + self.accelerator.process_index
-        )  # noise inside the model
-
-    def _loader(self, speech: Speech, *, training: bool) -> Any:
-        """The batches of this process."""
-        data, run = self.recipe.data, self.recipe.run
-        return data_loader(
-            speech, self.objective.collator(training), max_seconds=data.batch_seconds, max_rows=data.batch_rows,
-            seed=run.seed, workers=data.workers, preload=data.preload, processes=self.world,
-            rank=self.accelerator.process_index,
-        )  # fmt: skip
-
-    def _first_average(self) -> dict[str, Tensor]:
-        """The running average of the weights begins as the weights; empty if it is off."""
-        if self.recipe.run.ema == 0:
-            return {}
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def unfreeze(self) -> None:
-        """Freeze or free the base model as the step asks, and wrap the model for its processes.
-
-        Data-parallel training notes which parameters learn when it wraps the model, so it is wrapped anew on a change. A model
-        in pieces has no wrapper: its hooks look at each step.
-        """
-        freeze = self.step < self.recipe.model.frozen_steps
-        if self.wrapped is not None and freeze == bool(self.frozen):
-            return
-        if freeze:
-            self.frozen = [p for p in self.model.base_model.parameters() if p.requires_grad]
-        for p in self.frozen:
-            p.requires_grad_(not freeze)
-        if not freeze:
-            self.frozen = []
-        if self.wrapped is not None and not self.in_pieces:
-            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        self.wrapped = self.model if self.in_pieces else self.accelerator.prepare_model(self.model)
-        self.learn()
-
-    def learn(self) -> None:
-        """Put the model into training mode; a base model that is frozen for good stays in eval mode."""
-        self.wrapped.train()
-        if self.recipe.model.frozen:
-            self.model.base_model.eval()
-
-
-# %% ../../nbs/training/trainer.ipynb #c6cd6537
-class SavedRun(RunState):
-    """A run that goes to the disk and comes back. Its files are the same whether the model is in pieces or not."""
-
-    def model_files(self) -> dict[str, Any]:
-        """The files of the model, for the first process, and nothing for the others; all must ask."""
-        if not self.in_pieces:
-            return self.model.files() if self.is_main else {}
-        weights = put_together(self.model.state_dict(), keep=self.is_main)
-        if not self.is_main:
-            return {}
-        with torch.device("meta"):  # FSDP renamed the class of the pieces, and config.json names it
-            model = self.objective.head(self.model.config)
-        model.load_state_dict(weights, assign=True)
-        return model.files()
-
-    def save(self) -> None:
-        """Write `last/`: model and state of the run together, all or nothing."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        states = [rng]
-        if self.world > 1:
-            from accelerate.utils import gather_object
-
-            states = gather_object(states)
-        optimizer, average = self.optimizer.state_dict(), self.average
-        if self.in_pieces:
-            optimizer, average = put_together([optimizer, average], keep=self.is_main)
-        files = self.model_files()
-        if self.is_main:
-            scaler = self.accelerator.scaler
-            state = {
-                "step": self.step, "stream": self.stream.state_dict(), "optimizer": optimizer, "rng": states,
-                "average": average, "skipped": self.skipped, "in_a_row": self.in_a_row, "waiting": self.waiting,
-                "best": None if self.best is None else list(self.best), "scaler": None if scaler is None else scaler.state_dict(),
-                "since": self._since, "recipe": self.recipe.to_dict(),
-            }  # fmt: skip
-            files |= {"training_state.pt": lambda path: torch.save(state, path)}
-            write_together(self.folder / "last", files, remove=OLD_WEIGHTS)
-        self.accelerator.wait_for_everyone()
-
-    def resume(self) -> bool:
-        """Go on where `last/` was written; False if there is nothing to resume.
-
-        Raises:
-            ValueError: The recipe differs in something that changes what is learned, or so does the number of processes.
-        """
-        last = self.folder / "last"
-        found = find_file(last, "training_state.pt") if last.is_dir() else None
-        if found is None:
-            return False
-        state = torch.load(found, map_location="cpu", weights_only=True)
-        before = Recipe.from_dict(
-            state["recipe"]
-        ).to_dict()  # keys that did not exist then have their defaults
-        if changed := changed_keys(before, self.recipe.to_dict()):
-            raise ValueError(
-                f"{self.folder} holds a run of another recipe: {', '.join(changed)} differ; choose another folder"
-            )
-        if len(state["rng"]) != self.world:
-            raise ValueError(
-                f"{self.folder} holds a run of {len(state['rng'])} process(es), and there are {self.world}"
-            )
-        own = self.model.state_dict()
-        weights = {
-            name: piece_of(tensor, own.get(name, tensor)) for name, tensor in read_checkpoint(last).items()
-        }
-        self.model.load_state_dict(weights, strict=True)
-        learners = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for i, moments in state["optimizer"]["state"].items():
-            moments |= {
-                key: piece_of(moment, learners[i]) for key, moment in moments.items() if key != "step"
-            }
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.stream.load_state_dict(state["stream"])
-        self.step, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
-        self.waiting, self._since = state["waiting"], state["since"]
-        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
-        self.average = {
-            name: piece_of(value.to(self.device), own[name]) for name, value in state["average"].items()
-        }
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        rng = state["rng"][self.accelerator.process_index]
-        torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng and self.device.type == "cuda":
-            torch.cuda.set_rng_state(rng["cuda"], self.device)
-        return True
-
-
-# %% ../../nbs/training/trainer.ipynb #b6a2e88a
-class LoggedRun(SavedRun):
-    """A run that writes down how it goes."""
-
-    def _over_processes(self, value: Any) -> Any:
-        """Add up over all processes."""
-        return self.accelerator.reduce(value, "sum") if self.world > 1 else value
-
-    def processor_rate(self) -> int:
-        """Samples per second."""
-        extractor = getattr(self.objective.processor, "feature_extractor", self.objective.processor)
-        return int(extractor.sampling_rate)
-
-    def say(self, text: str) -> None:
-        """Print a message without tearing the progress bar."""
-        if self.progress:
-            print(text) if self.bar is None else self.bar.write(text)
-
-    def _note(self, loss: float, norm: float, **more: float) -> None:
-        """Remember the figures of a step until the next line of the log."""
-        good = math.isfinite(loss) and math.isfinite(norm)
-        clip = self.recipe.optimizer.clip
-        new: dict[str, float] = {
-            "steps": 1,
-            "good": good,
-            "loss": loss if good else 0,
-            "norm": norm if good else 0,
-        }
-        new["clipped"] = good and clip is not None and norm > clip
-        for key, value in (new | more).items():
-            self._since[key] = self._since.get(key, 0.0) + value
-
-    def watch(self) -> None:
-        """Raise an alarm, once for each kind, if the figures ask for one."""
-        raised = {r["name"] for r in self.log.records if r["kind"] == "alarm"}
-        for alarm in find_alarms(self.log.records, self.recipe.run.steps, self.objective.chance):
-            if alarm.name not in raised:
-                self.log.add("alarm", self.step, **{k: v for k, v in vars(alarm).items() if k != "step"})
-                self.say(f"ALARM {alarm}")
-
-    def _write_log(self, figures: dict[str, Any], notes: dict[str, float], blocks: dict[str, float]) -> None:
-        """Write the line of the last `log_every` steps: means of them, and the objective's figures of the last one."""
-        s, self._since = self._since, {}
-        good = max(s["good"], 1)
-        record = self.log.add(
-            "train", self.step, epoch=self.stream.epoch, loss=s["loss"] / good, gradient=s["norm"] / good,
-            clipped=s["clipped"] / good, skipped=self.skipped, **notes, **figures,
-            gradients={name: float(f"{value:.4g}") for name, value in blocks.items()}, dropped=int(s["dropped"]),
-            seconds=s["took"] / s["steps"], waiting=s["waited"] / s["took"], audio=s["audio"] / s["took"],
-        )  # fmt: skip
-        self.watch()
-        if self.bar is not None:
-            self.bar.set_postfix(
-                {
-                    k: f"{record[k]:.3g}"
-                    for k in ("loss", self.objective.monitor, "lr")
-                    if record.get(k) is not None
-                }
-            )
-
-
-# %% ../../nbs/training/trainer.ipynb #fb5caffe
-class GuardedRun(LoggedRun):
-    """A run that no loss without a value can spoil."""
-
-    def _skip(
-        self,
-        batches: list[BatchFeature],
-        losses: list[Tensor],
-        before: list[Tensor],
-        loss: float,
-        norm: float,
-    ) -> None:
-        """Leave a step out: its loss or gradient is not finite. Name the samples, and give running statistics back."""
-        with torch.no_grad():
-            for buffer, old in zip(self.model.buffers(), before, strict=True):
-                buffer.copy_(old)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # fp16: lower the scale
-        guilty = [b for b, value in zip(batches, losses, strict=True) if not math.isfinite(float(value))]
-        with whole_weights(self.model):  # who has nothing to blame must help the others
-            names = [name for batch in guilty for name in blame(self.objective, batch)]
-        if self.world > 1:
-            from accelerate.utils import gather_object
-
-            names = gather_object(names)
-        self.skipped += 1
-        self.in_a_row += 1
-        overflow = self.recipe.run.precision == "fp16" and math.isfinite(loss)
-        what = "gradient too large for fp16" if overflow else f"loss {loss}, length of the gradient {norm}"
-        self.log.add("skip", self.step + 1, reason=what, samples=names[:20])
-        if not overflow:
-            self.say(
-                f"step {self.step + 1} left out: {what}; samples: {', '.join(names[:8]) or 'none alone'}"
-            )
-        if self.in_a_row >= self.recipe.run.tolerance:
-            raise RuntimeError(
-                f"{self.in_a_row} steps in a row had no finite loss, the last with {names[:4]}: the weights are beyond repair, or the "
-                "data is. Lower optimizer.lr, set optimizer.clip, or look at these samples; last/ holds the last good weights"
-            )
-
-
-# %% ../../nbs/training/trainer.ipynb #ac68bd11
-def _sum_up(total: Sums, more: Mapping[str, Tensor], device: torch.device) -> None:
-    """Add a batch's sums to the total."""
-    for key, value in more.items():
-        own = value.to(device, torch.float32)
-        total[key] = total[key] + own if key in total else own
-
-
-class SteppingRun(GuardedRun):
-    """A run that can take a step of the optimiser."""
-
-    def no_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Hold back the exchange of gradients until the `last` micro-batch of a step."""
-        if self.in_pieces:
-            self.wrapped.set_requires_gradient_sync(last)
-        return nullcontext() if last or self.in_pieces else self.accelerator.no_sync(self.wrapped)
-
-    def update(self) -> None:
-        """One step of the optimiser, over all its micro-batches and processes.
-
-        The denominator is counted over the whole effective batch before the first backward, from numbers that the collator
-        counted on the host. Each gradient is then the gradient of one mean over everything, however the batch is cut.
-        """
-        run, objective, start = self.recipe.run, self.objective, time.perf_counter()
-        self.unfreeze()
-        batches = [next(self.stream) for _ in range(run.accumulate)]
-        waited = time.perf_counter() - start
-        notes = objective.prepare(self.step)
-        rate = self.recipe.optimizer.lr * learning_rate(self.step, run.steps, self.recipe.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        counts = [objective.count(batch) for batch in batches]
-        total = self._over_processes(torch.tensor(sum(counts), device=self.device)).clamp(min=1)
-        scale = self.world / total  # processes average their gradients: undo it
-        before = [buffer.clone() for buffer in self.model.buffers()]  # running statistics
-        log = (self.step + 1) % run.log_every == 0
-        sums: Sums = {}
-        losses = []
-        for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            batch.to(self.device)
-            last = i == len(batches) - 1
-            with self.no_sync(last):
-                loss, output = objective.forward(self.wrapped, batch, count)
-                if log:  # before the backward, after which a process has its pieces only
-                    _sum_up(sums, objective.measure(batch, output), self.device)
-                if log and last:
-                    notes |= objective.pulls(output)
-                self.accelerator.backward(loss * scale)
-            losses.append(loss.detach())
-            del loss, output
-        clip = self.recipe.optimizer.clip
-        norm = whole_tensor(
-            self.accelerator.clip_grad_norm_(self.learners, math.inf if clip is None else clip)
-        )
-        mean = self._over_processes(torch.stack(losses).sum()) / total
-        mean_loss, length = torch.stack([mean, norm.to(mean.dtype)]).tolist()  # the one read of this step
-        if math.isfinite(mean_loss) and math.isfinite(length):
-            blocks = gradient_norms(self.model) if log else {}
-            if clip is not None and length > clip:  # as they were before they were scaled down
-                blocks = {name: norm * length / clip for name, norm in blocks.items()}
-            self.optimizer.step()
-            self.in_a_row = 0
-            if self.average:
-                learners = dict(self.model.named_parameters())
-                with torch.no_grad():  # or the average would remember how it came about, step after step
-                    torch._foreach_lerp_(
-                        list(self.average.values()), [learners[n] for n in self.average], 1 - run.ema
-                    )
-        else:
-            blocks = {}
-            self._skip(batches, losses, before, mean_loss, length)
-        self.optimizer.zero_grad()
-        self.step += 1
-        audio = sum(sum(batch["lengths"]) for batch in batches) / self.processor_rate() * self.world
-        times = {"waited": waited, "took": time.perf_counter() - start, "audio": audio}
-        self._note(mean_loss, length, **times, dropped=sum(len(batch["dropped"]) for batch in batches))
-        if log:
-            self._write_log(objective.summarise(self._over_processes(sums)), {"lr": rate, **notes}, blocks)
-
-
-# %% ../../nbs/training/trainer.ipynb #5e0b7a31
-def _picture(title: str, xlabel: str) -> tuple[Any, Any]:
-    """A small picture for TensorBoard."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('run.tensorboard draws pictures: pip install "w2vc[viz]"') from error
-    figure = Figure(figsize=(7, 2.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel=xlabel)
-    return figure, axes
-
-
-def draw_gradients(norms: Mapping[str, float]) -> Any:
-    """Draw the length of the gradient of each block, on a logarithmic axis, as a matplotlib figure."""
-    figure, axes = _picture("Length of the gradient", "block")
-    axes.bar(list(norms), list(norms.values()))
-    axes.set_yscale("log")
-    axes.tick_params(axis="x", rotation=60)
-    return figure
-
-
-def draw_codes(codes: Tensor, hidden: Tensor) -> Any:
-    """Draw the codes `[T, G]` of an utterance over time, hidden frames `[T]` shaded, as a matplotlib figure."""
-    figure, axes = _picture("Codes of one utterance; shaded: hidden from the model", "frame")
-    for t in hidden.nonzero().flatten().tolist():
-        axes.axvspan(t - 0.5, t + 0.5, color="0.85", linewidth=0)
-    for group, marker in zip(range(codes.shape[1]), "ox^s" * codes.shape[1], strict=False):
-        axes.plot(codes[:, group].cpu().tolist(), marker, markersize=3, label=f"group {group}")
-    axes.set_ylabel("code")
-    axes.legend(fontsize=8)
-    return figure
-
-
-# %% ../../nbs/training/trainer.ipynb #196354ba
-HIGHER = frozenset({"accuracy", "score"})  # figures of which more is better; of all others less is
-
-
-class JudgedRun(SteppingRun):
-    """A run that is measured on the validation set, and keeps its best model."""
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
-        """Measure the model on the validation set; draws nothing from torch's global generator."""
-        if self.valid is None:
-            return {}
-        sums: Sums = {}
-        lines: list[str] = []
-        self.model.eval()
-        self.valid.batch_sampler.set_epoch(0)
-        if (
-            self.in_pieces
-        ):  # everybody judges with the running statistics of the first process, whose are saved
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        with averaged_weights(self.model, self.average), whole_weights(self.model):
-            for i, batch in enumerate(self.valid):
-                if i == self.recipe.run.valid_batches:
-                    break
-                batch.to(self.device)
-                count = self.objective.count(batch)
-                loss, output = self.objective.forward(self.model, batch, count)
-                own = {"loss_sum": loss, "loss_count": torch.tensor(float(count))}
-                _sum_up(sums, {**self.objective.measure(batch, output), **own}, self.device)
-                if len(lines) < self.recipe.run.samples:
-                    lines += self.objective.show(batch, output)
-                if i == 0:
-                    self._exhibit(batch)
-        self.learn()
-        sums = self._over_processes(sums)
-        figures = {
-            "loss": float(sums["loss_sum"] / sums["loss_count"].clamp_min(1)),
-            **self.objective.summarise(sums),
-        }
-        samples = {"samples": lines[: self.recipe.run.samples]} if lines else {}
-        self.log.add("valid", self.step, **figures, **samples)
-        self._judge(figures)
-        self.watch()
-        return figures
-
-    def _exhibit(self, batch: BatchFeature) -> None:
-        """Put the first row of a batch on TensorBoard: its sound, silent where frames are hidden, its codes, and gradients per block."""
-        if (board := self.log.board) is None:
-            return
-        audio = batch["input_values"][0, : batch["lengths"][0]].float().cpu()
-        hidden = (
-            batch["mask_time_indices"][0].bool().cpu()
-            if "mask_time_indices" in batch
-            else torch.zeros(0, dtype=torch.bool)
-        )
-        silent = hidden.repeat_interleave(math.prod(self.model.config.conv_stride))[: len(audio)]  # [S]
-        audio[: len(silent)][silent] = 0.0
-        board.add_audio(
-            "valid/sound", audio[None] / audio.abs().max().clamp_min(1e-6), self.step, self.processor_rate()
-        )
-        last: dict[str, Any] = next((r for r in reversed(self.log.records) if r["kind"] == "train"), {})
-        if norms := last.get("gradients"):
-            board.add_figure("valid/gradients", draw_gradients(norms), self.step)
-        if "codes" in self.objective.taps:
-            board.add_figure("valid/codes", draw_codes(self.objective.taps["codes"][0], hidden), self.step)
-
-    def _judge(self, figures: dict[str, Any]) -> None:
-        """Keep the model if it is the best so far."""
-        name = self.recipe.run.monitor or self.objective.monitor
-        if name not in figures:
-            raise ValueError(
-                f"run.monitor={name!r} is no figure of {self.recipe.objective}: there are {', '.join(figures)}"
-            )
-        sign = 1 if name in HIGHER else -1
-        value = figures[name]
-        better = math.isfinite(value) and (self.best is None or sign * value > sign * self.best[0])
-        self.waiting = 0 if better else self.waiting + 1
-        if better:
-            self.best = (value, self.step)
-            with averaged_weights(self.model, self.average):
-                files = self.model_files()
-                if self.is_main:
-                    write_together(self.folder / "best", files, remove=OLD_WEIGHTS)
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float))
-        self.say(f"step {self.step}: {shown}{' (best)' if better else ''}")
-
-
-# %% ../../nbs/training/trainer.ipynb #f7ad2a39
-def _bar(show: bool, step: int, steps: int) -> Any:
-    """A progress bar, where tqdm is installed and there is somebody to look at it."""
-    if not show:
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
-
-
-class Trainer(JudgedRun):
-    """One loop for every objective; see `RunState` for its arguments."""
-
-    def tired(self) -> bool:
-        """Say whether too many evaluations in a row brought nothing better."""
-        patience = self.recipe.run.patience
-        return patience is not None and self.waiting >= patience
-
-    def agree(self, wish: bool) -> bool:
-        """What the first process wishes, for all of them."""
-        if self.world == 1:
-            return wish
-        return bool(self._over_processes(torch.tensor(int(wish and self.is_main), device=self.device)).item())
-
-    def run(self, max_minutes: float | None = None) -> TrainResult:
-        """Train until the recipe's last step, an early stop, or the end of the time.
-
-        Args:
-            max_minutes: Stop after so long, with a checkpoint; the schedules stay bound to the recipe's steps.
-        """
-        plan, start = self.recipe.run, time.monotonic()
-        resumed = self.resume()
-        self.log = MetricsLog(self.folder, self.step, tensorboard=plan.tensorboard, write=self.is_main)
-        if self.is_main and not resumed:
-            write_file(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
-            for name in ("last", "best"):
-                self.objective.processor.save_pretrained(self.folder / name)
-        self.bar = _bar(self.progress, self.step, plan.steps)
-        self.unfreeze()
-        late = False
-        while self.step < plan.steps and not late and not self.tired():
-            self.update()
-            if self.bar is not None:
-                self.bar.update()
-            if self.step % plan.evaluate_every == 0 or self.step == plan.steps:
-                self.evaluate()
-            late = self.agree(max_minutes is not None and time.monotonic() - start > 60 * max_minutes)
-            if self.step % plan.save_every == 0 or self.step == plan.steps or late or self.tired():
-                self.save()
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-        if (bands := stored_bands(self.recipe.name)) is not None:
-            outside = compare_with_bands(self.log.records, bands)
-            self.say(
-                "share outside the bands of healthy runs: "
-                + ", ".join(f"{k} {v:.0%}" for k, v in outside.items())
-            )
-        reason = f"{self.waiting} evaluations without a better one" if self.tired() else "the end of the time"
-        reason = "the last step" if self.step >= plan.steps else reason
-        finished = self.step >= plan.steps or self.tired()
-        model = self.model
-        if self.in_pieces:  # nobody should have to wait for other processes to use it
-            model = self.objective.head.from_pretrained(self.folder / "last").to(self.device)
-        return TrainResult(self.folder, self.step, finished, reason, self.best, slow_down(model).eval())
-
-
-# %% ../../nbs/training/trainer.ipynb #9ca90eb0
-def keep_usable(speech: Speech, objective: Objective, name: str) -> Speech:
-    """Leave out what the objective cannot use, such as utterances without text for CTC.
+def read_state(folder: str | os.PathLike[str], recipe: Recipe) -> dict[str, Any] | None:
+    """Read what `save_state` wrote, the weights under "model"; None if there is nothing to resume.
 
     Raises:
-        ValueError: Nothing is left.
+        ValueError: The recipe differs in something that changes what is learned.
     """
-    kept = speech.filter(objective.usable)
-    if not len(kept):
+    last = Path(folder) / "last"
+
+    def read(last: Path) -> dict[str, Any]:
+        state = torch.load(last / "training_state.pt", map_location="cpu", weights_only=True)
+        return {**state, "model": read_checkpoint(last)}
+
+    try:
+        saved = read_folder(last, read)
+    except FileNotFoundError:
+        return None
+    before = Recipe.from_dict(saved["recipe"]).to_dict()  # keys that did not exist then have their defaults
+    if changed := _changed_keys(before, recipe.to_dict()):
+        keys = ", ".join(changed)
+        raise ValueError(f"{folder} holds a run of another recipe: {keys} differ; choose another folder")
+    return saved
+
+
+# %% ../../nbs/training/trainer.ipynb #638443a7
+def load_state(state: TrainState, saved: Mapping[str, Any]) -> None:
+    """Put a run where `read_state` found it.
+
+    Raises:
+        ValueError: It was saved by another number of processes.
+    """
+    states, processes = saved["rng"], state.processes
+    if len(states) != processes.count:
         raise ValueError(
-            f"data.{name}: none of {len(speech)} utterances can be used for {objective.recipe.objective}"
+            f"{state.folder} holds a run of {len(states)} process(es), and there are {processes.count}"
         )
-    return kept
+    load_weights(state.model, saved["model"])
+    if state.average is not None:
+        load_weights(state.average.module, saved["model"] | saved["average"])
+    learners = [p for group in state.optimizer.param_groups for p in group["params"]]
+    moments = {
+        i: {key: t if key == "step" else piece_of(t, learners[i]) for key, t in own.items()}
+        for i, own in saved["optimizer"]["state"].items()
+    }
+    state.optimizer.load_state_dict(saved["optimizer"] | {"state": moments})
+    state.stream.load_state_dict(saved["stream"])
+    state.step, state.skipped, state.in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
+    state.waiting, state.since = saved["waiting"], Counter(saved["since"])
+    state.best = saved["best"] and tuple(saved["best"])
+    if saved["scaler"]:
+        state.scaler.load_state_dict(saved["scaler"])
+    rng = states[processes.index]
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and processes.device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"], processes.device)
 
 
-def make_trainer(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bool = True) -> Trainer:
-    """Load the speech, build the model, and say what the run will cost.
+# %% ../../nbs/training/trainer.ipynb #88a1f4f3
+def _blame(state: TrainState, model: Any, batch: BatchFeature) -> list[str]:
+    """Name the samples of a batch whose loss, alone, is not finite; all of them if none is (they only fail together)."""
+    names, loader = [], state.stream.loader
+    numbers = {u.id: i for i, u in enumerate(loader.dataset.speech)}
+    for name in batch["ids"]:
+        try:
+            alone = loader.collate_fn([loader.dataset[SampleRequest(batch["epoch"], numbers[name])]])
+            with eval_mode(model):
+                finite = bool(state.objective.forward(model, alone.to(state.processes.device))[0].isfinite())
+        except ValueError:  # the model refuses what is not a number
+            finite = False
+        names += [] if finite else [name]
+    return names or list(batch["ids"])
+
+
+# %% ../../nbs/training/trainer.ipynb #404a76ec
+def _skip_step(state: TrainState, bad: list[BatchFeature], loss: float, norm: float) -> None:
+    """Note that a step was left out, as its loss or the length of its gradient is not finite, and who is to blame.
+
+    Args:
+        state: The run; all processes call this together.
+        bad: The micro-batches of this process whose loss is not finite.
+        loss: Of the whole step.
+        norm: Length of its gradient.
+
+    Raises:
+        RuntimeError: Too many such steps in a row.
+    """
+    run = state.recipe.run
+    model = whole_model(state.model, state.objective.head)  # so that a process may look at its samples alone
+    names = state.processes.gather([name for batch in bad for name in _blame(state, model, batch)])
+    state.skipped += 1
+    state.in_a_row += 1
+    overflow = run.precision == "fp16" and math.isfinite(
+        loss
+    )  # the scaler lowers its factor, and all is well
+    what = "gradient too large for fp16" if overflow else f"loss {loss}, length of the gradient {norm}"
+    state.log.add("skip", state.step + 1, reason=what, samples=names[:20])
+    if not overflow:
+        state.say(f"step {state.step + 1} left out: {what}; samples: {', '.join(names[:8]) or 'none alone'}")
+    if state.in_a_row >= run.tolerance:
+        raise RuntimeError(
+            f"{state.in_a_row} steps in a row had no finite loss, the last with {names[:4]}: lower optimizer.lr, set "
+            "optimizer.clip, or look at these samples; last/ holds the last good weights"
+        )
+
+
+# %% ../../nbs/training/trainer.ipynb #03c7d26e
+def _add(total: Sums, more: Mapping[str, Tensor], device: torch.device) -> None:
+    """Add a batch's sums to the total."""
+    for key, value in more.items():
+        total[key] = total.get(key, torch.zeros((), device=device)) + value.detach().to(device, torch.float32)
+
+
+def accumulate(
+    state: TrainState, batches: list[BatchFeature], log: bool
+) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+    """Forward and backward over the micro-batches of a step; the gradient is that of one mean over all of them.
+
+    The denominator is counted over the whole effective batch before the first backward, from numbers that the collator
+    counted on the host.
+
+    Returns:
+        The mean loss over all processes `[]`, the summed loss of each micro-batch of this one, and, if `log`, figures.
+    """
+    objective, processes = state.objective, state.processes
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[state.recipe.run.precision]
+    count = torch.tensor(sum(objective.count(batch) for batch in batches), device=processes.device)
+    total = processes.sum(count).clamp(min=1)
+    losses: list[Tensor] = []
+    sums: Sums = {}
+    pulls: dict[str, float] = {}
+    for i, batch in enumerate(batches):
+        batch.to(processes.device)
+        last = i == len(batches) - 1
+        with exchange(state.wrapped, last):
+            with torch.autocast(processes.device.type, dtype, enabled=dtype is not None):
+                loss, result = objective.forward(state.wrapped, batch)
+            if log:  # before the backward, after which a process has its pieces only
+                _add(sums, objective.measure(batch, result), processes.device)
+                pulls = objective.pulls(state.model, result) if last else {}
+            # processes average their gradients: times their number makes it a sum again
+            state.scaler.scale(loss * (processes.count / total)).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        del loss, result
+    figures = pulls | objective.summarise(processes.sum(sums)) if log else {}
+    return processes.sum(torch.stack(losses).sum()) / total, losses, figures
+
+
+# %% ../../nbs/training/trainer.ipynb #54f17962
+def _shorten(state: TrainState) -> Tensor:
+    """Scale the gradient of the feature encoder, _shorten the whole to `optimizer.clip`; its length before that `[]`."""
+    state.scaler.unscale_(state.optimizer)
+    factor, clip = state.recipe.model.features_gradient, state.recipe.optimizer.clip
+    for p in state.model.base_model.feature_extractor.parameters():
+        if p.grad is not None and factor != 1:
+            p.grad.mul_(factor)
+    learners = [p for p in state.model.parameters() if p.requires_grad]
+    return whole_tensor(nn.utils.clip_grad_norm_(learners, math.inf if clip is None else clip))
+
+
+# %% ../../nbs/training/trainer.ipynb #1f28c63a
+def train_step(state: TrainState) -> dict[str, Any] | None:
+    """One update, over all its micro-batches and processes; returns the line of the log, if it is time for one."""
+    recipe, run, model, start = state.recipe, state.recipe.run, state.model, time.perf_counter()
+    set_frozen(state)
+    batches = [next(state.stream) for _ in range(run.accumulate)]
+    waited = time.perf_counter() - start
+    rate = recipe.optimizer.lr * learning_rate(state.step, run.steps, recipe.schedule)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    notes = {"lr": rate, **state.objective.prepare(model, state.step)}
+    log = (state.step + 1) % run.log_every == 0
+    buffers = [
+        buffer.clone() for buffer in model.buffers()
+    ]  # running statistics, before the batches change them
+
+    mean, losses, figures = accumulate(state, batches, log)
+    length = _shorten(state)
+    loss, norm = torch.stack([mean, length.to(mean)]).tolist()  # the one read of this step
+    if math.isfinite(loss) and math.isfinite(norm):
+        clipped = recipe.optimizer.clip is not None and norm > recipe.optimizer.clip
+        state.since.update({"good": 1, "loss": loss, "gradient": norm, "clipped": clipped})
+        if log:
+            figures["gradients"] = {name: float(f"{n:.4g}") for name, n in gradient_norms(model).items()}
+        state.scaler.step(state.optimizer)
+        state.in_a_row = 0
+        if state.average is not None:
+            state.average.update_parameters(model)
+    else:
+        for buffer, old in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(old)
+        _skip_step(
+            state, [b for b, own in zip(batches, losses, strict=True) if not own.isfinite()], loss, norm
+        )
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    state.step += 1
+
+    seconds = sum(sum(batch["lengths"]) for batch in batches) / SAMPLING_RATE * state.processes.count
+    state.since.update({"steps": 1, "took": time.perf_counter() - start, "waited": waited, "audio": seconds})
+    state.since.update({"dropped": sum(len(batch["dropped"]) for batch in batches)})
+    return _write_log(state, notes | figures) if log else None
+
+
+# %% ../../nbs/training/trainer.ipynb #a0c28eb1
+def _write_log(state: TrainState, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the line of the last `log_every` steps: means over them, and figures of the last one."""
+    s, state.since = state.since, Counter()
+    means = {key: s[key] / s["good"] if s["good"] else math.nan for key in ("loss", "gradient", "clipped")}
+    times = {
+        "seconds": s["took"] / s["steps"],
+        "waiting": s["waited"] / s["took"],
+        "audio": s["audio"] / s["took"],
+    }
+    counts = {"epoch": state.stream.epoch, "skipped": state.skipped, "dropped": s["dropped"]}
+    record = state.log.add("train", state.step, **means, **figures, **counts, **times)
+    _raise_alarms(state)
+    return record
+
+
+def _raise_alarms(state: TrainState) -> None:
+    """Raise an alarm, once for each kind, if the figures ask for one."""
+    raised = {r["name"] for r in state.log.records if r["kind"] == "alarm"}
+    for alarm in find_alarms(state.log.records, state.recipe.run.steps, state.objective.chance):
+        if alarm.name not in raised:
+            state.log.add("alarm", state.step, **{k: v for k, v in vars(alarm).items() if k != "step"})
+            state.say(f"ALARM {alarm}")
+
+
+# %% ../../nbs/training/trainer.ipynb #d5d3cf97
+@torch.no_grad()
+def evaluate(state: TrainState) -> dict[str, Any]:
+    """Measure the model, or its running average, on the validation set, and keep it in `best/` if it is the best so far.
+
+    Draws nothing from torch's global generator: a run that evaluates often is the same run.
+    """
+    objective, device, run = state.objective, state.processes.device, state.recipe.run
+    if state.valid is None:
+        return {}
+    model = whole_model(state.model if state.average is None else state.average.module, objective.head)
+    model.eval()
+    state.valid.batch_sampler.set_epoch(0)
+    sums: Sums = {}
+    lines: list[str] = []
+    for batch in islice(state.valid, run.valid_batches):
+        batch.to(device)
+        loss, result = objective.forward(model, batch)
+        own = {"loss_sum": loss, "loss_count": torch.tensor(objective.count(batch))}
+        _add(sums, objective.measure(batch, result) | own, device)
+        if len(lines) < run.samples:
+            lines += objective.show(batch, result)
+    sums = state.processes.sum(sums)
+    figures = {"loss": float(sums["loss_sum"] / sums["loss_count"].clamp_min(1)), **objective.summarise(sums)}
+    state.log.add("valid", state.step, **figures, **({"samples": lines[: run.samples]} if lines else {}))
+    better = _judge(state, figures)
+    if better and state.processes.index == 0:
+        with replace_folder(state.folder / "best") as fresh:
+            model.save_pretrained(fresh)
+            objective.processor.save_pretrained(fresh)
+    shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float))
+    state.say(f"step {state.step}: {shown}{' (best)' if better else ''}")
+    _raise_alarms(state)
+    return figures
+
+
+# %% ../../nbs/training/trainer.ipynb #977cf229
+_HIGHER = frozenset({"accuracy", "score"})  # figures of which more is better; of all others less is
+
+
+def _judge(state: TrainState, figures: Mapping[str, Any]) -> bool:
+    """Note whether the model is the best so far, by the figure that the recipe or the objective names."""
+    name = state.recipe.run.monitor or state.objective.monitor
+    if name not in figures:
+        kind, known = state.recipe.objective, ", ".join(figures)
+        raise ValueError(f"run.monitor={name!r} is no figure of {kind}: there are {known}")
+    value, sign = figures[name], 1 if name in _HIGHER else -1
+    better = math.isfinite(value) and (state.best is None or sign * value > sign * state.best[0])
+    state.waiting = 0 if better else state.waiting + 1
+    state.best = (value, state.step) if better else state.best
+    return better
+
+
+# %% ../../nbs/training/trainer.ipynb #9400d965
+def start_run(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bool = True) -> TrainState:
+    """Load the speech, build the model, and go to where the run in `folder` was stopped or killed, if there is one.
 
     Args:
         recipe: The run.
         folder: Where checkpoints and figures go.
-        progress: Print the cost, messages and a progress bar.
+        progress: Print what will run and what is left out, messages and a progress bar.
     """
-    data = recipe.data
-    longest = data.max_seconds or (None if data.crop_seconds else data.batch_seconds)
-    train = gather_speech(data.train, data.min_seconds, longest)
-    valid = gather_speech(data.valid, data.min_seconds, longest) if data.valid else None
-    kind = OBJECTIVE_CLASSES[recipe.objective]
-    model, processor = kind.build(recipe, train)
-    if recipe.run.cpu or not torch.accelerator.is_available():
-        speed_up(model)  # before the objective's hooks come: a part with hooks stays plain
-    objective = kind(recipe, model, processor)
-    train = keep_usable(train, objective, "train")
-    valid = None if valid is None else keep_usable(valid, objective, "valid")
-    trainer = Trainer(recipe, Path(folder), objective, train, valid, progress=progress)
-    if trainer.progress:
-        print(describe_forms(model))
-        if trainer.in_pieces:
-            print(f"FSDP: each of {trainer.world} processes holds a piece of the weights")
-    return trainer
+    data, plan, saved = recipe.data, recipe.run, read_state(folder, recipe)
+    longest = data.max_seconds or (math.inf if data.crop_seconds else data.batch_seconds)
+    left: list[str] = []
+    train = gather_speech(data.train, data.min_seconds, longest, left)
+    objective, model = build(recipe, train, None if saved is None else Path(folder) / "last")
+    train, valid = keep_usable(train, objective, "train", left), None
+    if data.valid:
+        valid = gather_speech(data.valid, data.min_seconds, longest, left)
+        valid = keep_usable(valid, objective, "valid", left)
+    if plan.cpu or not torch.accelerator.is_available():
+        speed_up(model)
+    state = make_state(recipe, folder, objective, model, train, valid)
+    first, count = state.processes.index == 0, state.processes.count
+    state.progress = progress and first
+    if saved is not None:
+        load_state(state, saved)
+    elif first:
+        write_file(state.folder / "recipe.yaml", recipe.to_yaml())
+    size, hours = model.num_parameters() / 1e6, train.seconds / 3600
+    state.say(f"{recipe.name}: {recipe.objective}, {size:.2f} M parameters, {hours:.2f} h of speech")
+    batch = f"{plan.accumulate} micro-batch(es) x {count} process(es), at most {data.batch_seconds:g} s each"
+    state.say(f"effective batch: {batch}\n{describe_forms(model)}")
+    if state.processes.sharded:
+        state.say(f"FSDP: each of {count} processes holds a piece of the weights")
+    if left:
+        state.say(f"left out: {len(left)} utterances, such as {'; '.join(left[:3])}")
+    return state
 
 
-# %% ../../nbs/training/trainer.ipynb #306ddd04
+# %% ../../nbs/training/trainer.ipynb #4758fb74
+@dataclass
+class TrainResult:
+    """How a run, or a piece of one, ended."""
+
+    folder: Path  # `last/` and `best/` are model folders, `metrics.jsonl` has the curves
+    step: int  # updates done
+    finished: bool  # the run is over; False: it can be resumed
+    reason: str  # why it stopped
+    best: tuple[float, int] | None  # the best value of the monitored figure, and its step
+    model: PreTrainedModel  # whole, plain and in eval mode
+
+
+def continue_run(state: TrainState, max_minutes: float | None = None) -> TrainResult:
+    """Train until the recipe's last step, an early stop, or the end of the time.
+
+    Args:
+        state: Of `start_run`.
+        max_minutes: Stop after so long, with a checkpoint; the schedules stay bound to the recipe's steps.
+    """
+    from tqdm import tqdm
+
+    plan, processes, start = state.recipe.run, state.processes, time.monotonic()
+    limit, patience = 60 * (math.inf if max_minutes is None else max_minutes), plan.patience or math.inf
+    state.log = MetricsLog(state.folder, state.step, tensorboard=plan.tensorboard, write=processes.index == 0)
+    late = False
+    with tqdm(initial=state.step, total=plan.steps, unit="step", disable=not state.progress) as bar:
+        while state.step < plan.steps and state.waiting < patience and not late:
+            if (line := train_step(state)) is not None:
+                bar.set_postfix(loss=line["loss"], lr=line["lr"])
+            bar.update()
+            end = state.step == plan.steps
+            if end or state.step % plan.evaluate_every == 0:
+                evaluate(state)
+            over = time.monotonic() - start > limit
+            late = bool(
+                processes.sum(torch.tensor(int(over), device=processes.device))
+            )  # one is late: all are
+            if end or late or state.waiting >= patience or state.step % plan.save_every == 0:
+                save_state(state)
+
+    if (bands := stored_bands(state.recipe.name)) is not None:
+        outside = compare_with_bands(state.log.records, bands)
+        shares = ", ".join(f"{key} {share:.0%}" for key, share in outside.items())
+        state.say(f"share outside the bands of healthy runs: {shares}")
+    reason = "the end of the time"
+    if state.waiting >= patience:
+        reason = f"{state.waiting} evaluations without a better one"
+    if state.step >= plan.steps:
+        reason = "the last step"
+    model = slow_down(whole_model(state.model, state.objective.head)).eval()
+    finished = state.step >= plan.steps or state.waiting >= patience
+    return TrainResult(state.folder, state.step, finished, reason, state.best, model)
+
+
+# %% ../../nbs/training/trainer.ipynb #910a0e7e
 def train(
     recipe: Recipe | str | Path,
     folder: str | os.PathLike[str],
@@ -1500,7 +762,7 @@ def train(
         overrides: Changes such as "run.steps=200", if `recipe` is a file or a name.
         resume: False refuses a folder that holds a run already.
         max_minutes: Stop after so long, with a checkpoint.
-        progress: Print the cost, messages and a progress bar.
+        progress: Print what will run, messages and a progress bar.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe, overrides)
@@ -1508,4 +770,4 @@ def train(
         raise ValueError("overrides= goes with the name or the file of a recipe; change a Recipe itself")
     if not resume and (Path(folder) / "metrics.jsonl").exists():
         raise ValueError(f"folder={str(folder)!r} holds a run: resume it, or choose another folder")
-    return make_trainer(recipe, folder, progress=progress).run(max_minutes)
+    return continue_run(start_run(recipe, folder, progress=progress), max_minutes)

@@ -92,8 +92,6 @@ async function start(w, data) {
     stage.setAttribute("aria-valuetext", text.split(":")[0]);
     view.redraw();
   };
-  stage.setAttribute("aria-valuemin", 0);
-  stage.setAttribute("aria-valuemax", frames - 1);
 
   // ---- drawing: what stays is drawn once, what moves on top of it
   const size = (width) => {
@@ -204,48 +202,15 @@ async function start(w, data) {
     const line = Math.floor((py - box.map[0]) / box.map[1] * frames);
     return line >= 0 ? [Math.min(line, frames - 1), column] : [column, null];
   };
-  const moving = () => !audio.paused && w.find(".follow").checked && audio.dataset.goal !== "there";
-  let press = null;
-  stage.addEventListener("pointermove", (event) => { if (!moving()) select(...pointed(event)); });
-  stage.addEventListener("pointerdown", (event) => { press = [event.clientX, event.clientY]; if (!moving()) select(...pointed(event)); });
-  stage.addEventListener("click", (event) => {
-    if (press && Math.hypot(event.clientX - press[0], event.clientY - press[1]) > 8) return;
-    select(...pointed(event));
-    here();
-  });
-  const here = () => { audio.dataset.goal = "here"; w.play(audio, frame * hop); };
   const there = () => {
     const p = peaks[0] || {first: frame, last: frame}, centre = (p.first + p.last + 1) / 2 * hop, half = Math.max((p.last + 1 - p.first) * hop / 2, 0.1);
     audio.dataset.goal = "there";
     w.play(audio, Math.max(0, centre - half), Math.min(clip.seconds, centre + half));
   };
-  w.find(".here").addEventListener("click", () => (audio.paused ? here() : audio.pause()));
   w.find(".there").addEventListener("click", there);
-  const label = () => { w.find(".here").textContent = audio.paused ? "Hear from here" : "Stop"; w.find(".read").setAttribute("aria-live", audio.paused ? "polite" : "off"); };
-  audio.addEventListener("pause", () => { label(); audio.dataset.goal = ""; });
-  audio.addEventListener("play", () => {
-    label();
-    const follow = () => {
-      if (audio.paused) return;
-      if (moving()) select(Math.floor(audio.currentTime / hop));
-      requestAnimationFrame(follow);
-    };
-    follow();
-  });
-  stage.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const side = {ArrowRight: 1, ArrowUp: 1, PageUp: 1, ArrowLeft: -1, ArrowDown: -1, PageDown: -1}[event.key];
-    const far = event.shiftKey || event.key.startsWith("Page");
-    if (side) {
-      const starts = clip.phones.map(([, start]) => Math.max(0, Math.ceil((start - middle) / hop - 1e-6)));
-      const next = starts.length ? (side > 0 ? starts.find((s) => s > frame) : starts.filter((s) => s < frame).pop()) : frame + 10 * side;
-      select(far ? (next === undefined ? (side > 0 ? frames - 1 : 0) : next) : frame + side);
-    } else if (event.key === "Home") select(0);
-    else if (event.key === "End") select(frames - 1);
-    else if (event.key === " " || event.key === "Enter") { if (audio.paused) here(); else audio.pause(); }
-    else if (event.key === "l" || event.key === "L") there();
-    else return;
-    event.preventDefault();
-  });
+  const tens = Array.from({length: Math.ceil(frames / 10)}, (_, i) => 10 * i);
+  const starts = clip.phones.map(([, start]) => Math.max(0, Math.ceil((start - middle) / hop - 1e-6)));
+  w.scrub(stage, audio, {frames, hop, starts: starts.length ? starts : tens, current: () => frame, select, point: pointed,
+    follows: () => w.find(".follow").checked && audio.dataset.goal !== "there", keys: {l: there}});
   choose(at);
 }

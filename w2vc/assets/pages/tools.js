@@ -129,6 +129,49 @@ function tools(box, live, table) {
       context.fillText(text, Math.min(x(t), edge), top + 6);
     }
   };
+  // Let pointer, keys and sound move the frame of a stage: select(frame, ...) shows it, current() tells it, point(event) gives
+  // the arguments of select under the pointer. Shift goes to `starts`; a click and the button .here play from the frame.
+  w.scrub = (stage, audio, {frames, hop, starts, current, select, point, follows = () => true, keys = {}}) => {
+    const button = w.find(".here"), idle = button.textContent, moving = () => !audio.paused && follows();
+    const here = () => { audio.dataset.goal = "here"; w.play(audio, current() * hop); };
+    const toggle = () => (audio.paused ? here() : audio.pause());
+    const label = () => {
+      button.textContent = audio.paused ? idle : "Stop";
+      w.find(".read").setAttribute("aria-live", audio.paused ? "polite" : "off");
+    };
+    const follow = () => {
+      if (audio.paused) return;
+      if (moving()) select(Math.floor(audio.currentTime / hop));
+      requestAnimationFrame(follow);
+    };
+    let press = null;
+    stage.setAttribute("aria-valuemin", 0);
+    stage.setAttribute("aria-valuemax", frames - 1);
+    stage.addEventListener("pointermove", (event) => { if (!moving()) select(...point(event)); });
+    stage.addEventListener("pointerdown", (event) => { press = [event.clientX, event.clientY]; if (!moving()) select(...point(event)); });
+    stage.addEventListener("click", (event) => {
+      if (press && Math.hypot(event.clientX - press[0], event.clientY - press[1]) > 8) return;
+      select(...point(event));
+      here();
+    });
+    button.addEventListener("click", toggle);
+    audio.addEventListener("pause", () => { audio.dataset.goal = ""; label(); });
+    audio.addEventListener("play", () => { label(); follow(); });
+    stage.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      const side = {ArrowRight: 1, ArrowUp: 1, PageUp: 1, ArrowLeft: -1, ArrowDown: -1, PageDown: -1}[event.key], frame = current();
+      if (side && (event.shiftKey || event.key.startsWith("Page"))) {
+        const next = side > 0 ? starts.find((s) => s > frame) : starts.filter((s) => s < frame).pop();
+        select(next === undefined ? (side > 0 ? frames - 1 : 0) : next);
+      } else if (side) select(frame + side);
+      else if (event.key === "Home") select(0);
+      else if (event.key === "End") select(frames - 1);
+      else if (event.key === " " || event.key === "Enter") toggle();
+      else if (keys[event.key.toLowerCase()]) keys[event.key.toLowerCase()]();
+      else return;
+      event.preventDefault();
+    });
+  };
   return w;
 }
 

@@ -78,38 +78,11 @@ async function start(w, data) {
     stage.setAttribute("aria-valuetext", said[frame]);
     view.redraw();
   };
-  stage.setAttribute("aria-valuemin", 0);
-  stage.setAttribute("aria-valuemax", frames - 1);
-  const pointed = (event) => Math.floor((event.clientX - view.canvas.getBoundingClientRect().left - box.left) / (box.right - box.left) * clip.seconds / hop);
-  const here = () => w.play(audio, frame * hop);
-  let press = null;
-  stage.addEventListener("pointermove", (event) => { if (audio.paused) select(pointed(event)); });
-  stage.addEventListener("pointerdown", (event) => { press = [event.clientX, event.clientY]; });
-  stage.addEventListener("click", (event) => {
-    if (press && Math.hypot(event.clientX - press[0], event.clientY - press[1]) > 8) return;
-    select(pointed(event));
-    here();
-  });
-  w.find(".here").addEventListener("click", () => (audio.paused ? here() : audio.pause()));
-  const label = () => { w.find(".here").textContent = audio.paused ? "Play from here" : "Stop"; w.find(".read").setAttribute("aria-live", audio.paused ? "polite" : "off"); };
-  audio.addEventListener("pause", label);
-  audio.addEventListener("play", () => {
-    label();
-    const follow = () => { if (audio.paused) return; select(Math.floor(audio.currentTime / hop)); requestAnimationFrame(follow); };
-    follow();
-  });
-  stage.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const side = {ArrowRight: 1, ArrowUp: 1, PageUp: 1, ArrowLeft: -1, ArrowDown: -1, PageDown: -1}[event.key];
-    if (side) {
-      const far = event.shiftKey || event.key.startsWith("Page"), places = steps.map((s) => Math.max(0, Math.ceil((s - middle) / hop)));
-      const next = side > 0 ? places.find((p) => p > frame) : places.filter((p) => p < frame).pop();
-      select(far ? (next === undefined ? (side > 0 ? frames - 1 : 0) : next) : frame + side);
-    } else if (event.key === "Home") select(0);
-    else if (event.key === "End") select(frames - 1);
-    else if (event.key === " " || event.key === "Enter") { if (audio.paused) here(); else audio.pause(); }
-    else return;
-    event.preventDefault();
-  });
+  const point = (event) => {
+    const left = view.canvas.getBoundingClientRect().left + box.left;
+    return [Math.floor((event.clientX - left) / (box.right - box.left) * clip.seconds / hop)];
+  };
+  const starts = steps.map((s) => Math.max(0, Math.ceil((s - middle) / hop)));
+  w.scrub(stage, audio, {frames, hop, starts, current: () => frame, select, point});
   select(frame);
 }
