@@ -162,9 +162,8 @@ def export_onnx(
     finally:
         logger.setLevel(level)
     width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
-    numbers = {"sampling_rate": 16000, "samples_per_frame": hop, "receptive_field": width}
-    numbers["blank"] = model.config.pad_token_id
-    facts = {name: str(value) for name, value in numbers.items()}
+    facts = {"sampling_rate": "16000", "samples_per_frame": str(hop), "receptive_field": str(width)}
+    facts["blank"] = str(model.config.pad_token_id)
     if processor is not None:
         tokens = processor.tokenizer.get_vocab()
         facts["do_normalize"] = json.dumps(processor.feature_extractor.do_normalize)
