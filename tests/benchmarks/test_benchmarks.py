@@ -150,7 +150,9 @@ def test_the_command_writes_a_file_and_keeps_what_it_has(
 
 
 def test_what_does_not_fit_is_said() -> None:
-    row = run.measure(replace(ROWS["minutes-10"], sides=("fast",)), Setting(size="tiny", limit=0.001), repeats=1)
+    row = run.measure(
+        replace(ROWS["minutes-10"], sides=("fast",)), Setting(size="tiny", limit=0.001), repeats=1
+    )
     assert row["fast"]["seconds"] > 0
     assert row["peer"]["failed"] == "does not fit (more than 0.001 GB)"
     assert row["ratios"] == {}
