@@ -745,13 +745,11 @@ class Wav2Vec2Processor:
         text = {key: value for key, value in overrides.items() if key in names}
         sound = {key: value for key, value in overrides.items() if key not in names}
 
-        folder = find_folder(name_or_path, revision)  # on the hub its name is a commit: one state for both
+        def read(folder: Path) -> tuple[Wav2Vec2FeatureExtractor, Wav2Vec2CTCTokenizer]:
+            extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, **sound)
+            return extractor, Wav2Vec2CTCTokenizer.from_pretrained(folder, **text)
 
-        def read(_: Path) -> tuple[Wav2Vec2FeatureExtractor, Wav2Vec2CTCTokenizer]:
-            extractor = Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=folder.name, **sound)
-            return extractor, Wav2Vec2CTCTokenizer.from_pretrained(name_or_path, revision=folder.name, **text)
-
-        return cls(*read_folder(folder, read))
+        return cls(*read_folder(find_folder(name_or_path, revision), read))  # both parts of one state
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write all files, under the names that older and newer programs look for."""
@@ -779,4 +777,4 @@ class AutoProcessor:
         """Read it from a folder or a hub id; errors as those of the classes."""
         folder = find_folder(name_or_path, revision)
         kind = Wav2Vec2Processor if (folder / _VOCAB_FILE).is_file() else Wav2Vec2FeatureExtractor
-        return kind.from_pretrained(name_or_path, revision=folder.name, **overrides)
+        return kind.from_pretrained(folder, **overrides)
