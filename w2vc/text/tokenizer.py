@@ -268,6 +268,8 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")  # missing ones ge
 
 def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
     """Read vocabulary, settings, and ids of symbols beyond the vocabulary, from newer and older files."""
+    if not (folder / _VOCAB_FILE).is_file():
+        raise missing_file(folder, _VOCAB_FILE)
     settings, old, added = (
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in (_SETTINGS_FILE, _OLD_FILE, _ADDED_FILE)
@@ -603,8 +605,6 @@ class Wav2Vec2CTCTokenizer:
             ValueError: not JSON, another kind of tokenizer, or an unknown override.
         """
         folder = find_folder(name_or_path, revision, patterns=_FILES)
-        if not (folder / _VOCAB_FILE).is_file():
-            raise missing_file(name_or_path, _VOCAB_FILE)
         vocab, settings, added = read_folder(folder, _read_tokenizer)
         known = {f.name for f in fields(cls)}
         for name in overrides:
