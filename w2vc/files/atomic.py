@@ -57,8 +57,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-# %% ../../nbs/files/atomic.ipynb #f9bd73bc
-_OLD = ".old.json"  # in a finished save: the files that must go, and which ones they were
+# %% ../../nbs/files/atomic.ipynb #ad5c6ac6
+_SAVES = ".save"  # in a folder that is being written: a folder *.new or *.done for each save
+_OLD = ".old.json"  # in such a folder: the files that must go, and which ones they were
 
 
 def _identity(path: Path) -> list[int]:
@@ -84,12 +85,14 @@ def replace_folder(target: str | os.PathLike[str], remove: Iterable[str] = ()) -
     made = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     finish_saves(target)
-    for left in target.glob(".saving-*"):  # of a save that was killed, if nobody wrote to it for an hour
+    saves = target / _SAVES
+    for left in saves.glob("*.new"):  # of a save that was killed, if nobody wrote to it for an hour
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
-    token = secrets.token_hex(4)
-    fresh = target / f".saving-{token}"
-    fresh.mkdir()
+    fresh = saves / f"{secrets.token_hex(4)}.new"
+    while not fresh.exists():
+        with suppress(FileNotFoundError):  # somebody has just finished another save, and tidied up
+            fresh.mkdir(parents=True)
     try:
         yield fresh
         usual = fresh.stat().st_mode & 0o666  # what this system lets others do; some writers are stricter
@@ -97,45 +100,75 @@ def replace_folder(target: str | os.PathLike[str], remove: Iterable[str] = ()) -
             path.chmod(usual)
             _flush(path)
         names = {str(path.relative_to(fresh)) for path in new}
-        names |= {str(path.relative_to(target)) for pattern in remove for path in target.glob(pattern)}
+        old = [path for pattern in remove for path in target.glob(pattern) if path.is_file()]
+        names |= {str(path.relative_to(target)) for path in old}
         write_file(fresh / _OLD, json.dumps({name: _identity(target / name) for name in sorted(names)}))
-        os.rename(fresh, target / f".saved-{token}")  # from this instant the save has happened
+        _flush(target)
+        os.rename(fresh, fresh.with_suffix(".done"))  # from this instant the save has happened
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
-        if made:
-            with suppress(OSError):
+        with suppress(OSError):  # others are at work there
+            saves.rmdir()
+            if made:
                 target.rmdir()
         raise
-    _flush(target)
+    with suppress(FileNotFoundError):  # a reader has finished it
+        _flush(saves)
     finish_saves(target)
 
 
-# %% ../../nbs/files/atomic.ipynb #4ccac53d
+# %% ../../nbs/files/atomic.ipynb #d551db24
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One program at a time, where the system has locks; it takes them back from a program that dies."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network disk without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def finish_saves(folder: str | os.PathLike[str]) -> None:
     """Bring the files of a finished save to their places; whoever opens a folder takes up what was cut short.
 
-    First all old files go, then the new ones come: the folder never holds files of both. Any number of programs may do
-    this at once, because a file goes only if it is the very one that the save found.
+    First all old files go, then the new ones come: the folder never holds files of both.
     """
-    folder = Path(folder)
-    for saved in sorted(folder.glob(".saved-*")):
-        with suppress(FileNotFoundError):  # somebody else has finished it meanwhile
-            old = read_json(saved / _OLD) if (saved / _OLD).exists() else {}
-            for name, identity in old.items():
-                if os.path.isabs(name) or ".." in Path(name).parts:
-                    raise ValueError(f"{saved / _OLD} names a file outside its folder: {name!r}")
-                if identity and _identity(folder / name) == identity:
-                    (folder / name).unlink(missing_ok=True)
-            for path in [path for path in saved.rglob("*") if path.is_file() and path.name != _OLD]:
-                place = folder / path.relative_to(saved)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):  # somebody else has moved it
-                    os.replace(path, place)
-            _flush(folder)
-            shutil.rmtree(saved, ignore_errors=True)
+    folder, saves = Path(folder), Path(folder) / _SAVES
+    if not saves.is_dir():
+        return
+    with _alone(folder):
+        for saved in sorted(saves.glob("*.done")):
+            with suppress(FileNotFoundError):  # without locks: somebody else has finished it
+                _finish(saved, folder)
+        with suppress(OSError):  # others are at work there
+            saves.rmdir()
 
 
-# %% ../../nbs/files/atomic.ipynb #f3e59d81
+def _finish(saved: Path, folder: Path) -> None:
+    """Bring the files of one save to their places."""
+    old = read_json(saved / _OLD) if (saved / _OLD).exists() else {}
+    for name, identity in old.items():
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ValueError(f"{saved / _OLD} names a file outside its folder: {name!r}")
+        if identity and _identity(folder / name) == identity:
+            (folder / name).unlink(missing_ok=True)
+    for path in [path for path in saved.rglob("*") if path.is_file() and path.name != _OLD]:
+        place = folder / path.relative_to(saved)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(path, place)
+    _flush(folder)
+    shutil.rmtree(saved, ignore_errors=True)
+
+
+# %% ../../nbs/files/atomic.ipynb #8056e078
 _Result = TypeVar("_Result")
 
 
@@ -156,7 +189,7 @@ def read_folder(folder: str | os.PathLike[str], read: Callable[[Path], _Result])
     for _ in range(10):
         finish_saves(folder)
         before = _state(folder)
-        if any(name.startswith(".saved-") for name, _ in before[1]):
+        if any((folder / _SAVES).glob("*.done")):
             continue  # a save happened this very instant
         try:
             result = read(folder)
