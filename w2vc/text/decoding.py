@@ -800,7 +800,7 @@ class CTCDecoder:
             **options: Those of the decoder; they come before those of the file.
         """
         folder = find_folder(name_or_path, revision, patterns=("*.json", f"{_FOLDER}/*"))
-        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(name_or_path, revision=folder.name)
+        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(folder)
         if (folder / _ALPHABET_FILE).is_file():
             _check_alphabet(tokenizer, read_json(folder / _ALPHABET_FILE))
         model, kept = read_folder(folder / _FOLDER, _read_language_model)

@@ -268,6 +268,8 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")  # missing ones ge
 
 def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
     """Read vocabulary, settings, and ids of symbols beyond the vocabulary, from newer and older files."""
+    if not (folder / _VOCAB_FILE).is_file():
+        raise missing_file(folder, _VOCAB_FILE)
     settings, old, added = (
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in (_SETTINGS_FILE, _OLD_FILE, _ADDED_FILE)
@@ -603,8 +605,6 @@ class Wav2Vec2CTCTokenizer:
             ValueError: not JSON, another kind of tokenizer, or an unknown override.
         """
         folder = find_folder(name_or_path, revision, patterns=_FILES)
-        if not (folder / _VOCAB_FILE).is_file():
-            raise missing_file(name_or_path, _VOCAB_FILE)
         vocab, settings, added = read_folder(folder, _read_tokenizer)
         known = {f.name for f in fields(cls)}
         for name in overrides:
@@ -745,13 +745,11 @@ class Wav2Vec2Processor:
         text = {key: value for key, value in overrides.items() if key in names}
         sound = {key: value for key, value in overrides.items() if key not in names}
 
-        folder = find_folder(name_or_path, revision)  # on the hub its name is a commit: one state for both
+        def read(folder: Path) -> tuple[Wav2Vec2FeatureExtractor, Wav2Vec2CTCTokenizer]:
+            extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, **sound)
+            return extractor, Wav2Vec2CTCTokenizer.from_pretrained(folder, **text)
 
-        def read(_: Path) -> tuple[Wav2Vec2FeatureExtractor, Wav2Vec2CTCTokenizer]:
-            extractor = Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=folder.name, **sound)
-            return extractor, Wav2Vec2CTCTokenizer.from_pretrained(name_or_path, revision=folder.name, **text)
-
-        return cls(*read_folder(folder, read))
+        return cls(*read_folder(find_folder(name_or_path, revision), read))  # both parts of one state
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write all files, under the names that older and newer programs look for."""
@@ -779,4 +777,4 @@ class AutoProcessor:
         """Read it from a folder or a hub id; errors as those of the classes."""
         folder = find_folder(name_or_path, revision)
         kind = Wav2Vec2Processor if (folder / _VOCAB_FILE).is_file() else Wav2Vec2FeatureExtractor
-        return kind.from_pretrained(name_or_path, revision=folder.name, **overrides)
+        return kind.from_pretrained(folder, **overrides)
