@@ -26,8 +26,8 @@ from typing import Any, NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .audio import Samples, load_audio
 from ..files.atomic import read_json, replace_folder
+from .audio import Samples, load_audio
 
 # %% auto #0
 __all__ = [

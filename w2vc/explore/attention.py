@@ -15,13 +15,13 @@ from torch import Tensor
 from ..config import refuse
 from ..data.audio import normalise
 from ..data.corpus import frame_labels
-from .page import Explorer, as_utterance, clip_data, gray_png, root_bytes
-from .viz import figure, plot_matrix, render, timeline
 from ..files.pretrained import PreTrainedModel, eval_mode
 from ..model.attention import SelfAttention
 from ..model.fast import plain_forms
 from ..model.features import FrameClock
 from ..model.positions import RelativePositions
+from .page import Explorer, as_utterance, clip_data, gray_png, root_bytes
+from .viz import figure, plot_matrix, render, timeline
 
 # %% auto #0
 __all__ = [

@@ -16,13 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from ..data.audio import Samples, Wav2Vec2FeatureExtractor
 from ..data.corpus import SAMPLING_RATE, Segment, Speech, frame_labels
 from ..evaluation.probes import CodeMeasures, code_phone_report, cross_table, log_mel_frames
-from .page import Explorer, clip_data, gray_png
-from .viz import OKABE_ITO, Picture, figure, plot_matrix, render
 from ..files.pretrained import eval_mode
 from ..model.fast import plain_forms
 from ..model.features import FrameClock, conv_output_lengths
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..training.monitoring import perplexity
+from .page import Explorer, clip_data, gray_png
+from .viz import OKABE_ITO, Picture, figure, plot_matrix, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

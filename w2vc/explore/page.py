@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from ..config import refuse
 from ..data.audio import load_audio
 from ..data.corpus import SAMPLING_RATE, Utterance
-from .viz import Picture, Sound
 from ..files.atomic import write_file
+from .viz import Picture, Sound
 
 # %% auto #0
 __all__ = [

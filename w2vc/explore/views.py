@@ -31,7 +31,6 @@ from .tracing import as_input, html_table, trace
 from .viz import OKABE_ITO, Picture, figure, plot_matrix, plot_segments, plot_spectrogram
 
 # isort: split
-from .viz import plot_waveform, render
 from ..files.pretrained import PreTrainedModel, demo_folder, eval_mode
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
@@ -45,6 +44,7 @@ from ..text.alignment import TimedText, align_words, best_path, read_words, vite
 from ..text.decoding import CTCDecoder
 from ..text.tokenizer import AutoProcessor, Wav2Vec2Processor
 from ..text.transcription import frame_logits
+from .viz import plot_waveform, render
 
 # %% auto #0
 __all__ = [

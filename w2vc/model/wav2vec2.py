@@ -13,10 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..checks import check_inputs
-from ..config import Wav2Vec2ConformerConfig
-from ..files.pretrained import PreTrainedModel
-from .conformer import ConformerEncoder
 from w2vc.model.features import (
     FeatureEncoder,
     FeatureProjection,
@@ -24,6 +20,11 @@ from w2vc.model.features import (
     frame_mask,
     valid_lengths,
 )
+
+from ..checks import check_inputs
+from ..config import Wav2Vec2ConformerConfig
+from ..files.pretrained import PreTrainedModel
+from .conformer import ConformerEncoder
 from .masking import apply_spec_augment
 
 # %% auto #0
