@@ -107,9 +107,7 @@ def keep_usable(speech: Speech, objective: Objective, name: str, left_out: list[
     problems = {u.id: collator.problem(u, u.n_samples) for u in speech}
     bad = [f"{id}: {why}" for id, why in problems.items() if why]
     if len(bad) == len(speech):
-        raise ValueError(
-            f"data.{name}: none of {len(bad)} utterances can be used for {objective.recipe.objective} ({bad[0]})"
-        )
+        raise ValueError(f"data.{name}: none of {len(bad)} utterances can be used, as {bad[0]}")
     if left_out is not None:
         left_out += bad
     return speech.filter(lambda u: not problems[u.id])
@@ -186,13 +184,10 @@ def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[
 
 # %% ../../nbs/training/trainer.ipynb #81132fdb
 class MetricsLog:
-    """Lines of figures in a file, one JSON object each, and perhaps in TensorBoard.
+    """Lines of figures in `metrics.jsonl`, one JSON object each, and perhaps in TensorBoard.
 
-    Args:
-        folder: Of the run; the file is `metrics.jsonl`.
-        step: Records of later steps are forgotten: the run goes on from there.
-        tensorboard: Also write TensorBoard's files.
-        write: False keeps everything in memory alone (all processes but the first).
+    Records after `step` are forgotten: the run goes on from there. `write=False` keeps all in memory, as all processes
+    but the first do.
     """
 
     def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, write: bool = True) -> None:
@@ -402,10 +397,8 @@ def load_state(state: TrainState, saved: Mapping[str, Any]) -> None:
         ValueError: It was saved by another number of processes.
     """
     states, processes = saved["rng"], state.processes
-    if len(states) != processes.count:
-        raise ValueError(
-            f"{state.folder} holds a run of {len(states)} process(es), and there are {processes.count}"
-        )
+    if (count := len(states)) != processes.count:
+        raise ValueError(f"{state.folder}: a run of {count} process(es), and there are {processes.count}")
     load_weights(state.model, saved["model"])
     if state.average is not None:
         load_weights(state.average.module, saved["model"] | saved["average"])
@@ -445,13 +438,7 @@ def _blame(state: TrainState, model: Any, batch: BatchFeature) -> list[str]:
 
 # %% ../../nbs/training/trainer.ipynb #404a76ec
 def _skip_step(state: TrainState, bad: list[BatchFeature], loss: float, norm: float) -> None:
-    """Note that a step was left out, as its loss or the length of its gradient is not finite, and who is to blame.
-
-    Args:
-        state: The run; all processes call this together.
-        bad: The micro-batches of this process whose loss is not finite.
-        loss: Of the whole step.
-        norm: Length of its gradient.
+    """Note that a step was left out, as its loss or the length of its gradient is not finite, and who of `bad` is to blame.
 
     Raises:
         RuntimeError: Too many such steps in a row.
@@ -486,19 +473,15 @@ def accumulate(
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     """Forward and backward over the micro-batches of a step; the gradient is that of one mean over all of them.
 
-    The denominator is counted over the whole effective batch before the first backward, from numbers that the collator
-    counted on the host.
-
     Returns:
         The mean loss over all processes `[]`, the summed loss of each micro-batch of this one, and, if `log`, figures.
     """
     objective, processes = state.objective, state.processes
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[state.recipe.run.precision]
+    # the denominator, over the whole effective batch, from numbers that the collator counted on the host
     count = torch.tensor(sum(objective.count(batch) for batch in batches), device=processes.device)
     total = processes.sum(count).clamp(min=1)
-    losses: list[Tensor] = []
-    sums: Sums = {}
-    pulls: dict[str, float] = {}
+    losses, sums, pulls = list[Tensor](), Sums(), dict[str, float]()
     for i, batch in enumerate(batches):
         batch.to(processes.device)
         last = i == len(batches) - 1
@@ -608,8 +591,7 @@ def evaluate(state: TrainState) -> dict[str, Any]:
     model = whole_model(state.model if state.average is None else state.average.module, objective.head)
     model.eval()
     state.valid.batch_sampler.set_epoch(0)
-    sums: Sums = {}
-    lines: list[str] = []
+    sums, lines = Sums(), list[str]()
     for batch in islice(state.valid, run.valid_batches):
         batch.to(device)
         loss, result = objective.forward(model, batch)
@@ -720,7 +702,8 @@ def continue_run(state: TrainState, max_minutes: float | None = None) -> TrainRe
             end = state.step == plan.steps
             if end or state.step % plan.evaluate_every == 0:
                 evaluate(state)
-            late = any(processes.gather([time.monotonic() - start > limit]))  # one is late: all are
+            over = torch.tensor(int(time.monotonic() - start > limit), device=processes.device)
+            late = bool(processes.sum(over))  # where one is late, all are
             if end or late or state.waiting >= patience or state.step % plan.save_every == 0:
                 save_state(state)
 
@@ -728,13 +711,10 @@ def continue_run(state: TrainState, max_minutes: float | None = None) -> TrainRe
         outside = compare_with_bands(state.log.records, bands)
         shares = ", ".join(f"{key} {share:.0%}" for key, share in outside.items())
         state.say(f"share outside the bands of healthy runs: {shares}")
-    reason = "the end of the time"
-    if state.waiting >= patience:
-        reason = f"{state.waiting} evaluations without a better one"
-    if state.step >= plan.steps:
-        reason = "the last step"
-    model = slow_down(whole_model(state.model, state.objective.head)).eval()
     finished = state.step >= plan.steps or state.waiting >= patience
+    reason = f"{state.waiting} evaluations without a better one" if finished else "the end of the time"
+    reason = "the last step" if state.step >= plan.steps else reason
+    model = slow_down(whole_model(state.model, state.objective.head)).eval()
     return TrainResult(state.folder, state.step, finished, reason, state.best, model)
 
 
