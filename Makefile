@@ -61,8 +61,8 @@ test-all: check ## run every check, the slow ones too
 test-code: $(STAMP) ## check the package alone: no chapters, no site, no JupyterLab
 	@$(PYTEST) --ignore tests/book --ignore tests/site --ignore tests/lab
 
-bench: $(STAMP) ## measure the rows of README's table beside transformers (see benchmarks/)
-	@$(BIN)/python -m benchmarks --against transformers --threads 1
+bench: $(STAMP) ## measure README's rows of speed beside transformers (an hour)
+	@$(BIN)/python -m benchmarks loss-8x10 step-4 mixed-8 utterance minutes-10 import --against transformers --threads 1 --json docs/benchmarks/cpu.json
 
 check: $(STAMP)
 	-@$(MAKE) --no-print-directory executed

@@ -294,6 +294,8 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 1024,
     "conv_dim": [256] * 7,
+    "feat_extract_norm": "group",
+    "conv_bias": False,
     "layers": 2,
 }
 FOUR: dict[str, Any] = {"num_hidden_layers": 4}

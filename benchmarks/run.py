@@ -17,6 +17,8 @@ import importlib.metadata
 import json
 import math
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -167,8 +169,9 @@ def serve(name: str, side: str, s: Setting, send: Callable[..., None]) -> None:
         send(seconds=seconds, cpu=cpu, memory=max(0, memory_peak(s.device) - start), roof=roof)
 
 
-def child(spec: Mapping[str, Any]) -> None:
+def child(text: str) -> None:
     """What a child process does: talk in lines of JSON over what was standard output; all else goes to standard error."""
+    spec = json.loads(text)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -193,16 +196,13 @@ class Child:
 
     def __init__(self, row: str, side: str, s: Setting, parent: str) -> None:
         spec = json.dumps({"row": row, "side": side, "setting": asdict(s)})
-        paths = [parent] * (side == "parent") + [str(ROOT), *filter(None, sys.path)]
-        env = os.environ | {
-            "OMP_NUM_THREADS": str(s.threads),
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
+        paths = [parent if side == "parent" else str(ROOT), *filter(None, sys.path)]
+        env = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(s.threads), "HF_HUB_OFFLINE": "1"}
+        code = f"import sys, w2vc; sys.path.insert(0, {str(ROOT)!r}); from benchmarks.run import child; child(sys.argv[1])"
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the child)
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, text=True, env=env | {"PYTHONPATH": os.pathsep.join(paths)},
+            [sys.executable, "-P", "-c", code, spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, text=True, env=os.environ | env | {"TRANSFORMERS_VERBOSITY": "error"},
         )  # fmt: skip
 
     def ask(self) -> dict[str, Any]:
@@ -263,23 +263,18 @@ def judge(row: dict[str, Any]) -> dict[str, Any]:
     goal, fast, peer = row["goal"], row["fast"], row.get("peer")
     row |= {"ratios": {}, "memories": {}, "met": None, "note": ""}
     if not (row["difference"] or 0.0) <= row["tolerance"]:
-        return row | {
-            "met": False,
-            "note": f"no ratio: the outputs differ by {row['difference']:.1e}, allowed is {row['tolerance']:.0e}",
-        }
+        gap = f"the outputs differ by {row['difference']:.1e}, allowed is {row['tolerance']:.0e}"
+        return row | {"met": False, "note": f"no ratio: {gap}"}
     for name in ("plain", "fast", "parent") if peer and not peer["failed"] else ():
         if (side := row.get(name)) and not side["failed"]:
             row["ratios"][name] = peer["seconds"] / side["seconds"]
             row["memories"][name] = side["memory"] / max(peer["memory"], 1)
-    at_least = {
-        "ratio": row["ratios"].get("fast"),
-        "plain_ratio": row["ratios"].get("plain"),
-        "share": fast.get("share"),
-    }
-    at_most = {"memory": row["memories"].get("fast"), "plain_memory": row["memories"].get("plain")}
-    at_most["gigabytes"] = fast["memory"] / 1e9 if "memory" in fast else None
-    asked = [at_least[k] and at_least[k] >= goal[k] for k in at_least if goal[k] is not None]
-    asked += [at_most[k] and at_most[k] <= goal[k] for k in at_most if goal[k] is not None]
+    ratios, memories = row["ratios"], row["memories"]
+    held = fast["memory"] / 1e9 if "memory" in fast else None
+    at_least = {"ratio": ratios.get("fast"), "plain_ratio": ratios.get("plain"), "share": fast.get("share")}
+    at_most = {"memory": memories.get("fast"), "plain_memory": memories.get("plain"), "gigabytes": held}
+    asked = [got and got >= goal[name] for name, got in at_least.items() if goal[name] is not None]
+    asked += [got and got <= goal[name] for name, got in at_most.items() if goal[name] is not None]
     if fast["failed"] or False in asked:
         row["met"] = False
     elif asked and None not in asked:
@@ -292,21 +287,9 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one row: its sides take turns, so that a disturbance hits all, and share the fastest product rate seen."""
     sides = [*row.sides, *["peer"] * (against or row.peer == "torch"), *["parent"] * bool(parent)]
-    done: dict[str, Any] = {
-        "name": row.name,
-        "title": row.title,
-        "goal": asdict(row.goal),
-        "tolerance": row.tolerance,
-        "about": {},
-    }
-    done |= {
-        "plain": None,
-        "fast": None,
-        "peer": None,
-        "parent": None,
-        "difference": None,
-        "day": time.strftime("%Y-%m-%d"),
-    }
+    known = {name: getattr(row, name) for name in ("name", "title", "tolerance")}
+    done: dict[str, Any] = known | dict.fromkeys(("plain", "fast", "peer", "parent", "difference"))
+    done |= {"goal": asdict(row.goal), "about": {}, "day": time.strftime("%Y-%m-%d")}
     clock = "cpu" if s.device == "cpu" and s.threads == 1 else "seconds"
     with tempfile.TemporaryDirectory(prefix="w2vc-bench-") as folder, contextlib.ExitStack() as stack:
         s = replace(s, folder=folder)
@@ -386,12 +369,9 @@ def write_table(report: Mapping[str, Any], names: Sequence[str] | None = None) -
 
 def describe_machine(s: Setting) -> dict[str, Any]:
     """On what the figures were measured."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else "model name: unknown\n"
-    machine = {
-        "cpu": info.split("model name")[1].split(":")[1].split("\n")[0].strip(),
-        "threads": s.threads,
-        "device": s.device,
-    }
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    found = re.search(r"model name\s*: (.*)", info)
+    machine = {"cpu": found[1] if found else platform.processor(), "threads": s.threads, "device": s.device}
     machine |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return machine | ({"gpu": torch.cuda.get_device_name(0)} if s.device == "cuda" else {})
 
@@ -451,7 +431,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             draft.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
             draft.replace(chosen.json)
     print(write_table(report, chosen.rows or None))
-
-
-if __name__ == "__main__":
-    child(json.loads(sys.argv[1]))

@@ -88,7 +88,7 @@ COMMON = set(
     """
     alarm alias attention band base batch beam blank block bucket buffer burst channel chunk clip closure code collapse
     collar commit confidence context distance eager edit excess explorer fault filter frame gate greedy half head hook
-    hop journal kernel key knob labels lazy loss map margin mask miss model negative objective offsets padding
+    hop kernel key labels lazy lock loss map margin mask miss model negative objective offsets padding
     parameter path plane positive prefix property query reach recipe reference resume revision same sample schedule
     score span spike split start state stretch surprise target turn twin update value view
     """.split()  # noqa: SIM905

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,9 +55,9 @@ _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on th
 _Force = Annotated[bool, typer.Option("--force", "-f", help="Write over what is there.")]
 
 
-def _examples(*lines: str) -> str:
-    """Lay out examples for the end of a help page, each on a line of its own."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+def _command(name: str, *examples: str) -> Callable[[Any], Any]:
+    """Register a command; examples end its help page, each on a line of its own."""
+    return app.command(name, epilog="\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples))
 
 
 def _version(wanted: bool) -> None:
@@ -166,13 +166,11 @@ def describe_checkpoint(model: str, *, revision: str | None = None) -> dict[str,
 
 
 # %% ../nbs/appendix/cli.ipynb #f41bad0e
-@app.command(
+@_command(
     "info",
-    epilog=_examples(
-        "w2vc info ./my-model",
-        "w2vc info facebook/wav2vec2-conformer-rel-pos-large-960h-ft --keys",
-        "w2vc info checkpoint_best.pt --json",
-    ),
+    "w2vc info ./my-model",
+    "w2vc info facebook/wav2vec2-conformer-rel-pos-large-960h-ft --keys",
+    "w2vc info checkpoint_best.pt --json",
 )
 def _info(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, an id on the hub, or a fairseq .pt file.")],
@@ -205,12 +203,10 @@ def _info(
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 
 
-@app.command(
+@_command(
     "convert",
-    epilog=_examples(
-        "w2vc convert checkpoint_best.pt ./my-model --dictionary dict.ltr.txt",
-        "w2vc convert ./old-folder-with-bin ./my-model --dtype float16",
-    ),
+    "w2vc convert checkpoint_best.pt ./my-model --dictionary dict.ltr.txt",
+    "w2vc convert ./old-folder-with-bin ./my-model --dtype float16",
 )
 def _convert(  # noqa: PLR0917
     source: Annotated[str, typer.Argument(help="Folder, hub id, or a fairseq .pt file.")],
@@ -225,9 +221,8 @@ def _convert(  # noqa: PLR0917
     """Write a checkpoint of fairseq, transformers or w2vc as a standard folder with safetensors."""
     _spare(target, force)
     if source.endswith(".pt"):
-        model: PreTrainedModel = convert_fairseq(
-            source, target, dictionary, dtype=dtype, max_shard_bytes=shard_bytes
-        )
+        sizes: Any = {"dtype": dtype, "max_shard_bytes": shard_bytes}
+        model: PreTrainedModel = convert_fairseq(source, target, dictionary, **sizes)
     elif dictionary is not None:
         raise ValueError("--dictionary is for a fairseq .pt file")
     else:
@@ -337,15 +332,13 @@ def _make_decoder(
     return CTCDecoder(processor, language_model, **width, **given)
 
 
-@app.command(
+@_command(
     "transcribe",
-    epilog=_examples(
-        "w2vc transcribe talk.flac",
-        "w2vc transcribe talk.flac --model ./my-model",
-        "w2vc transcribe recordings/ -m ./my-model --format srt --output subtitles/",
-        "w2vc transcribe talk.wav -m ./my-model --lm words.arpa --hotword wav2vec",
-        "ffmpeg -i film.mkv -f wav - | w2vc transcribe - -m ./my-model -t json",
-    ),
+    "w2vc transcribe talk.flac",
+    "w2vc transcribe talk.flac --model ./my-model",
+    "w2vc transcribe recordings/ -m ./my-model --format srt --output subtitles/",
+    "w2vc transcribe talk.wav -m ./my-model --lm words.arpa --hotword wav2vec",
+    "ffmpeg -i film.mkv -f wav - | w2vc transcribe - -m ./my-model -t json",
 )
 def _transcribe(  # noqa: PLR0917
     inputs: Annotated[list[str], typer.Argument(help="Recordings, folders of recordings, or - for standard input.")],
@@ -373,14 +366,13 @@ def _transcribe(  # noqa: PLR0917
     targets = {} if output is None else _targets(recordings, output, ending, force)
     if model is None:
         _say(
-            "no --model: the demo checkpoint, which learned from five hours of synthetic voices, and some prompts"
+            "no --model: the demo checkpoint, which learned from five hours of synthetic voices and some prompts"
         )
         model, dtype = str(demo_folder("ctc")), dtype or "float32"
     network = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=dtype, device=device, revision=revision)
     processor = Wav2Vec2Processor.from_pretrained(model, revision=revision)
-    decoder = _make_decoder(
-        processor, beam_width, language_model, alpha=alpha, beta=beta, hotwords=hotword or None
-    )
+    scores: Any = {"alpha": alpha, "beta": beta, "hotwords": hotword or None}
+    decoder = _make_decoder(processor, beam_width, language_model, **scores)
     times = "word" if subtitles else None if timestamps is _Times.none else timestamps.value
     options: Any = {"model": network, "processor": processor, "decoder": decoder, "timestamps": times}
     failed = False
@@ -398,14 +390,12 @@ def _transcribe(  # noqa: PLR0917
 
 
 # %% ../nbs/appendix/cli.ipynb #3c8d640c
-@app.command(
+@_command(
     "evaluate",
-    epilog=_examples(
-        "w2vc evaluate ./my-model builtin",
-        "w2vc evaluate ./my-model recordings/ --show 5 --lm words.arpa",
-        "w2vc evaluate runs/demo/best synthetic --split dev --recipe demo_pretrain --json > figures.json",
-        "w2vc evaluate facebook/wav2vec2-conformer-rel-pos-large-960h-ft hf:openslr/librispeech_asr:clean:test --device cuda",
-    ),
+    "w2vc evaluate ./my-model builtin",
+    "w2vc evaluate ./my-model recordings/ --show 5 --lm words.arpa",
+    "w2vc evaluate runs/demo/best synthetic --split dev --recipe demo_pretrain --json > figures.json",
+    "w2vc evaluate facebook/wav2vec2-conformer-rel-pos-large-960h-ft hf:openslr/librispeech_asr:clean:test --device cuda",
 )
 def _evaluate(  # noqa: PLR0917
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or an id on the hub.")],
@@ -453,13 +443,11 @@ def _evaluate(  # noqa: PLR0917
 
 
 # %% ../nbs/appendix/cli.ipynb #950ab498
-@app.command(
+@_command(
     "explore",
-    epilog=_examples(
-        "w2vc explore talk.wav",
-        "w2vc explore talk.wav --model ./my-model -o talk.html --text 'what is said'",
-        "w2vc explore lecture.flac -m ./my-model --start 61.5 --end 66 --layer 0 --layer 11",
-    ),
+    "w2vc explore talk.wav",
+    "w2vc explore talk.wav --model ./my-model -o talk.html --text 'what is said'",
+    "w2vc explore lecture.flac -m ./my-model --start 61.5 --end 66 --layer 0 --layer 11",
 )
 def _explore(  # noqa: PLR0917
     recording: Annotated[Path, typer.Argument(metavar="FILE", help="A recording, best some seconds long.")],
@@ -487,12 +475,10 @@ def _explore(  # noqa: PLR0917
 
 
 # %% ../nbs/appendix/cli.ipynb #3e89a940
-@app.command(
+@_command(
     "export",
-    epilog=_examples(
-        "w2vc export ./my-model my-model.onnx",
-        "w2vc export facebook/wav2vec2-conformer-rel-pos-large-960h-ft large.onnx",
-    ),
+    "w2vc export ./my-model my-model.onnx",
+    "w2vc export facebook/wav2vec2-conformer-rel-pos-large-960h-ft large.onnx",
 )
 def _export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a CTC checkpoint.")],
@@ -534,13 +520,11 @@ def _run(pretraining: bool, name: str, folder: Path, overrides: list[str] | None
     print(f"{outcome.folder}: step {outcome.step}, {outcome.reason}", file=sys.stderr)
 
 
-@app.command(
+@_command(
     "pretrain",
-    epilog=_examples(
-        "w2vc pretrain demo_pretrain runs/demo",
-        "w2vc pretrain librispeech_base runs/base run.steps=1000 data.batch_seconds=60",
-        "accelerate launch --num_processes 8 -m w2vc.cli pretrain librispeech_base runs/base",
-    ),
+    "w2vc pretrain demo_pretrain runs/demo",
+    "w2vc pretrain librispeech_base runs/base run.steps=1000 data.batch_seconds=60",
+    "accelerate launch --num_processes 8 -m w2vc.cli pretrain librispeech_base runs/base",
 )
 def _pretrain(
     recipe: _RecipeName, folder: _RunFolder, overrides: _Overrides = None, max_minutes: _Minutes = None, dry_run: _DryRun = False
@@ -549,12 +533,10 @@ def _pretrain(
     _run(True, recipe, folder, overrides, max_minutes=max_minutes, dry_run=dry_run)
 
 
-@app.command(
+@_command(
     "finetune",
-    epilog=_examples(
-        "w2vc finetune demo_ctc runs/demo-ctc",
-        "w2vc finetune finetune_100h runs/100h model.start=runs/base/best",
-    ),
+    "w2vc finetune demo_ctc runs/demo-ctc",
+    "w2vc finetune finetune_100h runs/100h model.start=runs/base/best",
 )
 def _finetune(
     recipe: _RecipeName, folder: _RunFolder, overrides: _Overrides = None, max_minutes: _Minutes = None, dry_run: _DryRun = False

@@ -25,7 +25,7 @@ class Verdict:
     """What a check found; true exactly if it passed.
 
     Attributes:
-        name: The exercise, for example `"12.1"`.
+        name: The exercise, for example `"exercise 1"`.
         passed: Whether everything held.
         message: The line that was printed.
     """
@@ -290,7 +290,7 @@ def check(
         spec: The reference: slow and plain, but right.
         *cases: The calls to make: a tuple holds all arguments of one call, anything else is its only argument.
             Without cases both are called once without arguments.
-        name: The exercise, for example `"12.1"`.
+        name: The exercise, for example `"exercise 1"`.
         rtol: Allowed difference relative to the right value.
         atol: Allowed absolute difference.
     """
@@ -386,7 +386,7 @@ def predict(question: str, answer: Any = ...) -> None:
     """Seal a guess before the cell that shows the truth.
 
     Args:
-        question: The question, for example `"12.2"`.
+        question: The question, for example `"a"`.
         answer: Your guess: a number, a word, a list; the dots mean that you have none yet.
     """
     if answer is ... or answer is None:

@@ -120,7 +120,8 @@ def test_a_row_notices_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_children_take_turns_and_an_older_version_is_measured_beside(tmp_path: Path) -> None:
     """The older version is found by its folder; here it is this one again."""
-    row = run.measure(ROWS["loss-8x10"], TINY, parent=str(ROOT), repeats=2)
+    (tmp_path / "w2vc").symlink_to(ROOT / "w2vc", target_is_directory=True)
+    row = run.measure(ROWS["loss-8x10"], TINY, parent=str(tmp_path), repeats=2)
     for side in ("fast", "peer", "parent"):
         assert row[side]["failed"] == ""
         assert len(row[side]["samples"]) == 2
@@ -150,7 +151,9 @@ def test_the_command_writes_a_file_and_keeps_what_it_has(
 
 
 def test_what_does_not_fit_is_said() -> None:
-    row = run.measure(replace(ROWS["minutes-10"], sides=("fast",)), Setting(size="tiny", limit=0.001), repeats=1)
+    row = run.measure(
+        replace(ROWS["minutes-10"], sides=("fast",)), Setting(size="tiny", limit=0.001), repeats=1
+    )
     assert row["fast"]["seconds"] > 0
     assert row["peer"]["failed"] == "does not fit (more than 0.001 GB)"
     assert row["ratios"] == {}

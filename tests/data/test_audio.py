@@ -26,6 +26,7 @@ from w2vc.data.audio import (
     as_float,
     load_audio,
     normalise,
+    pad_rows,
     resample,
 )
 
@@ -430,6 +431,29 @@ def test_normalising_forgets_loudness_and_offset(gain: float, offset: float) -> 
     assert abs(out.mean()) < 1e-4
     assert np.allclose(out, normalise(clip), atol=5e-3)
     assert not normalise(np.zeros(5, np.float32)).any()
+
+
+@quick
+@given(
+    st.lists(st.lists(st.integers(-9, 9), max_size=6), min_size=1, max_size=4),
+    st.sampled_from([None, 0, 4, 9]),
+    st.sampled_from(["left", "right"]),
+)
+def test_rows_are_padded_to_one_rectangle(rows: list[list[int]], length: int | None, side: str) -> None:
+    total = max(length or 0, *map(len, rows), 0)
+    for kind in (list, np.int64, np.float32, torch.tensor):
+        given_ = [
+            row if kind is list else kind(row) if kind is torch.tensor else np.array(row, kind)
+            for row in rows
+        ]
+        padded, mask = pad_rows(given_, -100, length, side)
+        assert padded.shape == mask.shape == (len(rows), total)
+        for row, out, real in zip(rows, padded, mask, strict=True):
+            gap = [-100] * (total - len(row))
+            assert out.tolist() == (gap + row if side == "left" else row + gap)
+            assert out[real].tolist() == row
+        if kind is np.float32 or (kind is np.int64 and any(rows)):
+            assert padded.dtype == kind
 
 
 # ------------------------------------------------------------------------------------------- BatchFeature

@@ -217,6 +217,17 @@ def test_a_frame_on_a_boundary_belongs_to_what_begins() -> None:
     assert S.frame_labels([Segment("a", 0.0, 0.0125), Segment("b", 0.0125, 0.03)], 2) == ["b", ""]
 
 
+def test_several_labels_are_active_at_once() -> None:
+    turns = [
+        Segment("b", 0.0, 0.05),
+        Segment("a", 0.03, 0.09),
+        Segment("c", 0.0, 1.0),
+        Segment("a", 0.08, 0.1),
+    ]
+    active = S.frame_activity(turns, ["a", "b"], 6, hop=0.02, middle=0.01)  # middles 0.01, 0.03, … 0.11
+    assert active.T.astype(int).tolist() == [[0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
+
+
 # Storage
 
 
@@ -263,7 +274,10 @@ def test_a_corpus_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         S.save_speech(folder, {"train": spoken()}, {})
     assert not (folder / "speech.json").exists()
+    S.save_speech(folder, {"train": load_speech()[:2]}, {})
+    (folder / "mine.flac").write_bytes(b"not in the table")
     S.save_speech(folder, {"train": [load_speech()[0]]}, {})
+    assert sorted(path.name for path in folder.iterdir()) == ["f01.flac", "mine.flac", "speech.json"]
     with pytest.raises(OSError, match="disk full"):
         S.save_speech(folder, {"train": spoken()}, {})
     assert [u.text for u in load_speech(folder)] == [load_speech()[0].text]

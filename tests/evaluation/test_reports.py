@@ -33,8 +33,8 @@ from w2vc.model.speaker import Wav2Vec2ConformerForXVector, XVectorOutput
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
 from w2vc.text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, build_vocabulary
 from w2vc.text.transcription import transcribe
+from w2vc.training.objectives import PretrainingObjective
 from w2vc.training.recipes import Recipe
-from w2vc.training.trainer import PretrainingObjective
 
 pytest.importorskip("jiwer")
 pytest.importorskip("scipy")
@@ -63,12 +63,12 @@ def test_contrastive_report_is_the_training_log(some: Speech, crop: dict[str, An
     model.train()
     ours = E.contrastive_report(model, some, extractor, recipe)
     assert model.training
-    objective = PretrainingObjective(recipe, model.eval(), extractor)
+    objective = PretrainingObjective(recipe, model.eval().config, extractor)
     sums: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for batch in data_loader(some, objective.collator(False), max_seconds=6.0, seed=0):
-            _, output = objective.forward(model, batch, 1)
-            for key, value in objective.measure(batch, output).items():
+            _, result = objective.forward(model, batch)
+            for key, value in objective.measure(batch, result).items():
                 sums[key] = sums.get(key, 0) + value
     theirs = objective.summarise(sums)
     assert sums["questions"] > 100

@@ -105,6 +105,8 @@ def test_an_error_changes_nothing(tmp_path: Path) -> None:
     assert content(tmp_path / "there") == OLD
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == sorted(OLD)
     assert not (tmp_path / "not" / "there").exists()
+    save(tmp_path / "there", {"a": "last"}, ("*",))
+    assert content(tmp_path / "there") == {"a": "last"}
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -126,7 +128,7 @@ def test_killed_at_any_instant_a_folder_loads_as_old_or_as_new_and_never_holds_b
         outcomes.append(found["a"])
         save(folder, OLD)
         assert content(folder) == OLD | {"notes": "mine"}
-        assert {p.name for p in folder.iterdir() if not p.name.startswith(".saving-")} == {*OLD, "notes"}
+        assert {p.name for p in folder.iterdir() if p.name != ".save"} == {*OLD, "notes"}
         if not died:
             break
     assert outcomes.count("old") >= 5
@@ -135,21 +137,22 @@ def test_killed_at_any_instant_a_folder_loads_as_old_or_as_new_and_never_holds_b
 
 
 def test_what_a_killed_save_left_goes_after_an_hour(tmp_path: Path) -> None:
-    for name, age in ((".saving-00c0ffee", 4000), (".saving-0badcafe", 0)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a").write_text("half")
-        time = (tmp_path / name).stat().st_mtime - age
-        os.utime(tmp_path / name, (time, time))
+    for name, age in (("00c0ffee.new", 4000), ("0badcafe.new", 0)):
+        left = tmp_path / ".save" / name
+        left.mkdir(parents=True)
+        (left / "a").write_text("half")
+        time = left.stat().st_mtime - age
+        os.utime(left, (time, time))
     save(tmp_path, NEW)
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [".saving-0badcafe"]
+    assert [p.name for p in (tmp_path / ".save").iterdir()] == ["0badcafe.new"]
 
 
 def test_a_finished_save_is_never_followed_outwards(tmp_path: Path) -> None:
     victim, folder = tmp_path / "victim", tmp_path / "folder"
     victim.write_text("precious")
-    (folder / ".saved-1").mkdir(parents=True)
+    (folder / ".save" / "1.done").mkdir(parents=True)
     for name in ("../victim", str(victim)):
-        (folder / ".saved-1" / ".old.json").write_text(json.dumps({name: atomic._identity(victim)}))
+        (folder / ".save" / "1.done" / ".old.json").write_text(json.dumps({name: atomic._identity(victim)}))
         with pytest.raises(ValueError, match="outside its folder"):
             read_folder(folder, content)
     assert victim.read_text() == "precious"
@@ -160,8 +163,8 @@ def test_a_file_that_came_since_is_not_taken_for_an_old_one(tmp_path: Path) -> N
     save(tmp_path, OLD)
     late = {"c": atomic._identity(tmp_path / "c")}
     save(tmp_path, {"c": "newest"})
-    (tmp_path / ".saved-late").mkdir()
-    (tmp_path / ".saved-late" / ".old.json").write_text(json.dumps(late))
+    (tmp_path / ".save" / "late.done").mkdir(parents=True)
+    (tmp_path / ".save" / "late.done" / ".old.json").write_text(json.dumps(late))
     finish_saves(tmp_path)
     assert content(tmp_path) == {"c": "newest"}
 

@@ -305,7 +305,7 @@ def test_the_tree_holds_no_more_than_the_beam_needs() -> None:
     class Counting(TextScorer):
         def finish(self, said: Any) -> Any:
             if not nodes:
-                nodes.extend(x for x in gc.get_objects() if isinstance(x, _Prefix))
+                nodes.extend(x for x in gc.get_objects() if type(x) is _Prefix)
             return super().finish(said)
 
     logits = random_logits(4, 300, 6, 1.0)

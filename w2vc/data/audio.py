@@ -524,7 +524,7 @@ class Wav2Vec2FeatureExtractor:
         folder = find_folder(name_or_path, revision, (_EXTRACTOR_FILE, _PROCESSOR_FILE))
         joint = read_json(folder / _PROCESSOR_FILE) if (folder / _PROCESSOR_FILE).is_file() else {}
         if _NESTED not in joint and not (folder / _EXTRACTOR_FILE).is_file():
-            raise missing_file(folder, _EXTRACTOR_FILE)
+            raise missing_file(name_or_path, _EXTRACTOR_FILE)
         return cls.from_dict(joint.get(_NESTED) or read_json(folder / _EXTRACTOR_FILE), **overrides)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:

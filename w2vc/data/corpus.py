@@ -27,8 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files.atomic import read_json, replace_folder
-
-# isort: split
 from .audio import Samples, load_audio
 
 # %% auto #0
@@ -266,7 +264,9 @@ def save_speech(
     files: dict[str, Any] = {}
     written: Counter[str] = Counter()  # samples of each file
     rows: list[str] = []
-    with replace_folder(Path(folder)) as fresh, ExitStack() as stack:
+    table = Path(folder) / "speech.json"
+    old = {row["file"] for row in read_json(table)["utterances"]} if table.is_file() else ()
+    with replace_folder(folder, remove=old) as fresh, ExitStack() as stack:
         for split, u in ((split, u) for split, utterances in splits.items() for u in utterances):
             name, audio = re.sub(r"[^\w-]", "_", u.speaker or "unknown") + suffix, u.audio
             if name not in files:
@@ -286,8 +286,8 @@ def save_speech(
             rows.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
             written[name] += len(audio)
         head = json.dumps({"about": about}, ensure_ascii=False, indent=1)[:-2]
-        table = head + ',\n "utterances": [\n' + ",\n".join(rows) + "\n ]\n}\n"  # a line each: small diffs
-        (fresh / "speech.json").write_text(table, encoding="utf-8")
+        text = head + ',\n "utterances": [\n' + ",\n".join(rows) + "\n ]\n}\n"  # a line each: small diffs
+        (fresh / table.name).write_text(text, encoding="utf-8")
 
 
 def load_packed(folder: Path, name: str, split: str) -> Speech:

@@ -194,15 +194,13 @@ def _split_of(group: str) -> str:
     return {0: "dev", 1: "test", 2: "test"}.get(zlib.crc32(group.encode()) % 10, "train")
 
 
-def fetch_speech(name: str, source: str | Path | None = None) -> Path:
-    """Fetch a human set into the cache, once; later calls only return its folder.
-
-    Args:
-        name: A key of `HUMAN`.
-        source: A folder that holds the unpacked packages ("/" where they are installed); by default they are downloaded.
-
-    Returns:
-        The folder in the cache (W2VC_CACHE, or ~/.cache/w2vc), complete or not there at all.
+def fetch_speech(
+    name: str,  # a key of `HUMAN`
+    source: str
+    | Path
+    | None = None,  # folder of the unpacked packages ("/" if installed); None downloads them
+) -> Path:
+    """Fetch a human set into the cache (W2VC_CACHE, or ~/.cache/w2vc), once; later calls only return its folder.
 
     Raises:
         ValueError: If there is no such set, or `source` holds nothing of it.

@@ -212,18 +212,17 @@ def _align(text: str, wave: NDArray[np.int16], moments: list[_Moment]) -> tuple[
 
 
 # %% ../../nbs/data/synthesis.ipynb #6ec891d9
-def synthesize(text: str, voice: Voice, seed: int = 0, id: str = "", kind: str = "") -> Utterance:
+def synthesize(
+    text: str,  # words separated by single spaces, numbers written out, so that the text is what is spoken
+    voice: Voice,  # who speaks
+    seed: int = 0,  # changes the noise and, for most voices, small details of the speech
+    id: str = "",  # name of the utterance; the pauses and the noise depend on it too
+    kind: str = "",  # kind of the utterance
+) -> Utterance:
     """Speak a text with espeak-ng; equal arguments give equal samples, whatever was spoken before.
 
-    16 kHz, peak 0.7, a pause of 0.05-0.15 s on both sides, and white noise of standard deviation 0.003 (-50 dB of full scale)
-    throughout. Words and phones are timed to the sample; the closure of a stop belongs to the stop.
-
-    Args:
-        text: Words separated by single spaces, numbers written out, so that the text is what is spoken.
-        voice: Who speaks.
-        seed: Changes the noise and, for most voices, small details of the speech.
-        id: Name of the utterance; the pauses and the noise depend on it too.
-        kind: Kind of the utterance.
+    16 kHz, peak 0.7, a pause of 0.05-0.15 s on both sides, and white noise of standard deviation 0.003 (-50 dB of full
+    scale) throughout. Words and phones are timed to the sample; the closure of a stop belongs to the stop.
 
     Raises:
         ImportError: If espeak-ng or soxr is missing.
@@ -379,9 +378,7 @@ def _until(lines: Iterable[Line], hours: float, label: str) -> Iterator[Utteranc
 def _synthetic(split: str = "train", hours: float = 5.0) -> Speech:
     """Load a large synthetic corpus, spoken on the first call (some minutes per hour) and kept in the cache.
 
-    Args:
-        split: "train"; "dev" (six other voices); "test" (the eight test voices of "builtin", other texts); or "all".
-        hours: Hours of the training split; dev has a tenth, test a fifteenth of it.
+    "dev" has six other voices and a tenth of the hours, "test" the test voices of "builtin" and a fifteenth.
     """
     if not hours > 0:
         raise ValueError(f"hours={hours!r}: allowed is a number above 0")

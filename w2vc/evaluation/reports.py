@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import MANY_LABELS, ONE_LABEL
 from ..data.audio import Wav2Vec2FeatureExtractor
-from ..data.batches import PretrainingCollator, data_loader, turn_order
+from ..data.batches import data_loader, turn_order
 from ..data.corpus import SAMPLING_RATE, Speech, Utterance, frame_activity, open_speech
 from ..files.atomic import read_json
 from ..files.hub import find_folder
@@ -37,6 +37,7 @@ from ..model.wav2vec2 import Wav2Vec2ConformerModel
 from ..text.tokenizer import Wav2Vec2Processor
 from ..text.transcription import Decoder, transcribe
 from ..training.monitoring import Sums, choice_sums, code_sums, describe_codes
+from ..training.objectives import PretrainingObjective
 from ..training.recipes import Recipe
 
 # isort: split
@@ -374,34 +375,26 @@ def contrastive_sums(
     Returns:
         Name -> sums of `monitoring.code_sums` and `monitoring.choice_sums`.
     """
-    recipe = recipe or Recipe()
-    plan, data, seed, config = recipe.pretraining, recipe.data, recipe.run.seed, model.config
-    collator = PretrainingCollator(
-        config, extractor or Wav2Vec2FeatureExtractor(return_attention_mask=True), crop_seconds=data.crop_seconds,
-        crop=data.crop, mask_prob=plan.mask_prob, mask_length=plan.mask_length, min_masks=plan.min_masks, seed=seed, bad="drop",
-    )  # fmt: skip
+    recipe, config = recipe or Recipe(), model.config
+    extractor = extractor or Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    objective = PretrainingObjective(recipe, config, extractor)
+    collator, data = objective.collator(training=False), recipe.data
     longest = max(collator.row_samples(u.n_samples) for u in speech) / SAMPLING_RATE + 0.01
-    loader = data_loader(
-        speech, collator, max_seconds=max(data.batch_seconds, longest), max_rows=data.batch_rows, seed=seed
-    )
-    seen: dict[str, Tensor] = {}
+    bounds: Any = {"max_seconds": max(data.batch_seconds, longest), "max_rows": data.batch_rows}
     found: dict[str, Sums] = {}
-    hook = model.quantizer.register_forward_hook(
-        lambda quantizer, inputs, output: seen.update(scores=quantizer.logits(inputs[0]), codes=output[2])
-    )
-    with hook, eval_mode(model):
-        for batch in loader:
-            batch.to(model.device)
-            padding = None if len(set(batch["lengths"])) == 1 else batch["attention_mask"]
+    with eval_mode(model):
+        for batch in data_loader(speech, collator, seed=recipe.run.seed, **bounds):
+            _, result = objective.forward(model, batch.to(model.device))
+            states, targets = result["output"].projected_states, result["output"].projected_quantized_states
             mask, negatives = batch["mask_time_indices"], batch["sampled_negative_indices"]
-            output = model(batch["input_values"], padding, mask, negatives, return_dict=True)
-            scores = seen["scores"].view(*mask.shape, config.num_codevector_groups, -1)
-            states, targets = output.projected_states, output.projected_quantized_states
+            scores = result["scores"].view(*mask.shape, config.num_codevector_groups, -1)
+            codes, temperature = result["quantized"][2], config.contrastive_logits_temperature
             for i, name in enumerate(batch["ids"]):
-                row = slice(i, i + 1)
-                parts = (states[row], targets[row], negatives[row], mask[row], seen["codes"][row])
-                sums = choice_sums(*parts, config.contrastive_logits_temperature)
-                sums |= code_sums(scores[row], mask[row])
+                own = slice(i, i + 1)
+                sums = code_sums(scores[own], mask[own])
+                sums |= choice_sums(
+                    states[own], targets[own], negatives[own], mask[own], codes[own], temperature
+                )
                 found[name] = {key: value.cpu() for key, value in sums.items()}
     return found
 

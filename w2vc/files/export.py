@@ -31,7 +31,7 @@ __all__ = ["export_model", "export_onnx", "onnx_session", "onnx_difference"]
 
 # %% ../../nbs/files/export.ipynb #a74c0de2
 class _ExportedSelfAttention(SelfAttention):
-    """Attention by the readable path, with scores picked out by their indices: operations that every runtime has."""
+    """Attention by the readable path, its scores picked out by index: operations that every runtime has."""
 
     def mix(  # noqa: PLR0917
         self,
@@ -47,9 +47,7 @@ class _ExportedSelfAttention(SelfAttention):
             scaled = (query + self.pos_bias_v[:, None]) * query.shape[-1] ** -0.5
             scores = torch.einsum("bhtk,hrk->bhtr", scaled, distance_keys)  # [B, H, T, 2T-1]
             frame = torch.arange(query.shape[2], device=query.device)
-            column = (
-                frame - frame[:, None] + query.shape[2] - 1
-            )  # [T, T]: where the distance from i to j stands in row i
+            column = frame - frame[:, None] + query.shape[2] - 1  # [T, T]: where i has the distance to j
             bias = scores.gather(-1, column.expand(*scores.shape[:2], -1, -1))
             query = query + self.pos_bias_u[:, None]
         if frame_mask is not None:
@@ -164,13 +162,8 @@ def export_onnx(
     finally:
         logger.setLevel(level)
     width, hop = receptive_field(model.config.conv_kernel, model.config.conv_stride)
-    numbers = {
-        "sampling_rate": 16000,
-        "samples_per_frame": hop,
-        "receptive_field": width,
-        "blank": model.config.pad_token_id,
-    }
-    facts = {name: str(value) for name, value in numbers.items()}
+    facts = {"sampling_rate": "16000", "samples_per_frame": str(hop), "receptive_field": str(width)}
+    facts["blank"] = str(model.config.pad_token_id)
     if processor is not None:
         tokens = processor.tokenizer.get_vocab()
         facts["do_normalize"] = json.dumps(processor.feature_extractor.do_normalize)

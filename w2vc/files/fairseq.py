@@ -37,7 +37,7 @@ __all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq
 
 # %% ../../nbs/files/fairseq.ipynb #433c9660
 class _Stub:
-    """What stands for a class, a function or an object of a pickle: its name and its content, and no code of the file."""
+    """What stands for a class, a function or an object of a pickle: name and content, and no code of the file."""
 
     name = ""  # module and name of what the pickle asks for
     args: tuple[Any, ...] = ()  # what it would have been called with
@@ -88,14 +88,14 @@ _STORAGE_TYPES: dict[str, torch.dtype] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's reader of pickles, which gets a stub for every name and so has nothing to import and nothing to call."""
+    """Python's reader of pickles, which gets a stub for every name: it has nothing to import and nothing to call."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Stand in for a class or function; each time in a new class, so that a pickle has nothing of ours to change."""
+        """Stand in for a class or function; always by a new class, so that a pickle has nothing of ours to change."""
         if (module, name) in {("collections", "OrderedDict"), ("collections", "defaultdict")}:
             return type("PlainDict", (_PlainDict,), {})
         return type("Stub", (_Stub,), {"name": f"{module}.{name}"})
@@ -103,16 +103,17 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, address: Any) -> _Storage:
         """Read the address that torch writes for a row of numbers."""
         match address:
-            case ("storage", kind, str(key), _, int(count), *_) if (
-                getattr(kind, "name", "") in _STORAGE_TYPES
-            ):
-                return self.storages.setdefault(key, _Storage(key, _STORAGE_TYPES[kind.name], count))
+            case ("storage", kind, str(key), _, int(size), *view) if not any(
+                view
+            ):  # views are older than torch 0.4
+                if dtype := _STORAGE_TYPES.get(getattr(kind, "name", "")):
+                    return self.storages.setdefault(key, _Storage(key, dtype, size))
         raise ValueError("it has an address of another kind")
 
 
 # %% ../../nbs/files/fairseq.ipynb #750c039b
 def _check_program(file: IO[bytes], n_bytes: int) -> None:
-    """Refuse a pickle that reaches outside its file, memorises more than it has bytes, or would be hashed for ever."""
+    """Refuse a pickle that reaches outside its file, memorises more than it has bytes, or hashes for ever."""
     stack: list[int] = []  # for each thing: how many values it stands for when it is hashed; 0 is a mark
     memo: dict[Any, int] = {}
     for opcode, arg, _ in pickletools.genops(file):
@@ -167,7 +168,7 @@ def _open_zip(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], 
 
 
 def _open_legacy(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], bytes]]:
-    """Open torch's format before 1.6: five pickles, then for each storage its length in 8 bytes and its numbers."""
+    """Open torch's format before 1.6: five pickles, then each storage, its length in 8 bytes and its numbers."""
     if _read_pickle(file, n_bytes)[0] != 0x1950A86A20F9469CFC6C:
         raise ValueError("it is a bare pickle, no torch checkpoint")
     _, (system, _), (content, storages), (keys, _) = (_read_pickle(file, n_bytes) for _ in range(4))
@@ -189,7 +190,7 @@ def _open_legacy(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage
 def _read_tensors(
     stubs: Mapping[str, Any], read: Callable[[_Storage], bytes], n_bytes: int
 ) -> dict[str, Tensor]:
-    """Read the tensors that stubs describe, calls that would rebuild them and are not made; each gets its own memory."""
+    """Read the tensors that stubs describe, each into its own memory; the calls that would rebuild them are not made."""
     tensors, left = {}, 2 * n_bytes  # storages can be shared, so a small file could grow large: it may double
     for name, stub in stubs.items():
         if isinstance(stub, _Stub) and stub.name == "torch._utils._rebuild_parameter":
@@ -224,7 +225,7 @@ def _read_tensors(
 def read_torch_file(
     path: str | os.PathLike[str], part: str = "model"
 ) -> tuple[dict[Any, Any], dict[str, Tensor]]:
-    """Read a checkpoint of `torch.save`, in its format of today or before torch 1.6, without running anything in it.
+    """Read a checkpoint of `torch.save`, in its format of today or before 1.6, without running anything in it.
 
     Args:
         path: The file.
@@ -262,7 +263,7 @@ def read_torch_file(
 
 # %% ../../nbs/files/fairseq.ipynb #d3848711
 def _contents(stub: _Stub) -> Any:
-    """What a stub holds: the content of an OmegaConf node, an object's public attributes, or else its arguments."""
+    """What a stub holds: the content of an OmegaConf node, an object's public attributes, or its arguments."""
     states = stub.state if isinstance(stub.state, tuple) else (stub.state,)  # a pair, if there are slots
     attributes = {key: value for state in states if isinstance(state, dict) for key, value in state.items()}
     for key in ("_content", "_val"):  # OmegaConf: of a dict or a list, of a single value
@@ -295,7 +296,7 @@ def _plain_data(value: Any) -> Any:
 
 # %% ../../nbs/files/fairseq.ipynb #269a4152
 def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
-    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4": lists of (channels, kernel, stride), `+`, `*` by a number, and no `eval`."""
+    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4": lists of (channels, kernel, stride), `+` and `*`, and no `eval`."""
 
     def read(node: ast.AST) -> list[Any]:
         match node:
@@ -433,7 +434,7 @@ def _section(cfg: Any, name: str) -> Mapping[str, Any]:
 
 
 def _read_settings(cfg: Mapping[str, Any], kind: str, errors: list[str]) -> dict[str, Any]:
-    """Find each setting that matters: in the file, or else fairseq's default; one of the wrong type joins `errors`."""
+    """Find each setting that matters, in the file or by default; one of the wrong type joins `errors`."""
     model = _section(cfg, "model")
     name = model.get("_name") or model.get("arch") or "wav2vec2"
     if not str(name).startswith(("wav2vec2", "wav2vec_ctc")):
@@ -459,7 +460,7 @@ def _read_settings(cfg: Mapping[str, Any], kind: str, errors: list[str]) -> dict
 
 
 # %% ../../nbs/files/fairseq.ipynb #1c8315a6
-_NEEDED: list[tuple[str, str, tuple[Any, ...], str]] = [  # kind, setting, what it must be, why nothing else can be carried over
+_NEEDED: list[tuple[str, str, tuple[Any, ...], str]] = [  # kind, setting, what it must be, and why
     ("", "layer_type", ("conformer",), "other layers are another model"),
     ("", "attn_type", ("espnet",), "fairseq's other attention has other weights"),
     ("", "pos_enc_type", ("rel_pos", "rope"), "with 'abs' the convolutional positions are used, which nothing here runs"),
@@ -488,7 +489,7 @@ _TRAINING_ONLY = {  # settings whose default is what we do; others change traini
 def _check_settings(
     settings: Mapping[str, Any], kind: str, names: Iterable[str], errors: list[str]
 ) -> list[str]:
-    """Add to `errors` what cannot be carried over, or contradicts the names of the tensors; note what changes training alone."""
+    """Add to `errors` what cannot be carried over or contradicts the tensors; return what changes training alone."""
     text = "\n".join(names)
     if re.search(r"^(decoder|encoder\.w2v_model)\.", text, re.M):
         errors.append("it has a decoder: only models with a CTC layer can be carried over")
@@ -582,8 +583,7 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is damaged, or is no such checkpoint; or its model cannot be carried over, for the reasons
-            listed.
+        ValueError: The file is damaged, or no such checkpoint; or its model cannot be carried over, with all reasons.
     """
     content, theirs = read_torch_file(path, "model")
     path = os.fspath(path)
@@ -656,7 +656,7 @@ def load_fairseq(
 
 # %% ../../nbs/files/fairseq.ipynb #ccec698b
 def _read_dictionary(path: str | os.PathLike[str]) -> list[str]:
-    """Read the symbols of a fairseq dictionary such as `dict.ltr.txt`, four special ones first, in the order of the outputs."""
+    """Read the symbols of a fairseq dictionary, `dict.ltr.txt`, in the order of the outputs: special ones first."""
     symbols = ["<s>", "<pad>", "</s>", "<unk>"]
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         found = re.fullmatch(r"(.+) -?\d+(?: #fairseq:overwrite)?\s*", line)
@@ -724,8 +724,14 @@ def convert_fairseq(
             )
         processor = Wav2Vec2Processor(processor, _make_tokenizer(symbols, checkpoint.config.vocab_size or 0))
     model = load_fairseq(checkpoint, dtype=dtype, strict=strict, **config_overrides)
-    older = (*OLD_WEIGHTS, "vocab.json", "added_tokens.json", "*tokenizer_config.json", "special_tokens_map.json", "processor_config.json")  # fmt: skip
-    with replace_folder(out, remove=older) as fresh:
+    older = (
+        "vocab.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+    )
+    with replace_folder(out, remove=[*OLD_WEIGHTS, *older]) as fresh:
         model.save_pretrained(fresh, max_shard_bytes=max_shard_bytes)
         processor.save_pretrained(fresh)
     return model

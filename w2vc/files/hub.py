@@ -13,18 +13,20 @@ from pathlib import Path
 from .atomic import finish_saves
 
 # %% auto #0
-__all__ = ["missing_file", "find_folder", "find_file"]
+__all__ = ["missing_file", "find_folder"]
 
 
-# %% ../../nbs/files/hub.ipynb #ef833164
+# %% ../../nbs/files/hub.ipynb #983df23d
 def missing_file(name_or_folder: str | os.PathLike[str], what: str) -> FileNotFoundError:
     """The error for a checkpoint without a file; it knows the looks of fairseq's checkpoints, which are files."""
     path = Path(name_or_folder)
     pickles = [path] if path.is_file() else sorted(path.glob("*.pt")) if path.is_dir() else []
+    cached = re.fullmatch(r".*models--(.+)/snapshots/[0-9a-f]{40}", path.as_posix())
+    name = cached[1].replace("--", "/") if cached else os.fspath(name_or_folder)
     problem = "is a file, and a checkpoint is a folder" if path.is_file() else f"has no {what}"
     if any(pickle.suffix in {".pt", ".pth"} for pickle in pickles):
         problem += f"; is {pickles[0].name} one of fairseq's checkpoints? w2vc.load_fairseq reads those"
-    return FileNotFoundError(f"{os.fspath(name_or_folder)!r} {problem}")
+    return FileNotFoundError(f"{name!r} {problem}")
 
 
 def find_folder(
@@ -58,11 +60,6 @@ def find_folder(
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError('reading from the hub needs huggingface_hub: pip install "w2vc[hub]"') from error
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-
-
-# %% ../../nbs/files/hub.ipynb #fa39bb74
-def find_file(name: str | os.PathLike[str], filename: str, *, revision: str | None = None) -> Path | None:
-    """A file of a checkpoint, or None where it has none."""
-    path = find_folder(name, revision, ("*.json", filename)) / filename
-    return path if path.is_file() else None
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    folder.mkdir(parents=True, exist_ok=True)  # where nothing matches, the client makes none
+    return folder

@@ -50,15 +50,7 @@ __all__ = [
 
 # %% ../../nbs/practice/speed.ipynb #6e14c78c
 def convolve_rows(frames: Tensor, conv: nn.Conv1d) -> Tensor:
-    """Convolve one utterance with its frames in rows, by one matrix product.
-
-    Args:
-        frames: `[T_in, C_in]`.
-        conv: A convolution without padding.
-
-    Returns:
-        `[T, C]`.
-    """
+    """Convolve one utterance with its frames in rows, `[T_in, C_in]` -> `[T, C]`, by one matrix product."""
     C_in, (taps,), (stride,) = frames.shape[1], conv.kernel_size, conv.stride
     windows = frames.flatten().unfold(0, taps * C_in, stride * C_in)  # [T, taps C_in], a view
     kernel = conv.weight.transpose(1, 2).flatten(1)  # [C, taps C_in]
@@ -70,12 +62,7 @@ def fold_group_norm(windows: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tup
     """Fold a group norm with one channel a group into the convolution of one utterance before it.
 
     The convolution is linear: its outputs $w^T x$ have the mean $w^T m$ and the variance $w^T K w$, with the mean $m$ and the
-    covariance $K$ of the windows $x$. So the statistics need no output.
-
-    Args:
-        windows: What the kernel sees, `[T, k]`.
-        conv: From one channel to `C`. A bias cancels, as the norm subtracts the mean.
-        norm: Over `C` channels.
+    covariance $K$ of the windows $x$, `[T, k]`, that the kernel sees. So the statistics need no output, and a bias cancels.
 
     Returns:
         Kernel `[C, 1, k]` and bias `[C]` of the convolution that gives the normalised outputs.
@@ -117,10 +104,8 @@ class BlockwiseFeatureEncoder(FeatureEncoder):
     def encode_utterance(self, samples: Tensor) -> Tensor:
         """Encode one utterance, `[S]` -> `[T, C]`."""
         kernels, strides = self.config.conv_kernel, self.config.conv_stride
-        T, (width, hop) = (
-            conv_output_lengths(len(samples), kernels, strides),
-            receptive_field(kernels, strides),
-        )
+        T = conv_output_lengths(len(samples), kernels, strides)
+        width, hop = receptive_field(kernels, strides)
         first = cast(ConvLayer, self.conv_layers[0])
         folded = None
         if T > 0 and isinstance(first.layer_norm, MaskedGroupNorm):
@@ -140,9 +125,8 @@ class BlockwiseFeatureEncoder(FeatureEncoder):
         if folded is None:  # a layer norm everywhere, which wants frames in rows
             hidden = samples[:, None]  # [S, 1]
             for layer in (first, *later):
-                hidden = layer.activation(
-                    cast(nn.LayerNorm, layer.layer_norm)(convolve_rows(hidden, layer.conv))
-                )
+                rows = convolve_rows(hidden, layer.conv)
+                hidden = layer.activation(cast(nn.LayerNorm, layer.layer_norm)(rows))
             return hidden
         hidden = first.activation(functional.conv1d(samples[None, None], *folded, first.conv.stride))
         for layer in later:
@@ -155,10 +139,7 @@ class Packing:
     """Where the utterances lie in a batch that is kept without its padding, one after the other: `[1, R, ...]`.
 
     A layer that looks at one frame at a time (linear, norm) takes a packed batch for one long utterance, and does no work
-    on padding. A layer that mixes frames has to keep the utterances apart.
-
-    Args:
-        mask: `[B, T]` bool, True = real frame; `R` of them are.
+    on padding. A layer that mixes frames has to keep the utterances apart. `mask` is `[B, T]` bool, True = real frame (`R` are).
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -202,7 +183,8 @@ class FastSelfAttention(SelfAttention):
     fewest = 32  # queries in a block: with fewer, products are slow
 
     def mix(  # noqa: PLR0917
-        self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any, distance_keys: Tensor | None, output_attentions: bool
+        self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any, distance_keys: Tensor | None,
+        output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Do what `SelfAttention` does."""
         if isinstance(frame_mask, Packing):
@@ -246,7 +228,8 @@ class PackedConformerEncoder(ConformerEncoder):
     """Run the blocks on the real frames alone."""
 
     def forward(
-        self, hidden: Tensor, frame_mask: Tensor | None = None, output_attentions: bool = False, output_hidden_states: bool = False
+        self, hidden: Tensor, frame_mask: Tensor | None = None, output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> Any:  # fmt: skip
         """Do what `ConformerEncoder` does, `[B, T, D]` -> `[B, T, D]`; who wants maps, hidden states or a graph gets the padded batch."""
         padded = output_attentions or output_hidden_states or not self.config.padding_invariant
@@ -283,10 +266,10 @@ def _is_untouched(part: nn.Module) -> bool:
     A fast form calls the modules inside it in another way, or with other shapes; only ours, torch's own and torch's linear
     layers of 8 bits are known to bear that, and of ours no subclass of a part that has a fast form.
     """
-    known = "torch.nn.modules.", "w2vc.", "torch.ao.nn.quantized.dynamic.modules.linear", "torch.ao.nn.quantized.modules.linear"  # fmt: skip
+    linears = "torch.ao.nn.quantized.dynamic.modules.linear", "torch.ao.nn.quantized.modules.linear"
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return all(
-        type(module).__module__.startswith(known)
+        type(module).__module__.startswith(("torch.nn.modules.", "w2vc.", *linears))
         and (type(module) in {*FAST, *FAST.values()} or not isinstance(module, tuple(FAST)))
         and "forward" not in vars(module)
         and not any(getattr(module, name) for name in hooks)

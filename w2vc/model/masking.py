@@ -21,7 +21,7 @@ __all__ = ["span_counts", "spans_from_noise", "compute_mask_indices", "span_cove
 def span_counts(
     lengths: Tensor, n_frames: int, epsilon: Tensor, *, mask_prob: float, mask_length: int, min_masks: int = 0
 ) -> Tensor:
-    """How many spans each row gets: its share, rounded at random (Eq. 12.1), and no more than fit.
+    """How many spans each row gets: its share, rounded at random (Eq. 1), and no more than fit.
 
     Args:
         lengths: real frames of each row, `[B]`.
@@ -151,7 +151,7 @@ def compute_mask_indices(
 
 # %% ../../nbs/model/masking.ipynb #f84b6413
 def span_coverage(n_frames: int, n_spans: int, mask_length: int) -> Tensor:
-    """The exact chance of each frame to be hidden by `n_spans` random spans (Eq. 12.3).
+    """The exact chance of each frame to be hidden by `n_spans` random spans (Eq. 3).
 
     Args:
         n_frames: $T$.

@@ -14,7 +14,7 @@ __all__ = ["negatives_from_noise", "sample_negative_indices"]
 
 # %% ../../nbs/model/negatives.ipynb #66721e69
 def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
-    """Turn noise into negatives: other masked frames of the same utterance, all equally likely (Eq. 14.1).
+    """Turn noise into negatives: other masked frames of the same utterance, all equally likely (Eq. 1).
 
     Nothing is drawn in here. Noise that depends only on (seed, epoch, utterance, frame) gives negatives that
     do not depend on the other rows of the batch.
@@ -34,7 +34,7 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     own = (torch.arange(len(masked), device=mask.device) - first)[:, None]  # [A, 1] own place in it
     others = (counts[row] - 1)[:, None]  # [A, 1]
     u = (noise * others).long()  # [A, N] rounds down: 0 .. others - 1
-    place = u + ((u >= own) & (others > 0))  # Eq. 14.1: step over the frame itself; a lone one gets itself
+    place = u + ((u >= own) & (others > 0))  # Eq. 1: step over the frame itself; a lone one gets itself
     negatives = (T * torch.arange(B, device=mask.device))[:, None, None].repeat(1, T, noise.shape[1])
     negatives[mask] = masked[first[:, None] + place]
     return negatives.int()

@@ -152,7 +152,7 @@ def _check(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> Ten
     needed = int(min_input_length(row, torch.tensor([row.shape[1]])))
     if needed > T:
         raise ValueError(
-            f"labels: {row.shape[1]} labels need {needed} frames, and there are {T}: the text is too long for this audio"
+            f"labels: {row.shape[1]} labels need {needed} frames, and there are {T}: too long a text"
         )
     return row
 
@@ -234,9 +234,9 @@ def _tokenizer(processor: Wav2Vec2Processor | Wav2Vec2CTCTokenizer) -> Wav2Vec2C
 
 def _spell(word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, wildcard: bool) -> list[tuple[str, int]]:
     """Spell a word in letters and labels below `size`; a stretch that cannot be spelled becomes one wildcard, if allowed."""
-    special, pairs = tokenizer.all_special_tokens, list[tuple[str, int]]()
+    vocab, special, pairs = tokenizer.get_vocab(), tokenizer.all_special_tokens, list[tuple[str, int]]()
     for token in tokenizer.tokenize(word):
-        label = tokenizer.get_vocab().get(token, size)
+        label = vocab.get(token, size)
         label = label if label < size and token not in special else WILDCARD
         if label == WILDCARD and not wildcard:
             hint = "mind upper and lower case; with wildcard=True it stands for anything"

@@ -169,7 +169,7 @@ class NGramModel:
 
 # %% ../../nbs/text/decoding.ipynb #f696d0e3
 def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGramModel:
-    """Make a language model of texts, by the method of Witten and Bell (1991, method C; Eq. 42.2).
+    """Make a language model of texts, by the method of Witten and Bell (1991, method C; Eq. 2).
 
     Below the single words stands an even share for every known word, `<unk>` and `</s>`. After any memory all sum to 1.
 
@@ -323,7 +323,7 @@ class TextState(NamedTuple):
 
 # %% ../../nbs/text/decoding.ipynb #21287b97
 class TextScorer:
-    """Scores the text of prefixes while they grow: language model, number of words, hot-words (Eq. 42.3).
+    """Scores the text of prefixes while they grow: language model, number of words, hot-words (Eq. 3).
 
     Args:
         symbols: All symbols, by their numbers.
@@ -499,7 +499,7 @@ class _Search:
         self.alive: WeakValueDictionary[tuple[_Prefix, int], _Prefix] = WeakValueDictionary()
 
     def grow(self, beam: _Beam, frame: Sequence[float], symbols: Sequence[int]) -> tuple[_Beam, list[_New]]:
-        """Let every prefix stay as it is, or take one symbol more (Hannun et al., 2014, algorithm 1; Eq. 42.1)."""
+        """Let every prefix stay as it is, or take one symbol more (Hannun et al., 2014, algorithm 1; Eq. 1)."""
         grown: _Beam = {}
         new: list[_New] = []
         inside = {(prefix.parent, prefix.symbol): prefix for prefix in beam}

@@ -346,7 +346,7 @@ class Wav2Vec2CTCTokenizer:
     padding_side: str = field(default="right", kw_only=True)
     clean_up_tokenization_spaces: bool = field(default=False, kw_only=True)
 
-    model_input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     pad_token_id = _id_of("pad_token")  # the blank of CTC
     unk_token_id = _id_of("unk_token")
     bos_token_id = _id_of("bos_token")
@@ -677,7 +677,6 @@ class Wav2Vec2Processor:
             raise ValueError(f"tokenizer must be a Wav2Vec2CTCTokenizer, not a {type(tokenizer).__name__}")
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
-        self.decode, self.batch_decode = tokenizer.decode, tokenizer.batch_decode
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.feature_extractor!r}, {self.tokenizer!r})"
@@ -729,6 +728,14 @@ class Wav2Vec2Processor:
             batch["labels"] = self.tokenizer.pad(labels, **text_options, fill=-100)["input_ids"]
         return batch
 
+    def decode(self, *args: Any, **options: Any) -> Any:
+        """Read one path; see the tokenizer's `decode`."""
+        return self.tokenizer.decode(*args, **options)
+
+    def batch_decode(self, *args: Any, **options: Any) -> Any:
+        """Read several paths; see the tokenizer's `batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **options)
+
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
@@ -737,8 +744,12 @@ class Wav2Vec2Processor:
         names = {f.name for f in fields(Wav2Vec2CTCTokenizer)}
         text = {key: value for key, value in overrides.items() if key in names}
         sound = {key: value for key, value in overrides.items() if key not in names}
-        extractor = Wav2Vec2FeatureExtractor.from_pretrained(name_or_path, revision=revision, **sound)
-        return cls(extractor, Wav2Vec2CTCTokenizer.from_pretrained(name_or_path, revision=revision, **text))
+
+        def read(folder: Path) -> tuple[Wav2Vec2FeatureExtractor, Wav2Vec2CTCTokenizer]:
+            extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, **sound)
+            return extractor, Wav2Vec2CTCTokenizer.from_pretrained(folder, **text)
+
+        return cls(*read_folder(find_folder(name_or_path, revision), read))  # both parts of one state
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write all files, under the names that older and newer programs look for."""
@@ -764,6 +775,6 @@ class AutoProcessor:
         name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
     ) -> Wav2Vec2Processor | Wav2Vec2FeatureExtractor:
         """Read it from a folder or a hub id; errors as those of the classes."""
-        folder = find_folder(name_or_path, revision, patterns=_FILES)
+        folder = find_folder(name_or_path, revision)
         kind = Wav2Vec2Processor if (folder / _VOCAB_FILE).is_file() else Wav2Vec2FeatureExtractor
-        return kind.from_pretrained(name_or_path, revision=revision, **overrides)
+        return kind.from_pretrained(folder, **overrides)

@@ -63,6 +63,11 @@ class Processes:
 
         return gather_object(items) if self.count > 1 else items
 
+    def wait(self) -> None:
+        """Wait for the others."""
+        if self.count > 1:
+            dist.barrier()
+
 
 # %% ../../nbs/training/distributed.ipynb #029c23c0
 def find_processes(cpu: bool = False, precision: str = "no", layerdrop: float = 0.0) -> Processes:

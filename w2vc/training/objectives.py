@@ -184,7 +184,7 @@ class PretrainingObjective(Objective):
         return int(batch["n_masked"])
 
     def forward(self, model: nn.Module, batch: BatchFeature) -> tuple[Tensor, Any]:
-        """The contrastive and the diversity loss, and the penalty on loud latent frames (fairseq's `features_pen`)."""
+        """The contrastive and the diversity loss, and fairseq's penalty on loud latent frames, summed: `[]`."""
         inputs, bare = self.inputs(batch), cast(Any, getattr(model, "module", model))
         encoder, quantizer = bare.base_model.feature_extractor, bare.quantizer
         with outputs_of(features=encoder, scores=quantizer.weight_proj, quantized=quantizer) as seen:
@@ -326,7 +326,7 @@ class LabelObjective(Objective):
         return logits
 
     def forward(self, model: nn.Module, batch: BatchFeature) -> tuple[Tensor, Any]:
-        """The summed loss, and the scores of the labels."""
+        """The summed loss `[]`, and the scores of the labels."""
         output = model(**self.inputs(batch))
         return output.loss * self.count(batch), self.scores(
             getattr(model, "module", model), output.logits.detach()

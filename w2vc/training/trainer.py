@@ -107,9 +107,7 @@ def keep_usable(speech: Speech, objective: Objective, name: str, left_out: list[
     problems = {u.id: collator.problem(u, u.n_samples) for u in speech}
     bad = [f"{id}: {why}" for id, why in problems.items() if why]
     if len(bad) == len(speech):
-        raise ValueError(
-            f"data.{name}: none of {len(bad)} utterances can be used for {objective.recipe.objective} ({bad[0]})"
-        )
+        raise ValueError(f"data.{name}: none of {len(bad)} utterances can be used, as {bad[0]}")
     if left_out is not None:
         left_out += bad
     return speech.filter(lambda u: not problems[u.id])
@@ -186,13 +184,10 @@ def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[
 
 # %% ../../nbs/training/trainer.ipynb #81132fdb
 class MetricsLog:
-    """Lines of figures in a file, one JSON object each, and perhaps in TensorBoard.
+    """Lines of figures in `metrics.jsonl`, one JSON object each, and perhaps in TensorBoard.
 
-    Args:
-        folder: Of the run; the file is `metrics.jsonl`.
-        step: Records of later steps are forgotten: the run goes on from there.
-        tensorboard: Also write TensorBoard's files.
-        write: False keeps everything in memory alone (all processes but the first).
+    Records after `step` are forgotten: the run goes on from there. `write=False` keeps all in memory, as all processes
+    but the first do.
     """
 
     def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, write: bool = True) -> None:
@@ -217,12 +212,10 @@ class MetricsLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         for key, value in figures.items() if self.board is not None else ():
-            if isinstance(value, int | float):
+            if key == "samples":
+                self.board.add_text(f"{kind}/{key}", "\n\n".join(value), step)
+            elif isinstance(value, int | float):
                 self.board.add_scalar(f"{kind}/{key}", value, step)
-            elif isinstance(value, str) or key == "samples":
-                self.board.add_text(
-                    f"{kind}/{key}", value if isinstance(value, str) else "\n\n".join(value), step
-                )
         return record
 
 
@@ -333,12 +326,14 @@ def save_state(state: TrainState) -> None:
     rng = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(device)
-    model, average = whole_model(state.model, head), state.average and whole_model(state.average.module, head)
+    model, average = whole_model(state.model, head), {}
+    if state.average is not None:
+        average = {name: p.detach() for name, p in whole_model(state.average.module, head).named_parameters()}
     optimizer = state.optimizer.state_dict()
     moments = {i: {key: whole_tensor(t) for key, t in own.items()} for i, own in optimizer["state"].items()}
     saved = {
         "step": state.step, "stream": state.stream.state_dict(), "optimizer": optimizer | {"state": moments},
-        "rng": state.processes.gather([rng]), "average": {n: p.detach() for n, p in average.named_parameters()} if average else {},
+        "rng": state.processes.gather([rng]), "average": average,
         "skipped": state.skipped, "in_a_row": state.in_a_row, "waiting": state.waiting, "best": state.best,
         "scaler": state.scaler.state_dict(), "since": dict(state.since), "recipe": state.recipe.to_dict(),
     }  # fmt: skip
@@ -347,6 +342,7 @@ def save_state(state: TrainState) -> None:
             model.save_pretrained(fresh)
             state.objective.processor.save_pretrained(fresh)
             torch.save(saved, fresh / "training_state.pt")
+    state.processes.wait()  # or another process might return, and resume, before the files are there
 
 
 # %% ../../nbs/training/trainer.ipynb #c6e3fc09
@@ -377,15 +373,14 @@ def read_state(folder: str | os.PathLike[str], recipe: Recipe) -> dict[str, Any]
     Raises:
         ValueError: The recipe differs in something that changes what is learned.
     """
-    last = Path(folder) / "last"
 
-    def read(last: Path) -> dict[str, Any]:
+    def read(last: Path) -> dict[str, Any] | None:
+        if not (last / "training_state.pt").is_file():
+            return None
         state = torch.load(last / "training_state.pt", map_location="cpu", weights_only=True)
         return {**state, "model": read_checkpoint(last)}
 
-    try:
-        saved = read_folder(last, read)
-    except FileNotFoundError:
+    if (saved := read_folder(Path(folder) / "last", read)) is None:
         return None
     before = Recipe.from_dict(saved["recipe"]).to_dict()  # keys that did not exist then have their defaults
     if changed := _changed_keys(before, recipe.to_dict()):
@@ -402,10 +397,8 @@ def load_state(state: TrainState, saved: Mapping[str, Any]) -> None:
         ValueError: It was saved by another number of processes.
     """
     states, processes = saved["rng"], state.processes
-    if len(states) != processes.count:
-        raise ValueError(
-            f"{state.folder} holds a run of {len(states)} process(es), and there are {processes.count}"
-        )
+    if (count := len(states)) != processes.count:
+        raise ValueError(f"{state.folder}: a run of {count} process(es), and there are {processes.count}")
     load_weights(state.model, saved["model"])
     if state.average is not None:
         load_weights(state.average.module, saved["model"] | saved["average"])
@@ -445,13 +438,7 @@ def _blame(state: TrainState, model: Any, batch: BatchFeature) -> list[str]:
 
 # %% ../../nbs/training/trainer.ipynb #404a76ec
 def _skip_step(state: TrainState, bad: list[BatchFeature], loss: float, norm: float) -> None:
-    """Note that a step was left out, as its loss or the length of its gradient is not finite, and who is to blame.
-
-    Args:
-        state: The run; all processes call this together.
-        bad: The micro-batches of this process whose loss is not finite.
-        loss: Of the whole step.
-        norm: Length of its gradient.
+    """Note that a step was left out, as its loss or the length of its gradient is not finite, and who of `bad` is to blame.
 
     Raises:
         RuntimeError: Too many such steps in a row.
@@ -461,9 +448,8 @@ def _skip_step(state: TrainState, bad: list[BatchFeature], loss: float, norm: fl
     names = state.processes.gather([name for batch in bad for name in _blame(state, model, batch)])
     state.skipped += 1
     state.in_a_row += 1
-    overflow = run.precision == "fp16" and math.isfinite(
-        loss
-    )  # the scaler lowers its factor, and all is well
+    # in fp16 the scaler lowers its factor, and all is well
+    overflow = run.precision == "fp16" and math.isfinite(loss)
     what = "gradient too large for fp16" if overflow else f"loss {loss}, length of the gradient {norm}"
     state.log.add("skip", state.step + 1, reason=what, samples=names[:20])
     if not overflow:
@@ -487,19 +473,15 @@ def accumulate(
 ) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
     """Forward and backward over the micro-batches of a step; the gradient is that of one mean over all of them.
 
-    The denominator is counted over the whole effective batch before the first backward, from numbers that the collator
-    counted on the host.
-
     Returns:
         The mean loss over all processes `[]`, the summed loss of each micro-batch of this one, and, if `log`, figures.
     """
     objective, processes = state.objective, state.processes
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[state.recipe.run.precision]
+    # the denominator, over the whole effective batch, from numbers that the collator counted on the host
     count = torch.tensor(sum(objective.count(batch) for batch in batches), device=processes.device)
     total = processes.sum(count).clamp(min=1)
-    losses: list[Tensor] = []
-    sums: Sums = {}
-    pulls: dict[str, float] = {}
+    losses, sums, pulls = list[Tensor](), Sums(), dict[str, float]()
     for i, batch in enumerate(batches):
         batch.to(processes.device)
         last = i == len(batches) - 1
@@ -519,7 +501,7 @@ def accumulate(
 
 # %% ../../nbs/training/trainer.ipynb #54f17962
 def _shorten(state: TrainState) -> Tensor:
-    """Scale the gradient of the feature encoder, _shorten the whole to `optimizer.clip`; its length before that `[]`."""
+    """Scale the gradient of the feature encoder, shorten the whole to `optimizer.clip`; its length before that `[]`."""
     state.scaler.unscale_(state.optimizer)
     factor, clip = state.recipe.model.features_gradient, state.recipe.optimizer.clip
     for p in state.model.base_model.feature_extractor.parameters():
@@ -541,9 +523,7 @@ def train_step(state: TrainState) -> dict[str, Any] | None:
         group["lr"] = rate
     notes = {"lr": rate, **state.objective.prepare(model, state.step)}
     log = (state.step + 1) % run.log_every == 0
-    buffers = [
-        buffer.clone() for buffer in model.buffers()
-    ]  # running statistics, before the batches change them
+    before = [buffer.clone() for buffer in model.buffers()]  # running statistics
 
     mean, losses, figures = accumulate(state, batches, log)
     length = _shorten(state)
@@ -558,11 +538,10 @@ def train_step(state: TrainState) -> dict[str, Any] | None:
         if state.average is not None:
             state.average.update_parameters(model)
     else:
-        for buffer, old in zip(model.buffers(), buffers, strict=True):
+        for buffer, old in zip(model.buffers(), before, strict=True):
             buffer.copy_(old)
-        _skip_step(
-            state, [b for b, own in zip(batches, losses, strict=True) if not own.isfinite()], loss, norm
-        )
+        bad = [batch for batch, own in zip(batches, losses, strict=True) if not own.isfinite()]
+        _skip_step(state, bad, loss, norm)
     state.scaler.update()
     state.optimizer.zero_grad()
     state.step += 1
@@ -578,12 +557,13 @@ def _write_log(state: TrainState, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Write the line of the last `log_every` steps: means over them, and figures of the last one."""
     s, state.since = state.since, Counter()
     means = {key: s[key] / s["good"] if s["good"] else math.nan for key in ("loss", "gradient", "clipped")}
-    times = {
+    times = {"waiting": s["waited"] / s["took"], "audio": s["audio"] / s["took"]}
+    counts = {
+        "epoch": state.stream.epoch,
+        "skipped": state.skipped,
+        "dropped": s["dropped"],
         "seconds": s["took"] / s["steps"],
-        "waiting": s["waited"] / s["took"],
-        "audio": s["audio"] / s["took"],
     }
-    counts = {"epoch": state.stream.epoch, "skipped": state.skipped, "dropped": s["dropped"]}
     record = state.log.add("train", state.step, **means, **figures, **counts, **times)
     _raise_alarms(state)
     return record
@@ -611,8 +591,7 @@ def evaluate(state: TrainState) -> dict[str, Any]:
     model = whole_model(state.model if state.average is None else state.average.module, objective.head)
     model.eval()
     state.valid.batch_sampler.set_epoch(0)
-    sums: Sums = {}
-    lines: list[str] = []
+    sums, lines = Sums(), list[str]()
     for batch in islice(state.valid, run.valid_batches):
         batch.to(device)
         loss, result = objective.forward(model, batch)
@@ -723,10 +702,8 @@ def continue_run(state: TrainState, max_minutes: float | None = None) -> TrainRe
             end = state.step == plan.steps
             if end or state.step % plan.evaluate_every == 0:
                 evaluate(state)
-            over = time.monotonic() - start > limit
-            late = bool(
-                processes.sum(torch.tensor(int(over), device=processes.device))
-            )  # one is late: all are
+            over = torch.tensor(int(time.monotonic() - start > limit), device=processes.device)
+            late = bool(processes.sum(over))  # where one is late, all are
             if end or late or state.waiting >= patience or state.step % plan.save_every == 0:
                 save_state(state)
 
@@ -734,13 +711,10 @@ def continue_run(state: TrainState, max_minutes: float | None = None) -> TrainRe
         outside = compare_with_bands(state.log.records, bands)
         shares = ", ".join(f"{key} {share:.0%}" for key, share in outside.items())
         state.say(f"share outside the bands of healthy runs: {shares}")
-    reason = "the end of the time"
-    if state.waiting >= patience:
-        reason = f"{state.waiting} evaluations without a better one"
-    if state.step >= plan.steps:
-        reason = "the last step"
-    model = slow_down(whole_model(state.model, state.objective.head)).eval()
     finished = state.step >= plan.steps or state.waiting >= patience
+    reason = f"{state.waiting} evaluations without a better one" if finished else "the end of the time"
+    reason = "the last step" if state.step >= plan.steps else reason
+    model = slow_down(whole_model(state.model, state.objective.head)).eval()
     return TrainResult(state.folder, state.step, finished, reason, state.best, model)
 
 
