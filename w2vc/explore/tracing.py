@@ -476,7 +476,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             del norm.forward  # the class's own one shows again
 
 
-def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False, chunk: int = 64) -> Tensor:
+def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False) -> Tensor:
     """The dependency map of one part of a checkpoint, at the values that it meets for this sound.
 
     Args:
@@ -484,7 +484,6 @@ def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False, 
         audio: One utterance; see `as_input`.
         name: The part, such as `"encoder.layers.0.conv_module"`; the prefix of the base model may be left out.
         from_samples: Follow the dependence back to the samples, `[T_out, S]`; else to the part's own input, `[T_out, T_in]`.
-        chunk: As in `dependency_map`.
 
     Raises:
         ValueError: No such part, or more than one utterance, or a part without a time axis.
@@ -513,12 +512,12 @@ def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False, 
     with plain_forms(model), eval_mode(model), torch.inference_mode(False):  # with gradients
         with part.register_forward_hook(lambda _, *call: met.append(call), with_kwargs=True):
             if from_samples:
-                return dependency_map(through_model, samples[0], chunk=chunk)
+                return dependency_map(through_model, samples[0])
             with torch.no_grad():
                 model(samples)
         (first, *others), kwargs, _ = met[0]
         place = 0 if first.dim() == 2 else axis - 1  # of time in one row; the feature encoder reads [B, S]
-        return dependency_map(through_part, first[0].movedim(place, 0), chunk=chunk)
+        return dependency_map(through_part, first[0].movedim(place, 0))
 
 
 # %% ../../nbs/explore/tracing.ipynb #16b6b2f6
@@ -600,9 +599,11 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
             ax.plot(i, shown[i], "o", markersize=13, markerfacecolor="none", markeredgecolor="black")
             ax.text(0.995, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=8.5)
         ax.axhline(self.tolerance, color="black", linestyle="--", linewidth=0.9)
-        stages = [re.sub(r"^encoder\.layers\.(\d+).*", r"layer \1", name).split(".")[0] for name in names]
+        stages = [re.sub(r"encoder\.layers\.(\d+).*", r"layer \1", name) for name in names]
+        coarse = {"feature": "features", "encoder": "norm", "adapter": "adapter"}
+        stages = [x if x.startswith("layer") else coarse.get(x[:7], "head") for x in stages]
         marks = {i: x for i, x in enumerate(stages) if i == 0 or x != stages[i - 1]}
-        ax.set_xticks(list(marks), list(marks.values()), rotation=30, ha="right", fontsize=8.5)
+        ax.set_xticks(list(marks), list(marks.values()), rotation=30, ha="right", rotation_mode="anchor")
         ax.set(yscale="log", ylabel="relative difference", title=title, ylim=(7e-10, high))
         ax.legend(loc="upper left", fontsize=8, frameon=False, ncols=2)
         return ax
