@@ -63,8 +63,8 @@ def _below_head(name: str, kind: str) -> tuple[bool, str]:
 def _axes(config: Any, kind: str, below: bool) -> dict[str, str]:
     """Pattern of a name, below the head or in it -> the axes of what such a part returns; the first that fits counts."""
     in_front = kind.endswith("ForXVector") and config.use_weighted_layer_sum and not below  # of the adapter
-    n = 0 if in_front or not config.add_adapter else config.num_adapter_layers
-    T, D = ("T" + "'" * n, "O") if n else ("T", "D")
+    adapted = config.add_adapter and not in_front
+    T, D = ("T" + "'" * config.num_adapter_layers, "O") if adapted else ("T", "D")
     if not below:
         lost = accumulate((k - 1) * d for k, d in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
         heads: dict[str, dict[str, str]] = {
@@ -95,7 +95,7 @@ def _axes(config: Any, kind: str, below: bool) -> dict[str, str]:
         layer = rf"feature_extractor\.conv_layers\.{i}"
         axes[rf"{layer}\.layer_norm"] = f"B {C} {T}" if config.feat_extract_norm == "group" else f"B {T} {C}"
         axes[rf"{layer}(\.conv|\.activation)?"] = f"B {C} {T}"
-    for i in range(n):
+    for i in range(config.num_adapter_layers):
         T = "T" + "'" * (i + 1)
         axes |= {rf"adapter\.layers\.{i}": f"B O {T}", rf"adapter\.layers\.{i}\.conv": f"B 2O {T}"}
     return axes
@@ -297,9 +297,7 @@ class Trace(_Printed, Sequence[TraceRow]):
         if self.unused:
             remarks += ["not called: " + ", ".join(f"{x} ({n:,} parameters)" for x, n in self.unused.items())]
         if any(row.kind.endswith("GroupNorm") for row in self.rows):
-            remarks += [
-                "samples seen: besides, the group norm's statistics mix a trace of all into every frame"
-            ]
+            remarks += ["besides, the group norm's statistics mix a trace of all samples into every frame"]
         return "Trace of the model", heads + (["ms", "share"] if total else []), lines, remarks
 
 
