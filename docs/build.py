@@ -239,7 +239,7 @@ def landing_map(static: Path) -> str:
     # A box bears the last name of its module; an explorer may have the same one.
     chapter = {m.split(".")[-1]: name for m, name in book.modules().items() if not m.startswith("explore.")}
     spots, seen = [], set()
-    for key, (x, y, w, h, *_) in viz._BOXES.items():
+    for key, (x, y, w, h, *_) in viz._MAP["boxes"].items():
         slug = key.split("/")[0]
         if slug not in chapter:
             continue

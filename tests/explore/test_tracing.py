@@ -17,13 +17,13 @@ import w2vc
 from helpers import randomise_, tiny_config, twin
 from w2vc.data.corpus import load_speech
 from w2vc.explore.tracing import (
+    _letter_size,
     as_input,
     block_map,
     dependency_map,
     dependency_spans,
     frozen_statistics,
     html_table,
-    letter_size,
     main_tensor,
     masked_audio,
     parity_strip,
@@ -83,7 +83,7 @@ def test_every_part_of_every_head_has_letters_that_fit(head: Any, knobs: dict[st
     unknown = [(row.name, row.kind, row.shape) for row in found if row.letters is None]
     assert unknown == []
     for row in found:
-        want = tuple(1 if x == "1" else letter_size(x, found.sizes) for x in row.letters)
+        want = tuple(_letter_size(x, found.table) for x in row.letters)
         assert want == row.shape, row
     assert len(found.legend()) >= 4
     assert all(name in str(found) for name in ("conv_layers.0", "self_attn", "[B, T, D]"))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import html
 import math
 import re
+import string
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,36 +26,24 @@ from torch import Tensor, nn
 from ..data.audio import Samples, load_audio, normalise
 from ..files.pretrained import BASE, eval_mode
 from ..model.fast import plain_forms
-from ..model.features import conv_output_lengths, frame_mask, receptive_field
+from ..model.features import FrameClock, conv_output_lengths, frame_mask, receptive_field
 from ..model.masking import compute_mask_indices
+from ..model.pretraining import contrastive_logits
 
 # %% auto #0
 __all__ = [
-    "BASE_LETTERS",
-    "HEAD_LETTERS",
-    "MEANINGS",
-    "STRIP",
-    "shape_letters",
-    "letter_sizes",
-    "letter_size",
-    "receptive_samples",
-    "own_window",
     "TraceRow",
-    "Trace",
     "html_table",
+    "Trace",
     "sound_of",
     "as_input",
     "main_tensor",
-    "Clock",
     "trace",
-    "fitting_letters",
     "dependency_map",
     "dependency_spans",
     "frozen_statistics",
-    "find_part",
     "block_map",
     "record",
-    "largest_difference",
     "Parity",
     "parity_strip",
     "unheard",
@@ -61,243 +52,218 @@ __all__ = [
     "spot_the_negative",
 ]
 
+
 # %% ../../nbs/explore/tracing.ipynb #62953177
-# Which letters an output has, by the name of the part. `#` is the number in the name, `'` behind the adapter (if there is one), `x` what a head reads.
-BASE_LETTERS = {
-    r"": "B T' D'",
-    r"feature_extractor": "B T C",
-    r"feature_extractor\.conv_layers\.(\d+)(\.conv|\.activation)?": "B C# T#",
-    r"feature_extractor\.conv_layers\.(\d+)\.layer_norm": "B T# C#",  # group norm: B C# T#
-    r"feature_projection\.layer_norm": "B T C",
-    r"feature_projection(\.projection|\.dropout)?": "B T D",
-    r"encoder\.embed_positions": "2T-1 D",  # rotary: T K
-    r"encoder\.layers\.\d+\.ffn[12]\.(intermediate_.*|activation)": "B T F",
-    r"encoder\.layers\.\d+\.self_attn\.linear_pos": "2T-1 D",
-    r"encoder\.layers\.\d+\.self_attn\.dropout": "B H T T",
-    r"encoder\.layers\.\d+\.conv_module\.pointwise_conv1": "B 2D T",
-    r"encoder\.layers\.\d+\.conv_module\.(glu|depthwise_conv|batch_norm|activation|pointwise_conv2|dropout)": "B D T",
-    r"encoder(\..*)?": "B T D",
-    r"adapter\.proj(_layer_norm)?": "B T O",
-    r"adapter\.layers\.(\d+)": "B O T'#",
-    r"adapter\.layers\.(\d+)\.conv": "B 2O T'#",
-    r"adapter": "B T' O",
-}
-HEAD_LETTERS = {
-    "ForPreTraining": {
-        r"|project_hid": "B Tx P", r"dropout_features": "B T C", r"quantizer": "B T G·d",
-        r"quantizer\.weight_proj": "B T G·V", r"project_q": "B T P",
-    },
-    "ForCTC": {r"dropout": "B Tx Dx", r"|lm_head": "B Tx V"},
-    "ForSequenceClassification": {r"projector": "B Tx proj", r"|classifier": "B labels"},
-    "ForAudioFrameClassification": {r"|classifier": "B Tx labels"},
-    "ForXVector": {
-        r"projector": "B Tx tdnn0", r"tdnn\.(\d+)(\.activation)?": "B T-# tdnn#", r"|feature_extractor|classifier": "B xvec",
-        r"objective": "",
-    },
-}  # fmt: skip
+def _below_head(name: str, kind: str) -> tuple[bool, str]:
+    """Is this part of a model of class `kind` in the base model, and what is its name without the prefix?"""
+    below = kind.endswith("ConformerModel") or name.startswith(BASE)
+    return below, re.sub(rf"^{BASE}\.?", "", name)
 
 
-def shape_letters(name: str, config: Any, kind: str) -> tuple[str, ...] | None:
-    """Name the axes of a part's output by what the part is, never by its numbers; None for a part that is not known.
+def _axes(config: Any, kind: str, below: bool) -> dict[str, str]:
+    """Pattern of a name, below the head or in it -> the axes of what such a part returns; the first that fits counts."""
+    in_front = kind.endswith("ForXVector") and config.use_weighted_layer_sum and not below  # of the adapter
+    n = 0 if in_front or not config.add_adapter else config.num_adapter_layers
+    T, D = ("T" + "'" * n, "O") if n else ("T", "D")
+    if not below:
+        lost = accumulate((k - 1) * d for k, d in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
+        heads: dict[str, dict[str, str]] = {
+            "ForPreTraining": {
+                r"|project_hid": f"B {T} P", r"project_q": "B T P", r"dropout_features": "B T C",
+                r"quantizer": "B T G·d", r"quantizer\.weight_proj": "B T G·V",
+            },
+            "ForCTC": {r"|lm_head": f"B {T} vocab", r"dropout": f"B {T} {D}"},
+            "ForSequenceClassification": {r"|classifier": "B labels", r"projector": f"B {T} proj"},
+            "ForAudioFrameClassification": {r"|classifier": f"B {T} labels"},
+            "ForXVector": {
+                r"|feature_extractor|classifier": "B xvec", r"projector": f"B {T} tdnn0", r"objective": "",
+                **{rf"tdnn\.{i}(\.activation)?": f"B {T}-{m} tdnn{i}" for i, m in enumerate(lost)},
+            },
+        }  # fmt: skip
+        return next((axes for head, axes in heads.items() if kind.endswith(head)), {})
+    axes = {
+        r"": f"B {T} {D}", r"feature_extractor": "B T C", r"adapter": f"B {T} O", r"adapter\.proj.*": "B T O",
+        r"feature_projection\.layer_norm": "B T C", r"feature_projection(\..*)?": "B T D",
+        r"encoder\.embed_positions": "T K" if config.position_embeddings_type == "rotary" else "2T-1 D",
+        r"encoder\..*\.ffn[12]\.(intermediate_.*|activation)": "B T F", r"encoder\..*\.linear_pos": "2T-1 D",
+        r"encoder\..*\.self_attn\.dropout": "B H T T", r"encoder\..*\.conv_module\.pointwise_conv1": "B 2D T",
+        r"encoder\..*\.conv_module\.(?!layer_norm).*": "B D T", r"encoder(\..*)?": "B T D",
+    }  # fmt: skip
+    for i, width in enumerate(config.conv_dim):
+        T = "T" if i == len(config.conv_dim) - 1 else f"T{i}"
+        C = "C" if width == config.conv_dim[-1] else f"C{i}"
+        layer = rf"feature_extractor\.conv_layers\.{i}"
+        axes[rf"{layer}\.layer_norm"] = f"B {C} {T}" if config.feat_extract_norm == "group" else f"B {T} {C}"
+        axes[rf"{layer}(\.conv|\.activation)?"] = f"B {C} {T}"
+    for i in range(n):
+        T = "T" + "'" * (i + 1)
+        axes |= {rf"adapter\.layers\.{i}": f"B O {T}", rf"adapter\.layers\.{i}\.conv": f"B 2O {T}"}
+    return axes
 
-    Args:
-        name: Path of the module in the model, such as `"wav2vec2_conformer.encoder.layers.0.ffn1"`.
-        config: The model's config.
-        kind: Name of the model's class: heads have parts of their own.
-    """
-    below = name == BASE or name.startswith(BASE + ".") or kind.endswith("ConformerModel")
-    rules: dict[str, str] = (
-        BASE_LETTERS if below else next((r for k, r in HEAD_LETTERS.items() if kind.endswith(k)), {})
-    )
-    name = re.sub(rf"^{BASE}\.?", "", name)
-    found = ((re.fullmatch(pattern, name), letters) for pattern, letters in rules.items())
-    match, letters = next(((m, text) for m, text in found if m), (None, ""))
-    if match is None:
-        return None
-    if name == "encoder.embed_positions" and config.position_embeddings_type == "rotary":
-        letters = "T K"
-    elif name.endswith("0.layer_norm") and "conv_layers" in name and config.feat_extract_norm == "group":
-        letters = "B C# T#"
-    number = next((int(group) for group in match.groups() if group and group.isdigit()), 0)
-    return tuple(_resolve(token, number, config, kind) for token in letters.split())
 
-
-def _resolve(token: str, i: int, config: Any, kind: str) -> str:
-    """Turn a token of the tables above into a letter of this config; `i` is the number of the layer."""
-    dashes = "'" * config.num_adapter_layers if config.add_adapter else ""
-    mixed = (
-        kind.endswith("ForXVector") and config.use_weighted_layer_sum
-    )  # this head reads in front of the adapter
-    seen = "T" if mixed else "T" + dashes
-    last = len(config.conv_dim) - 1
-    lost = sum(
-        (k - 1) * d for k, d in list(zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))[: i + 1]
-    )
-    special = {
-        "Tx": seen,
-        "Dx": "O" if config.add_adapter and not mixed else "D",
-        "T#": "T" if i == last else f"T{i}",
-        "C#": "C" if config.conv_dim[min(i, last)] == config.conv_dim[-1] else f"C{i}",
-        "T'": "T" + dashes,
-        "D'": "O" if config.add_adapter else "D",
-        "T'#": "T" + "'" * (i + 1),
-        "T-#": f"{seen}-{lost}" if lost else seen,
-    }
-    return special.get(token, token.replace("#", str(i)))
+def _letters(name: str, config: Any, kind: str) -> tuple[str, ...] | None:
+    """The axes of a part's output, by what the part is, never by its numbers; None for a part that is not known."""
+    below, part = _below_head(name, kind)
+    found = (axes for form, axes in _axes(config, kind, below).items() if re.fullmatch(form, part))
+    return next((tuple(axes.replace("-0", "").split()) for axes in found), None)
 
 
 # %% ../../nbs/explore/tracing.ipynb #1a7f5e49
-def letter_sizes(config: Any, n_rows: int, n_samples: int) -> dict[str, int]:
-    """The size behind each letter, when `n_rows` rows of `n_samples` samples run through a model of this config."""
-    D, G = config.hidden_size, config.num_codevector_groups
-    sizes = {"B": n_rows, "S": n_samples, "C": config.conv_dim[-1], "D": D, "F": config.intermediate_size}
-    sizes |= {
-        "H": config.num_attention_heads,
-        "K": D // config.num_attention_heads,
-        "O": config.output_hidden_size,
-    }
-    sizes |= {
-        "G": G,
-        "d": config.codevector_dim // G,
-        "P": config.proj_codevector_dim,
-        "labels": len(config.id2label),
-    }
-    sizes |= {"proj": config.classifier_proj_size, "xvec": config.xvector_output_dim}
-    sizes |= {f"tdnn{i}": width for i, width in enumerate(config.tdnn_dim)}
-    steps = n_samples
+_Table = Mapping[str, tuple[int, str]]
+
+
+def _letter_table(config: Any, n_rows: int, n_samples: int) -> dict[str, tuple[int, str]]:
+    """Each letter with its size and meaning, when `n_rows` rows of `n_samples` samples run through a model."""
+    D, H, G = config.hidden_size, config.num_attention_heads, config.num_codevector_groups
+    table = {
+        "1": (1, "row for all"), "B": (n_rows, "utterances"), "C": (config.conv_dim[-1], "channels"),
+        "D": (D, "model width"), "F": (config.intermediate_size, "inner width of the feed-forward"),
+        "H": (H, "heads"), "K": (D // H, "width of a head"), "O": (config.output_hidden_size, "width after the adapter"),
+        "G": (G, "groups of codes"), "V": (config.num_codevectors_per_group, "codes in a group"),
+        "d": (config.codevector_dim // G, "width of one code"), "labels": (len(config.id2label), "classes"),
+        "P": (config.proj_codevector_dim, "width in which states and codes are compared"),
+        "vocab": (config.vocab_size, "symbols"), "proj": (config.classifier_proj_size, "width of the projector"),
+        "xvec": (config.xvector_output_dim, "width of the x-vector"),
+        **{f"tdnn{i}": (width, "width of that TDNN layer") for i, width in enumerate(config.tdnn_dim)},
+    }  # fmt: skip
+    T = n_samples
     for i, (kernel, stride) in enumerate(zip(config.conv_kernel, config.conv_stride, strict=True)):
-        steps = conv_output_lengths(steps, (kernel,), (stride,))
-        sizes |= {f"T{i}": steps, f"C{i}": config.conv_dim[i], "T": steps}
+        T = conv_output_lengths(T, (kernel,), (stride,))
+        table |= {f"T{i}": (T, "steps after that convolution"), f"C{i}": (config.conv_dim[i], "channels")}
+    table["T"] = (T, "frames")
     for i in range(config.num_adapter_layers if config.add_adapter else 0):
-        steps = conv_output_lengths(steps + 2, (config.adapter_kernel_size,), (config.adapter_stride,))
-        sizes["T'" + "'" * i] = steps
-    return sizes
+        T = conv_output_lengths(T + 2, (config.adapter_kernel_size,), (config.adapter_stride,))
+        table["T'" + "'" * i] = (T, "frames after that layer of the adapter")
+    return table
 
 
-def letter_size(token: str, sizes: Mapping[str, int]) -> int:
+def _letter_size(token: str, table: _Table) -> int:
     """Work out a size such as `2T-1` or `G·V`."""
-    size = 1
-    for part in token.split("·"):
-        times, letter, less = re.fullmatch(r"(\d*)([A-Za-z]\w*'*)-?(\d*)", part).groups()  # type: ignore[union-attr]
-        size *= int(times or 1) * sizes[letter] - int(less or 0)
-    return size
+    parts = re.findall(r"(\d*)(1$|[A-Za-z]\w*'*)-?(\d*)", token)
+    return math.prod(int(times or 1) * table[letter][0] - int(less or 0) for times, letter, less in parts)
 
 
 # %% ../../nbs/explore/tracing.ipynb #5ef6d823
-MEANINGS = {
-    r"B": "utterances", r"S": "samples", r"T": "frames", r"T\d+": "steps",
-    r"C\d*": "channels", r"D": "model width", r"F": "inner width of the feed-forward", r"H": "heads", r"K": "width of a head",
-    r"G": "groups of codes", r"V": "codes in a group", r"d": "width of one code", r"P": "width in which states and codes are compared",
-    r"O": "width after the adapter", r"T'+": "frames after that layer of the adapter", r"tdnn\d+": "width of that TDNN layer",
-    r"labels": "classes", r"proj": "width of the projector", r"xvec": "width of the x-vector",
-}  # fmt: skip
+_BEFORE_ATTENTION = (
+    r"feature_extractor.*|feature_projection.*|encoder\.dropout"
+    r"|encoder\.layers\.0\.(ffn1.*|self_attn_layer_norm|self_attn\.linear_[qkv])"
+)
 
 
-def receptive_samples(name: str, config: Any, kind: str) -> float:
-    """How many samples one frame of a part's output depends on: a number, `inf` for all, 0 for none.
+def _sees(name: str, part: nn.Module, config: Any, kind: str) -> tuple[float, float]:
+    """How many steps of its own input, and how many samples, one step of a part's output depends on.
 
-    The group norm of the first convolution is left out here: through its mean and variance every frame depends a little
-    on all samples.
+    `inf` for all, 0 for none. What a group norm's statistics add to the samples is left out.
     """
-    below = name == BASE or name.startswith(BASE + ".") or kind.endswith("ConformerModel")
-    name = re.sub(rf"^{BASE}\.?", "", name)
-    layer = re.match(r"feature_extractor\.conv_layers\.(\d+)", name) if below else None
+    below, short = _below_head(name, kind)
+    if re.search(r"embed_positions|linear_pos", short):
+        return 0, 0
+    layer = re.match(r"feature_extractor\.conv_layers\.(\d+)", short)
     last = int(layer[1]) + 1 if layer else len(config.conv_kernel)
     width, _ = receptive_field(config.conv_kernel[:last], config.conv_stride[:last])
-    if not below:  # what a head reads has been through attention, but for the quantizer's side
-        return width if name.startswith(("quantizer", "project_q", "dropout_features")) else math.inf
-    if re.search(r"embed_positions|linear_pos", name):
-        return 0
-    early = r"feature_extractor.*|feature_projection.*|encoder\.dropout"
-    early += (
-        r"|encoder\.layers\.0\.(ffn1.*|self_attn_layer_norm|self_attn\.linear_[qkv])"  # before any attention
-    )
-    return width if re.fullmatch(early, name) else math.inf
-
-
-def own_window(name: str, module: nn.Module, config: Any, kind: str) -> float:
-    """How many steps of its own input one step of a part's output depends on: a number, `inf` for all, 0 for none."""
-    below = name == BASE or name.startswith(BASE + ".") or kind.endswith("ConformerModel")
-    name = re.sub(rf"^{BASE}\.?", "", name)
-    number = int(match[1]) if (match := re.search(r"\.(\d+)$", name)) else 0
-    window: float = 1
-    if isinstance(module, nn.Conv1d):
-        window = (module.kernel_size[0] - 1) * module.dilation[0] + 1
-    elif isinstance(module, nn.GroupNorm) or re.fullmatch(
-        r"|encoder|encoder\.layers\.\d+(\.self_attn)?", name
-    ):
-        window = math.inf
-    elif re.fullmatch(r"feature_extractor\.conv_layers\.\d+", name):
-        window = config.conv_kernel[number]
-    elif re.fullmatch(r"tdnn\.\d+", name):
-        window = (config.tdnn_kernel[number] - 1) * config.tdnn_dilation[number] + 1
-    elif re.fullmatch(r"adapter(\.layers\.\d+)?", name):
-        n_layers = 1 if "layers" in name else config.num_adapter_layers
-        window = receptive_field([config.adapter_kernel_size] * n_layers, [config.adapter_stride] * n_layers)[
-            0
-        ]
-    elif name.endswith("conv_module"):
-        window = config.conv_depthwise_kernel_size
-    elif name == "feature_extractor" and below:
-        window = receptive_field(config.conv_kernel, config.conv_stride)[0]
-    elif re.search(r"embed_positions|linear_pos", name):
-        window = 0
-    return window
+    early = _BEFORE_ATTENTION if below else r"(quantizer|project_q|dropout_features).*"
+    samples = width if re.fullmatch(early, short) else math.inf
+    attends = any(path.endswith("self_attn") for path, _ in part.named_modules(prefix=name))
+    if attends or isinstance(part, nn.GroupNorm):
+        return math.inf, samples
+    if layer := re.fullmatch(r"tdnn\.(\d+)", name):  # a convolution whose weights are a linear layer
+        return (config.tdnn_kernel[int(layer[1])] - 1) * config.tdnn_dilation[int(layer[1])] + 1, samples
+    convs = [m for m in part.modules() if isinstance(m, nn.Conv1d)]
+    widths = [(conv.kernel_size[0] - 1) * conv.dilation[0] + 1 for conv in convs]
+    return receptive_field(widths, [conv.stride[0] for conv in convs])[0], samples
 
 
 # %% ../../nbs/explore/tracing.ipynb #3bd3b967
-@dataclass(frozen=True)
-class TraceRow:
-    """One part of the model in one run.
+class TraceRow(NamedTuple):
+    """One part of the model in one run."""
 
-    Attributes:
-        name: Path of the module; empty for the whole model.
-        kind: Its class.
-        letters: Axes of its output, such as `("B", "T", "D")`; None for a part that is not known.
-        shape: Their sizes.
-        parameters: Numbers that training can change, those of its parts included.
-        window: Steps of its own input that one step of its output depends on; `inf` = all.
-        field: Samples that one step of its output depends on, through everything before; `inf` = all.
-        milliseconds: Time of the call, its parts included; None if not timed.
-    """
+    name: str  # path of the module; empty for the whole model
+    kind: str  # its class
+    letters: tuple[str, ...] | None  # axes of its output, such as ("B", "T", "D"); None if not known
+    shape: tuple[int, ...]  # their sizes
+    parameters: int  # numbers that training can change, those of its parts included
+    window: float  # steps of its own input that one step of its output depends on; inf = all
+    field: float  # samples that one step of its output depends on, through everything before; inf = all
+    milliseconds: float | None = None  # time of the call, its parts included; None if not timed
 
-    name: str
-    kind: str
-    letters: tuple[str, ...] | None
-    shape: tuple[int, ...]
-    parameters: int
-    window: float
-    field: float
-    milliseconds: float | None = None
+
+def _folded(rows: Iterable[TraceRow], depth: int | None) -> list[tuple[int, str, TraceRow]]:
+    """Depth, label and row of each printed line: only the first of some layers is opened, and alike ones share a line."""
+    lines: list[tuple[int, str, TraceRow]] = []
+    inside: list[str] = []  # prefixes of the parts that we are inside of
+    closed = "\0"
+    for row in rows:
+        while inside and not row.name.startswith(inside[-1]):
+            inside.pop()
+        level, label = len(inside), row.name.removeprefix(inside[-1] if inside else "")
+        inside.append(row.name and row.name + ".")
+        if row.name.startswith(closed) or (depth is not None and level > depth):
+            continue
+        number = re.search(r"\.(\d+)$", row.name)
+        closed = row.name + "." if number and number[1] != "0" else "\0"
+        above, first, like = lines[-1] if lines else (-1, "", row)
+        if number and above == level and row[1:-1] == like[1:-1]:
+            spent = None if row.milliseconds is None else row.milliseconds + (like.milliseconds or 0)
+            lines[-1] = (level, f"{first.split(' … ')[0]} … {number[1]}", like._replace(milliseconds=spent))
+        else:
+            lines.append((level, label, row))
+    return lines
 
 
 # %% ../../nbs/explore/tracing.ipynb #de3f1ef2
-class Trace(Sequence[TraceRow]):
-    """What `trace` returns: rows in the order of the calls; prints as a table, in a notebook as HTML.
+_CELL = "padding:0.15em 0.7em;border-bottom:1px solid rgba(128,128,128,0.45);white-space:nowrap;text-align:"
+_TABLE = "border-collapse:collapse;font-size:0.85em;font-variant-numeric:tabular-nums;margin:0.3em 0"
+_Lines = Sequence[tuple[int, Sequence[str]]]  # depth and cells of each line
 
-    Args:
-        rows: One per call of a module.
-        sizes: The size of each letter.
-        unused: Parameters of the parts that were not called, by name.
-        note: A remark below the table.
-        depth: Levels to print; None: all. The rows themselves are always all there, by number or by name.
-    """
 
-    def __init__(
-        self,
-        rows: Sequence[TraceRow],
-        sizes: Mapping[str, int],
-        unused: Mapping[str, int],
-        note: str = "",
-        depth: int | None = None,
-    ) -> None:
-        self.rows, self.sizes, self.unused, self.note, self.depth = (
-            tuple(rows),
-            dict(sizes),
-            dict(unused),
-            note,
-            depth,
-        )
+def html_table(title: str, heads: Sequence[str], lines: _Lines, remarks: Sequence[str] = ()) -> str:
+    """A table for a page, light or dark: a region that scrolls by keyboard too; the first column is indented by depth."""
+    sides, rows = ["left"] * 4 + ["right"] * len(heads), ""
+    for depth, cells in [(-1, heads), *lines]:  # the headings, and then the lines
+        first = f"{_CELL}left;padding-left:{0.7 + max(depth, 0)}em;font-weight:normal"
+        marks = [f'th scope="row" style="{first}"'] + [f'td style="{_CELL}{side}"' for side in sides[1:]]
+        marks = marks if depth >= 0 else [f'th scope="col" style="{_CELL}{side}"' for side in sides]
+        row = [f"<{mark}>{html.escape(text)}</{mark[:2]}>" for mark, text in zip(marks, cells, strict=False)]
+        rows += f"<tr>{''.join(row)}</tr>"
+    below = "".join(f'<p style="font-size:0.85em;margin:0.2em 0">{html.escape(text)}</p>' for text in remarks)
+    region = f'<div role="region" aria-label="{html.escape(title)}" tabindex="0" style="overflow-x:auto">'
+    return f'{region}<table style="{_TABLE}">{rows}</table></div>{below}'
+
+
+class _Printed:
+    """What prints as a table: as text, and in a notebook as HTML."""
+
+    def _table(self) -> tuple[str, list[str], _Lines, list[str]]:
+        """Title, headings, lines and remarks, as `html_table` takes them."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        _, heads, lines, remarks = self._table()
+        rows = [heads] + [["  " * depth + first, *cells] for depth, (first, *cells) in lines]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        form = "  ".join(f"{{:{'<>'[i > 3]}{width}}}" for i, width in enumerate(widths))
+        return "\n".join([*(form.format(*row).rstrip() for row in rows), "", *remarks])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+
+# %% ../../nbs/explore/tracing.ipynb #e0017bcc
+def _count(number: float, unit: str = "") -> str:
+    """Write a number of steps: "all", a dash for none, samples with their time at 16 kHz."""
+    if number in {0, math.inf}:
+        return "all" if number else "–"
+    return f"{number:,.0f}" + (f" ({number / 16:.4g} {unit})" if unit else "")
+
+
+@dataclass(eq=False, repr=False)
+class Trace(_Printed, Sequence[TraceRow]):
+    """What `trace` returns: rows in the order of the calls, by number or by name; prints as a table."""
+
+    rows: list[TraceRow]  # one per call of a module
+    table: _Table  # size and meaning of each letter
+    unused: dict[str, int]  # parameters of the parts that were not called, by name
+    depth: int | None = None  # levels to print; None: all
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -305,189 +271,49 @@ class Trace(Sequence[TraceRow]):
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
             return self.rows[key]
-        found = [row for name in (key, f"{BASE}.{key}") for row in self.rows if row.name == name]
-        if not found:
-            raise KeyError(
-                f"{key!r} was not called; parts of this name: {[r.name for r in self.rows if key in r.name][:8]}"
-            )
-        return found[0]
+        if found := [row for row in self.rows if row.name in {key, f"{BASE}.{key}"}]:
+            return found[0]
+        near = [row.name for row in self.rows if key in row.name][:8]
+        raise KeyError(f"{key!r} was not called; parts of this name: {near}")
 
     def legend(self) -> dict[str, str]:
         """Each letter in use, with its size and meaning."""
         tokens = " ".join(" ".join(row.letters or ()) for row in self.rows)
         used = dict.fromkeys(re.findall(r"(?<![A-Za-z])(?:[A-Z]'+|[A-Z]\d*|[a-z]+\d*)", tokens))
-        found = {
-            x: next(text for pattern, text in MEANINGS.items() if re.fullmatch(pattern, x)) for x in used
-        }
-        if self.rows[0].kind.endswith("ForCTC"):
-            found["V"] = "symbols of the vocabulary"
-        steps = [x for x in found if re.fullmatch(r"T\d+", x)]
-        lines = {x: f"{self.sizes[x]:,} {text}" for x, text in found.items() if x not in steps}
-        if steps:
-            numbers = ", ".join(f"{self.sizes[x]:,}" for x in steps)
-            lines[f"{steps[0]} … {steps[-1]}"] = (
-                f"{numbers} steps after these convolutions of the feature encoder"
-            )
-        return lines
+        return {x: "{:,} {}".format(*self.table[x]) for x in used}
 
-    def cells(self) -> tuple[list[str], list[tuple[int, list[str]]]]:
-        """The printed table: headings, and for each line its depth and its cells."""
+    def _table(self) -> tuple[str, list[str], _Lines, list[str]]:
         heads = ["part", "kind", "output", "sizes", "parameters", "sees", "samples seen"]
-        timed = self.rows[0].milliseconds is not None
-        total = self.rows[0].milliseconds or 1.0
-        lines = []
+        lines, total = [], self.rows[0].milliseconds
         for depth, label, row in _folded(self.rows, self.depth):
-            shape = "" if row.letters is None else f"[{', '.join(row.letters)}]"
-            line = [
-                label or row.kind,
-                row.kind if label else "",
-                shape,
-                " × ".join(f"{n:,}" for n in row.shape),
-            ]
-            line += [
-                f"{row.parameters:,}" if row.parameters else "",
-                _count(row.window),
-                _count(row.field, milliseconds=True),
-            ]
-            if timed and row.milliseconds is not None:
-                line += [f"{row.milliseconds:.2f}", f"{100 * row.milliseconds / total:.0f} %"]
+            line = [label, row.kind] if label else [row.kind, ""]
+            line += [f"[{', '.join(row.letters)}]" if row.letters is not None else ""]
+            line += [" × ".join(f"{n:,}" for n in row.shape), f"{row.parameters:,}" if row.parameters else ""]
+            line += [_count(row.window), _count(row.field, "ms")]
+            if total and row.milliseconds is not None:
+                line += [f"{row.milliseconds:.2f}", f"{row.milliseconds / total:.0%}"]
             lines.append((depth, line))
-        return heads + (["ms", "share"] if timed else []), lines
-
-    def remarks(self) -> list[str]:
-        """What stands below the table."""
-        lines = ["; ".join(f"{letter} = {text}" for letter, text in self.legend().items())]
+        remarks = ["; ".join(f"{letter} = {text}" for letter, text in self.legend().items())]
         if self.unused:
-            lines += [
-                "not called: " + ", ".join(f"{name} ({n:,} parameters)" for name, n in self.unused.items())
+            remarks += ["not called: " + ", ".join(f"{x} ({n:,} parameters)" for x, n in self.unused.items())]
+        if any(row.kind.endswith("GroupNorm") for row in self.rows):
+            remarks += [
+                "samples seen: besides, the group norm's statistics mix a trace of all into every frame"
             ]
-        return lines + ([self.note] if self.note else [])
-
-    def __str__(self) -> str:
-        heads, lines = self.cells()
-        table = [heads] + [["  " * depth + cells[0], *cells[1:]] for depth, cells in lines]
-        widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-        text = [
-            "  ".join(
-                cell.ljust(w) if i < 4 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
-        return "\n".join([*(line.rstrip() for line in text), "", *self.remarks()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        heads, lines = self.cells()
-        return html_table("Trace of the model", heads, lines, self.remarks())
-
-
-# %% ../../nbs/explore/tracing.ipynb #e0017bcc
-def _count(number: float, milliseconds: bool = False) -> str:
-    """Write a number of steps: "all", a dash for none, samples with their time at 16 kHz."""
-    if number in {0, math.inf}:
-        return "all" if number else "–"
-    return f"{number:,.0f}" + (f" ({number / 16:.4g} ms)" if milliseconds else "")
-
-
-def _folded(rows: Sequence[TraceRow], depth: int | None) -> Iterator[tuple[int, str, TraceRow]]:
-    """Yield depth, label and row of each printed line: of layers that are alike, only the first is opened."""
-    open_parts: list[str] = []  # the calls that we are inside of
-    closed, held = (
-        "\0",
-        None,
-    )  # no lines from inside a closed part; a line held back, to be joined with the next
-    for row in rows:
-        while open_parts and not row.name.startswith(open_parts[-1] + "." if open_parts[-1] else ""):
-            open_parts.pop()
-        level, label = (
-            len(open_parts),
-            row.name[len(open_parts[-1]) + bool(open_parts[-1]) if open_parts else 0 :],
-        )
-        open_parts.append(row.name)
-        if row.name.startswith(closed) or (depth is not None and level > depth):
-            continue
-        closed = "\0"
-        number = re.search(r"\.(\d+)$", row.name)
-        later = number is not None and number[1] != "0"  # not the first of its kind
-        if held is not None:
-            before, first, seen = held
-            same = (
-                before == level
-                and later
-                and replace(row, name="", milliseconds=0) == replace(seen, name="", milliseconds=0)
-            )
-            if same:
-                spent = None if row.milliseconds is None else row.milliseconds + (seen.milliseconds or 0)
-                held = (
-                    level,
-                    first.split(" … ")[0] + " … " + label.rpartition(".")[2],
-                    replace(seen, milliseconds=spent),
-                )
-            else:
-                yield held
-                held = None
-        if later:
-            closed = row.name + "."
-            held = held or (level, label, row)
-        else:
-            yield level, label, row
-    if held is not None:
-        yield held
-
-
-_STYLE = (
-    "border-collapse:collapse;font-size:0.85em;font-variant-numeric:tabular-nums;margin:0.3em 0",
-    "padding:0.15em 0.7em;border-bottom:1px solid rgba(128,128,128,0.45);white-space:nowrap;",
-)
-
-
-def html_table(
-    title: str, heads: Sequence[str], lines: Sequence[tuple[int, Sequence[str]]], remarks: Sequence[str] = ()
-) -> str:
-    """A table for a page, light or dark: a region that scrolls by keyboard too; the first column is indented by depth."""
-    table, cell = _STYLE
-
-    def align(i: int, depth: int = 0) -> str:
-        return f"{cell}text-align:{'left' if i < 4 else 'right'}" + (
-            f";padding-left:{0.7 + depth:.1f}em" if depth else ""
-        )
-
-    top = "".join(
-        f'<th scope="col" style="{align(i)}">{html.escape(head)}</th>' for i, head in enumerate(heads)
-    )
-    body = ""
-    for depth, texts in lines:
-        first = f'<th scope="row" style="{align(0, depth)};font-weight:normal">{html.escape(texts[0])}</th>'
-        body += (
-            f"<tr>{first}"
-            + "".join(f'<td style="{align(i)}">{html.escape(t)}</td>' for i, t in enumerate(texts[1:], 1))
-            + "</tr>"
-        )
-    below = "".join(f'<p style="font-size:0.85em;margin:0.2em 0">{html.escape(text)}</p>' for text in remarks)
-    return (
-        f'<div role="region" aria-label="{html.escape(title, quote=True)}" tabindex="0" style="overflow-x:auto">'
-        f'<table style="{table}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>{below}'
-    )
+        return "Trace of the model", heads + (["ms", "share"] if total else []), lines, remarks
 
 
 # %% ../../nbs/explore/tracing.ipynb #9b4a7b3d
 def sound_of(audio: Any) -> Samples:
     """The samples `[S]` of an utterance, of a file, or of an array or tensor at 16 kHz."""
     samples = getattr(audio, "audio", audio)
-    return np.asarray(
-        load_audio(samples) if isinstance(samples, str | Path) else load_audio(samples, source_rate=16_000)
-    )
+    return load_audio(samples, source_rate=None if isinstance(samples, str | Path) else 16_000)
 
 
 def as_input(model: nn.Module, audio: Any) -> Tensor:
     """Bring a sound to the form that a model reads: `[B, S]`, in its dtype, on its device.
 
-    Args:
-        model: Any module with parameters.
-        audio: One sound, as `sound_of` takes it: it is normalised to mean 0 and variance 1, as `Wav2Vec2FeatureExtractor`
-            does. A tensor `[B, S]` is taken as it is.
+    A tensor `[B, S]` is taken as it is; one sound, as `sound_of` takes it, gets mean 0 and variance 1.
     """
     ready = isinstance(audio, Tensor) and audio.dim() == 2
     samples = audio if ready else torch.from_numpy(normalise(sound_of(audio)))[None]
@@ -497,152 +323,101 @@ def as_input(model: nn.Module, audio: Any) -> Tensor:
 
 def main_tensor(output: Any) -> Tensor | None:
     """The tensor that an output is about: logits, projected states or last hidden state by name, else the first one."""
+    if isinstance(output, Tensor):
+        return output
     for name in ("logits", "projected_states", "last_hidden_state"):
         if isinstance(found := getattr(output, name, None), Tensor):
             return found
-    parts = (output,) if isinstance(output, Tensor) else output
-    parts = tuple(parts.values()) if isinstance(parts, Mapping) else parts
-    return (
-        next((p for p in parts if isinstance(p, Tensor)), None) if isinstance(parts, tuple | list) else None
-    )
+    parts = output.values() if isinstance(output, Mapping) else output
+    return next((p for p in parts if isinstance(p, Tensor)), None) if isinstance(parts, Iterable) else None
 
 
-class Clock:
-    """Hooks that write down each call of each part: order, output, time."""
+@contextmanager
+def _clock(model: nn.Module) -> Iterator[list[tuple[str, nn.Module, tuple[int, ...], float]]]:
+    """Write down each call of each part, in order: name, part, shape of the output, milliseconds."""
+    calls: list[Any] = []
+    open_calls: list[tuple[int, float]] = []  # place in `calls` and start of those that have not returned yet
+    on_gpu = any(p.is_cuda for p in model.parameters())
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.calls, self.handles = model, [], []  # type: ignore[var-annotated]
-        self.on_gpu = any(p.is_cuda for p in model.parameters())
-
-    def now(self) -> float:
-        """Seconds, when all work that was asked for is done."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()  # a call returns when its work is queued; wait until it is done
         return time.perf_counter()
 
-    def __enter__(self) -> Clock:
-        for name, part in self.model.named_modules():
-            self.handles.append(part.register_forward_pre_hook(self.start(name)))
-            self.handles.append(part.register_forward_hook(self.stop))
-        return self
+    def start(name: str, part: nn.Module, given: Any) -> None:
+        calls.append((name, part))
+        open_calls.append((len(calls) - 1, now()))
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+    def stop(part: nn.Module, given: Any, output: Any) -> None:
+        (place, started), tensor = open_calls.pop(), main_tensor(output)
+        calls[place] += (() if tensor is None else tuple(tensor.shape), 1000 * (now() - started))
 
-    def start(self, name: str) -> Callable[..., None]:
-        """A hook for the moment before a call."""
-
-        def hook(part: nn.Module, inputs: Any) -> None:
-            self.calls.append([name, part, None, self.now()])
-
-        return hook
-
-    def stop(self, part: nn.Module, inputs: Any, output: Any) -> None:
-        """The hook for the moment after a call: the latest open call of this part is closed."""
-        call = next(c for c in reversed(self.calls) if c[1] is part and c[2] is None)
-        call[2:] = [main_tensor(output), self.now() - call[3]]
+    with ExitStack() as hooks:
+        for name, part in model.named_modules():
+            hooks.enter_context(part.register_forward_pre_hook(partial(start, name)))
+            hooks.enter_context(part.register_forward_hook(stop))
+        yield calls
 
 
 # %% ../../nbs/explore/tracing.ipynb #1b2fc0d2
-def trace(
-    model: nn.Module,
-    audio: Any,
-    *,
-    timed: bool = True,
-    depth: int | None = None,
-    repeats: int = 3,
-    **inputs: Any,
-) -> Trace:
-    """Run a model once and write down every part: shape in letters and numbers, parameters, what it sees, time.
-
-    For our models with any head, and for those of transformers. The model runs in evaluation and without gradients, and is
-    left as it was.
-
-    Args:
-        model: A model with a `config`.
-        audio: An utterance, samples `[S]`, or a batch `[B, S]`; see `as_input`.
-        timed: Measure times, and give the shortest of `repeats` runs, after one that warms up. The hooks cost some
-            microseconds per part.
-        depth: Levels to print; None: all.
-        repeats: Runs to measure.
-        **inputs: Further arguments of the model, such as `attention_mask` or `labels`.
-    """
-    samples, kind, config = as_input(model, audio), type(model).__name__, cast(Any, model.config)
-    with plain_forms(model), eval_mode(model):
-        if timed:
-            model(samples, **inputs)
-        clocks = [Clock(model) for _ in range(repeats if timed else 1)]
-        for clock in clocks:
-            with clock:
-                model(samples, **inputs)
-        classes = [type(part).__name__ for _, part, *_ in clocks[0].calls]  # of the plain forms
-    sizes, rows = letter_sizes(config, *samples.shape), []
-    sizes["V"] = config.vocab_size if kind.endswith("ForCTC") else config.num_codevectors_per_group
-    for part_class, *calls in zip(classes, *(clock.calls for clock in clocks), strict=True):
-        name, part, output, _ = calls[0]
-        seconds = min(call[3] for call in calls)
-        shape = () if output is None else tuple(output.shape)
-        letters = fitting_letters(shape_letters(name, config, kind), shape, sizes)
-        parameters = sum(p.numel() for p in part.parameters())
-        window, field = own_window(name, part, config, kind), receptive_samples(name, config, kind)
-        rows.append(
-            TraceRow(
-                name, part_class, letters, shape, parameters, window, field, 1000 * seconds if timed else None
-            )
-        )
-    note = ""
-    if config.feat_extract_norm == "group":
-        note = "samples seen: besides, the group norm's mean and variance mix a trace of all samples into every frame"
-    return Trace(rows, sizes, _never_called(model, {row.name for row in rows}), note, depth)
-
-
-def fitting_letters(
-    letters: tuple[str, ...] | None, shape: Sequence[int], sizes: Mapping[str, int]
-) -> tuple[str, ...] | None:
-    """Check letters against a real shape; transformers may swap the last two axes, or lead with an axis of 1. None: no fit."""
-    if letters is None:
-        return None
-    forms = [letters, (*letters[:-2], *letters[-2:][::-1]), ("1", *letters)]
-    return next(
-        (form for form in forms if [1 if x == "1" else letter_size(x, sizes) for x in form] == list(shape)),
-        None,
-    )
-
-
 def _never_called(model: nn.Module, called: set[str]) -> dict[str, int]:
     """Parameters of the topmost parts that were not called, without those that their parents use directly."""
     unused: dict[str, int] = {}
     for name, part in model.named_modules():
-        holds = any(other.startswith(name + ".") for other in called)
-        inside = any(name.startswith(other + ".") for other in unused)
+        reached = any(f"{other}.".startswith(f"{name}.") for other in called) or not name
+        listed = any(name.startswith(f"{other}.") for other in unused)
         count = sum(p.numel() for p in part.parameters())
-        if (
-            name not in called
-            and not holds
-            and not inside
-            and count
-            and not re.fullmatch(r"tdnn\.\d+\.kernel", name)
-        ):
+        if count and not (reached or listed or re.fullmatch(r"tdnn\.\d+\.kernel", name)):
             unused[name] = count
     return unused
 
 
+def trace(
+    model: Any, audio: Any, *, timed: bool = True, depth: int | None = None, repeats: int = 3, **inputs: Any
+) -> Trace:
+    """Run a model once and write down every part: shape in letters and numbers, parameters, what it sees, time.
+
+    Args:
+        model: Ours with any head, or one of transformers; it runs in evaluation, and is left as it was.
+        audio: An utterance, samples `[S]`, or a batch `[B, S]`; see `as_input`.
+        timed: Measure times: the shortest of `repeats` runs, after one that warms up.
+        depth: Levels to print; None: all.
+        repeats: Runs to measure.
+        **inputs: Further arguments of the model, such as `attention_mask` or `labels`.
+    """
+    samples, kind, config = as_input(model, audio), type(model).__name__, model.config
+    table, rows, runs = _letter_table(config, *samples.shape), [], []
+    with plain_forms(model), eval_mode(model):
+        for _ in range(1 + repeats if timed else 1):
+            with _clock(model) as calls:
+                model(samples, **inputs)
+            runs.append(calls)
+        for same in zip(*runs[-repeats:], strict=True):  # one call, in each run
+            name, part, shape, _ = same[0]
+            if (letters := _letters(name, config, kind)) is not None:
+                # transformers has the last two swapped, or an axis of 1 in front, in some places
+                forms = (letters, (*letters[:-2], *letters[-2:][::-1]), ("1", *letters))
+                fits = (form for form in forms if tuple(_letter_size(x, table) for x in form) == shape)
+                letters = next(fits, None)
+            numbers = sum(p.numel() for p in part.parameters())
+            spent = min(call[3] for call in same) if timed else None
+            sees = _sees(name, part, config, kind)
+            rows.append(TraceRow(name, type(part).__name__, letters, shape, numbers, *sees, spent))
+    return Trace(rows, table, _never_called(model, {row.name for row in rows}), depth)
+
+
 # %% ../../nbs/explore/tracing.ipynb #fe0bf427
-def dependency_map(
-    function: Callable[[Tensor], Any], inputs: Tensor, *, chunk: int = 64, seed: int = 0
-) -> Tensor:
+def dependency_map(function: Callable[[Tensor], Any], inputs: Tensor, *, chunk: int = 64) -> Tensor:
     """Measure which steps of the input each step of the output depends on, by gradients.
 
     For each output step one vector-Jacobian product is taken, in a random direction of the channels, so that paths cannot
-    cancel; a chunk of them goes through the backward pass at once. An entry is the length of that product: 0 says no
-    dependence to first order (an activation that is off, or an underflow, also reads 0: use float64 and random inputs).
+    cancel. An entry is the length of that product: 0 says no dependence to first order (an activation that is off, or an
+    underflow, also reads 0: use float64 and random inputs).
 
     Args:
         function: From the inputs to `[T_out, D_out]` or `[T_out]`; deterministic.
         inputs: `[T_in, D_in]` or `[T_in]`, floating.
-        chunk: Products taken together.
-        seed: For the directions, of length √D_out.
+        chunk: Products that go through the backward pass at once.
 
     Returns:
         `[T_out, T_in]`; `map > 0` is the map of true and false.
@@ -652,22 +427,17 @@ def dependency_map(
         output = main_tensor(function(x))
         if output is None or not output.requires_grad:
             raise ValueError(
-                "function must return a tensor that depends on its input; it was computed without gradients"
+                "function must return a tensor that depends on its input; it came without gradients"
             )
         flat = output.reshape(output.shape[0], -1)  # [T_out, D_out]
-        generator = torch.Generator().manual_seed(seed)
-        directions = torch.randn(flat.shape, generator=generator).to(flat)
+        directions = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
         directions *= flat.shape[1] ** 0.5 / directions.norm(dim=1, keepdim=True)
         rows = []
-        for start in range(0, len(flat), chunk):
-            steps = torch.arange(start, min(start + chunk, len(flat)))
-            probes = torch.zeros(
-                len(steps), *flat.shape, dtype=flat.dtype, device=flat.device
-            )  # [chunk, T_out, D_out]
+        for steps in torch.split(torch.arange(len(flat)), chunk):
+            probes = flat.new_zeros(len(steps), *flat.shape)  # [chunk, T_out, D_out]
             probes[torch.arange(len(steps)), steps] = directions[steps]
-            (grads,) = torch.autograd.grad(
-                flat, x, probes, retain_graph=True, is_grads_batched=True, materialize_grads=True
-            )
+            many = {"retain_graph": True, "is_grads_batched": True, "materialize_grads": True}
+            (grads,) = torch.autograd.grad(flat, x, probes, **many)
             rows.append(grads.reshape(*grads.shape[:2], -1).norm(dim=-1))
     return torch.cat(rows)
 
@@ -684,24 +454,21 @@ def dependency_spans(map: Tensor) -> Tensor:
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Treat the means and variances of all group norms as constants for a while: same values, no gradient through them."""
+
+    def frozen(norm: nn.GroupNorm, hidden: Tensor, n_valid: Tensor | None = None) -> Tensor:
+        B, C, T = hidden.shape
+        x = hidden.reshape(B, norm.num_groups, -1, T)
+        lengths = torch.full((B,), T, device=hidden.device) if n_valid is None else n_valid
+        real, count = frame_mask(lengths, T)[:, None, None], lengths.view(B, 1, 1, 1) * x.shape[2]
+        with torch.no_grad():
+            mean = (x * real).sum((2, 3), keepdim=True) / count
+            variance = (((x - mean) * real) ** 2).sum((2, 3), keepdim=True) / count
+        x = ((x - mean) * real * (variance + norm.eps).rsqrt()).reshape(B, C, T)
+        return x * norm.weight[:, None] + norm.bias[:, None]
+
     norms = [part for part in model.modules() if isinstance(part, nn.GroupNorm)]
-
-    def frozen(norm: nn.GroupNorm) -> Callable[..., Tensor]:
-        def forward(hidden: Tensor, n_valid: Tensor | None = None) -> Tensor:
-            B, C, T = hidden.shape
-            x = hidden.reshape(B, norm.num_groups, -1, T)
-            lengths = torch.full((B,), T, device=hidden.device) if n_valid is None else n_valid
-            real = frame_mask(lengths, T)[:, None, None]
-            count = lengths.view(B, 1, 1, 1) * x.shape[2]
-            mean = (x.detach() * real).sum((2, 3), keepdim=True) / count
-            variance = (((x.detach() - mean) * real) ** 2).sum((2, 3), keepdim=True) / count
-            x = ((x - mean) * real * (variance + norm.eps).rsqrt()).reshape(B, C, T)
-            return x * norm.weight[:, None] + norm.bias[:, None]
-
-        return forward
-
     for norm in norms:
-        norm.forward = frozen(norm)  # type: ignore[method-assign]
+        norm.forward = partial(frozen, norm)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -709,145 +476,93 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             del norm.forward  # the class's own one shows again
 
 
-def find_part(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """A part by its path, with or without the head's prefix for the base model.
-
-    Raises:
-        ValueError: No such part; the message lists some that have the same last word.
-    """
-    parts = dict(model.named_modules())
-    found = next((path for path in (name, f"{BASE}.{name}") if path in parts), None)
-    if found is None:
-        near = [path for path in parts if path.endswith(name.rpartition(".")[2])][:6]
-        raise ValueError(
-            f"name={name!r} is no part of this {type(model).__name__}; there are {near or list(parts)[1:7]}"
-        )
-    return found, parts[found]
-
-
-def block_map(
-    model: nn.Module, audio: Any, name: str, *, from_samples: bool = False, chunk: int = 64
-) -> Tensor:
+def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False) -> Tensor:
     """The dependency map of one part of a checkpoint, at the values that it meets for this sound.
 
     Args:
         model: Any of ours, in evaluation while this runs.
         audio: One utterance; see `as_input`.
-        name: The part, such as `"encoder.layers.0.conv_module"`.
-        from_samples: Follow the dependence back to the samples, through everything before; else to the part's own input.
-        chunk: As in `dependency_map`.
-
-    Returns:
-        `[T_out, T_in]`, or `[T_out, S]` from samples.
+        name: The part, such as `"encoder.layers.0.conv_module"`; the prefix of the base model may be left out.
+        from_samples: Follow the dependence back to the samples, `[T_out, S]`; else to the part's own input, `[T_out, T_in]`.
 
     Raises:
         ValueError: No such part, or more than one utterance, or a part without a time axis.
     """
-    path, part = find_part(model, name)
-    samples = as_input(model, audio)
+    samples, parts = as_input(model, audio), dict(model.named_modules())
+    path = name if name in parts else f"{BASE}.{name}"
+    if path not in parts:
+        near = [x for x in parts if x.endswith(name.rpartition(".")[2])][:6] or list(parts)[1:7]
+        raise ValueError(f"name={name!r} is no part of this {type(model).__name__}; there are {near}")
     if len(samples) != 1:
         raise ValueError(f"audio has {len(samples)} rows; one utterance is allowed")
-    row = trace(model, samples, timed=False)[path]
+    part, row = parts[path], trace(model, samples, timed=False)[path]
     axis = next((i for i, letter in enumerate(row.letters or ()) if letter.startswith("T")), None)
     if axis is None:
         raise ValueError(f"name={name!r}: its output {list(row.letters or row.shape)} has no time axis")
+    met: list[Any] = []  # what the part gets and returns, at each call
 
-    def frames(output: Any) -> Tensor:  # time first
+    def through_model(x: Tensor) -> Tensor:  # [S] to the part's output, time first
+        model(x[None])
+        return cast(Tensor, main_tensor(met.pop()[2])).movedim(axis, 0)
+
+    def through_part(x: Tensor) -> Tensor:  # its own input, the same
+        output = part(x.movedim(0, place)[None], *others, **kwargs)
         return cast(Tensor, main_tensor(output)).movedim(axis, 0)
 
-    met: list[Any] = []
-    hook = part.register_forward_hook(lambda *call: met.append(call[1:]), with_kwargs=True)
-    with (
-        plain_forms(model),
-        eval_mode(model),
-        torch.inference_mode(False),
-    ):  # in evaluation, but with gradients
-        try:
+    with plain_forms(model), eval_mode(model), torch.inference_mode(False):  # with gradients
+        with part.register_forward_hook(lambda _, *call: met.append(call), with_kwargs=True):
             if from_samples:
-                return dependency_map(
-                    lambda x: (model(x[None]), frames(met.pop()[2]))[1], samples[0], chunk=chunk
-                )
+                return dependency_map(through_model, samples[0])
             with torch.no_grad():
                 model(samples)
-        finally:
-            hook.remove()
         (first, *others), kwargs, _ = met[0]
-        place = 1 if first.dim() == 2 else axis  # the feature encoder reads [B, S]
-        return dependency_map(
-            lambda x: frames(part(x.movedim(0, place - 1)[None], *others, **kwargs)),
-            first[0].movedim(place - 1, 0),
-            chunk=chunk,
-        )
+        place = 0 if first.dim() == 2 else axis - 1  # of time in one row; the feature encoder reads [B, S]
+        return dependency_map(through_part, first[0].movedim(place, 0))
 
 
 # %% ../../nbs/explore/tracing.ipynb #16b6b2f6
-STRIP = (
+_STRIP = (
     r"feature_extractor\.conv_layers\.\d+|feature_projection|encoder\.layers\.\d+(\.(ffn1|self_attn|conv_module|ffn2))?"
     r"|encoder\.layer_norm|adapter\.layers\.\d+|quantizer|project_hid|project_q|lm_head|projector|classifier|tdnn\.\d+"
 )
 
 
-def record(model: nn.Module, audio: Any, *, blocks: str = STRIP, **inputs: Any) -> dict[str, Tensor]:
-    """Run a model and keep what each block returned, in the order in which they finish.
+def record(model: nn.Module, audio: Any, *, blocks: str = _STRIP, **inputs: Any) -> dict[str, Tensor]:
+    """Run a model in evaluation and keep what each block returned, in the order in which they finish.
 
-    Args:
-        model: Any module whose parts are named as ours; in evaluation while this runs.
-        audio: See `as_input`.
-        blocks: Pattern for the names to keep, which stand without the prefix of the base model.
-        **inputs: Further arguments of the model.
+    `blocks` is a pattern for the names to keep, without the prefix of the base model; `inputs` go to the model.
     """
     kept: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def keep(part: nn.Module, given: Any, output: Any) -> None:
-            tensor = main_tensor(output)
-            if tensor is not None:
-                kept[name] = tensor.detach().clone()
+    def keep(name: str, part: nn.Module, given: Any, output: Any) -> None:
+        if (tensor := main_tensor(output)) is not None:
+            kept[name] = tensor.detach().clone()
 
-        return keep
-
-    inner = (
-        model.get_submodule(BASE) if hasattr(model, BASE) else model
-    )  # the base model, and then the head on it
-    parts = dict(inner.named_modules()) | {
-        name: part for name, part in model.named_modules() if not name.startswith(BASE)
-    }
-    wanted = {name: part for name, part in parts.items() if re.fullmatch(blocks, name)}
-    handles = [part.register_forward_hook(hook(name)) for name, part in wanted.items()]
-    try:
-        with (
-            plain_forms(model),
-            eval_mode(model),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # ordinary tensors, to be worked with
+    with ExitStack() as stack, plain_forms(model), eval_mode(model):
+        for path, part in model.named_modules():
+            _, name = _below_head(path, type(model).__name__)
+            if re.fullmatch(blocks, name):
+                stack.enter_context(part.register_forward_hook(partial(keep, name)))
+        with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, to be worked with
             model(as_input(model, audio), **inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return kept
 
 
-def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """max|a - b| / max|b|, also where one swaps the last two axes or leads with an axis of 1; NaN if the shapes do not fit."""
-    a, b = ours.double(), theirs.double()
-    forms = [
-        form for form in (b, b.transpose(-1, -2) if b.dim() > 1 else b, b.squeeze(0)) if form.shape == a.shape
-    ]
+def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    """max|a - b| / max|b|, where one may swap the last two axes or lead with an axis of 1; NaN if the shapes do not fit."""
+    a, b = ours.double(), theirs.double().to(ours.device)
+    forms = [form for form in (b, b.mT if b.dim() > 1 else b, b.squeeze(0)) if form.shape == a.shape]
     gaps = [float((a - form).abs().max() / form.abs().max().clamp_min(1e-30)) for form in forms]
     return min(gaps, default=math.nan)
 
 
-class Parity(Sequence[tuple[str, float]]):
-    """What `parity_strip` returns: pairs of a block and its difference, in the order of the run.
+# %% ../../nbs/explore/tracing.ipynb #d50f2f44
+@dataclass(eq=False, repr=False)
+class Parity(_Printed, Sequence[tuple[str, float]]):
+    """What `parity_strip` returns: pairs of a block and its difference, in the order of the run; prints as a table."""
 
-    Args:
-        gaps: Largest relative difference after each block.
-        tolerance: What still counts as equal.
-    """
-
-    def __init__(self, gaps: Mapping[str, float], tolerance: float) -> None:
-        self.gaps, self.tolerance = dict(gaps), tolerance
+    gaps: dict[str, float]  # largest relative difference after each block
+    tolerance: float  # what still counts as equal
 
     def __len__(self) -> int:
         return len(self.gaps)
@@ -860,403 +575,234 @@ class Parity(Sequence[tuple[str, float]]):
         """The first block that departs: its difference is above the tolerance, or is not a number."""
         return next((name for name, gap in self.gaps.items() if not gap <= self.tolerance), None)
 
-    def __str__(self) -> str:
-        width = max(map(len, self.gaps), default=0)
-        lines = [
-            f"{name:{width}}  {gap:8.1e}" + "  <- departs here" * (name == self.first)
-            for name, gap in self.gaps.items()
-        ]
-        return "\n".join([*lines, self.verdict()])
-
-    __repr__ = __str__
-
-    def verdict(self) -> str:
-        """One sentence: where the two depart, if they do."""
-        if not self.gaps:
-            return "nothing was compared: the two share no block"
-        most = max(self.gaps.values(), key=lambda gap: math.inf if math.isnan(gap) else gap)
-        if self.first is None:
-            return f"{len(self.gaps)} blocks agree to {self.tolerance:.0e}; the largest relative difference is {most:.1e}"
-        return f"{self.first} departs first, with {self.gaps[self.first]:.1e}; the tolerance is {self.tolerance:.0e}"
-
-    def _repr_html_(self) -> str:
-        lines = [
-            (0, [name, f"{gap:.1e}", "departs here" if name == self.first else ""])
-            for name, gap in self.gaps.items()
-        ]
-        return html_table(
-            "Differences after each block", ["block", "relative difference", ""], lines, [self.verdict()]
-        )
+    def _table(self) -> tuple[str, list[str], _Lines, list[str]]:
+        lines = [(0, [x, f"{gap:.1e}", "departs here" * (x == self.first)]) for x, gap in self.gaps.items()]
+        verdict = f"{len(self)} blocks agree" if self.first is None else f"{self.first} departs first"
+        verdict += f"; largest difference {max(self.gaps.values()):.1e}, tolerance {self.tolerance:.0e}"
+        return "Differences after each block", ["block", "relative difference", ""], lines, [verdict]
 
     def plot(self, ax: Any = None, title: str = "") -> Any:
         """Draw the strip on a logarithmic scale; a ring marks the block that departs first. Returns the axes."""
-        return _plot_strip(self, ax, title)
+        from w2vc.explore.viz import OKABE_ITO, figure
+
+        ax = figure(height=2.6)[1] if ax is None else ax
+        names, gaps = list(self.gaps), np.array(list(self.gaps.values()))
+        high = max([*gaps[np.isfinite(gaps)], self.tolerance, 0.1]) * 100
+        shown = np.nan_to_num(gaps, nan=high / 10, posinf=high / 10).clip(1e-9)  # zeros lie at the bottom
+        ax.vlines(range(len(names)), 1e-9, shown, color="#B0B0B0", linewidth=1)
+        for label, mark, color in (("equal", "o", OKABE_ITO.blue), ("departed", "D", OKABE_ITO.vermillion)):
+            at = np.flatnonzero((gaps <= self.tolerance) == (label == "equal"))
+            if len(at):
+                ax.plot(at, shown[at], mark, color=color, markersize=4.5, label=label)
+        if self.first is not None:
+            i, text = names.index(self.first), f"departs first: {self.first}"
+            ax.plot(i, shown[i], "o", markersize=13, markerfacecolor="none", markeredgecolor="black")
+            ax.text(0.995, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=8.5)
+        ax.axhline(self.tolerance, color="black", linestyle="--", linewidth=0.9)
+        stages = [re.sub(r"encoder\.layers\.(\d+).*", r"layer \1", name) for name in names]
+        coarse = {"feature": "features", "encoder": "norm", "adapter": "adapter"}
+        stages = [x if x.startswith("layer") else coarse.get(x[:7], "head") for x in stages]
+        marks = {i: x for i, x in enumerate(stages) if i == 0 or x != stages[i - 1]}
+        ax.set_xticks(list(marks), list(marks.values()), rotation=30, ha="right", rotation_mode="anchor")
+        ax.set(yscale="log", ylabel="relative difference", title=title, ylim=(7e-10, high))
+        ax.legend(loc="upper left", fontsize=8, frameon=False, ncols=2)
+        return ax
 
 
-# %% ../../nbs/explore/tracing.ipynb #d50f2f44
 def parity_strip(
-    ours: Any, theirs: Any, audio: Any = None, *, tolerance: float = 1e-5, blocks: str = STRIP, **inputs: Any
+    ours: Any, theirs: Any, audio: Any = None, *, tolerance: float = 1e-5, blocks: str = _STRIP, **inputs: Any
 ) -> Parity:
     """Run two models side by side and say how far they differ after each block, and which block departs first.
 
-    Two implementations with the same weights, one model in two dtypes, or before and after fine-tuning: all that is asked for
-    is that the parts have the same names. Parts that only one of them has, such as heads, are left out.
+    Two implementations with the same weights, one model in two dtypes, before and after fine-tuning: the parts need the
+    same names. Parts that only one of them has, such as heads, are left out.
 
     Args:
         ours: A model, or what `record` returned.
         theirs: The other one; differences are relative to its largest value.
         audio: See `as_input`; None if both are recordings.
         tolerance: What still counts as equal.
-        blocks: Pattern for the names to compare.
+        blocks: Pattern for the names to compare, as in `record`.
         **inputs: Further arguments of both models.
 
     Raises:
         ValueError: The two share no block.
     """
-    models = [m for m in (ours, theirs) if isinstance(m, nn.Module)]
+    models = [model for model in (ours, theirs) if isinstance(model, nn.Module)]
     if models and audio is None:
         raise ValueError("audio is missing: models need a sound to run on (recordings do not)")
-    a, b = (
-        record(m, audio, blocks=blocks, **inputs) if isinstance(m, nn.Module) else dict(m)
-        for m in (ours, theirs)
-    )
-    shared = [name for name in a if name in b]
-    if not shared:
+    a, b = (record(m, audio, blocks=blocks, **inputs) if m in models else m for m in (ours, theirs))
+    gaps = {name: _largest_difference(a[name], b[name]) for name in a if name in b}
+    if not gaps:
         raise ValueError(f"the models share no block: one has {list(a)[:3]}, the other {list(b)[:3]}")
-    return Parity(
-        {name: largest_difference(a[name], b[name].to(a[name].device)) for name in shared}, tolerance
-    )
-
-
-def _plot_strip(parity: Parity, ax: Any, title: str) -> Any:
-    """Draw the differences as a strip of points; zeros lie on the lowest line."""
-    from w2vc.explore.viz import OKABE_ITO, figure
-
-    ax = figure(height=2.6)[1] if ax is None else ax
-    names, gaps = list(parity.gaps), np.array(list(parity.gaps.values()))
-    finite = gaps[np.isfinite(gaps) & (gaps > 0)]
-    low = min([*finite, 1e-9])
-    shown = np.where(np.isnan(gaps), max([*finite, 1.0]) * 10, np.maximum(gaps, low))
-    ax.vlines(range(len(names)), low, shown, color="#B0B0B0", linewidth=1)
-    for within, color, marker, label in (
-        (True, OKABE_ITO.blue, "o", "equal"),
-        (False, OKABE_ITO.vermillion, "D", "departed"),
-    ):
-        places = [i for i, gap in enumerate(gaps) if (gap <= parity.tolerance) == within]
-        if places:
-            ax.plot(places, shown[places], marker, color=color, markersize=4.5, label=label)
-    if parity.first is not None:
-        i = names.index(parity.first)
-        ax.plot([i], [shown[i]], "o", markersize=13, markerfacecolor="none", markeredgecolor="black")
-        ax.text(
-            0.995,
-            0.97,
-            f"departs first: {parity.first}",
-            transform=ax.transAxes,
-            ha="right",
-            va="top",
-            fontsize=8.5,
-        )
-    ax.axhline(parity.tolerance, color="black", linestyle="--", linewidth=0.9)
-    marks = {
-        i: _stage(name) for i, name in enumerate(names) if i == 0 or _stage(name) != _stage(names[i - 1])
-    }
-    ax.set_xticks(
-        list(marks), list(marks.values()), rotation=30, ha="right", fontsize=8.5, rotation_mode="anchor"
-    )
-    ax.set(
-        yscale="log",
-        ylabel="relative difference",
-        title=title,
-        ylim=(low * 0.7, max(*shown, parity.tolerance, 1e-1) * 100),
-    )
-    ax.legend(loc="upper left", fontsize=8, frameon=False, ncols=2)
-    return ax
-
-
-def _stage(name: str) -> str:
-    """The coarse place of a block, for the horizontal axis."""
-    layer = re.match(r"encoder\.layers\.(\d+)", name)
-    places = {"feature": "features", "encoder": "norm", "adapter": "adapter"}
-    return (
-        f"layer {layer[1]}"
-        if layer
-        else next((x for start, x in places.items() if name.startswith(start)), "head")
-    )
+    return Parity(gaps, tolerance)
 
 
 # %% ../../nbs/explore/tracing.ipynb #e68ffdd5
 def unheard(mask: Any, n_samples: int, config: Any = None) -> NDArray[np.bool_]:
-    """The samples that no visible frame sees: what a mask takes away.
+    """The samples that no visible frame sees, `[S]` bool: what a mask `[T]`, True = masked, takes away.
 
-    Neighbouring frames overlap (by 80 samples), so a hidden span takes away a little less than its frames cover.
-
-    Args:
-        mask: `[T]` bool, True = hidden.
-        n_samples: S.
-        config: Reads the kernels and strides; None: 400 samples every 320.
-
-    Returns:
-        `[S]` bool. Samples after the last frame count as seen: nothing hides them.
+    Samples after the last frame count as seen. Without a config, frames are 400 samples every 320.
     """
-    width, hop = (400, 320) if config is None else receptive_field(config.conv_kernel, config.conv_stride)
-    hidden = np.asarray(torch.as_tensor(mask).bool().cpu()).reshape(-1)
-    last = (len(hidden) - 1) * hop + width  # one past the last sample that belongs to a frame
+    masked, clock = torch.as_tensor(mask).bool().cpu().flatten().numpy(), FrameClock.of(config)
+    last = (len(masked) - 1) * clock.hop + clock.width  # one past the last sample that belongs to a frame
     if last > n_samples:
-        raise ValueError(
-            f"mask has {len(hidden)} frames, which span {last} samples; the sound has {n_samples}"
-        )
+        raise ValueError(f"mask has {len(masked)} frames, {last} samples long; the sound has {n_samples}")
     gone = np.arange(n_samples) < last
-    for t in np.flatnonzero(~hidden):
-        gone[t * hop : t * hop + width] = False
+    for t in np.flatnonzero(~masked):
+        gone[t * clock.hop : t * clock.hop + clock.width] = False
     return gone
 
 
 def masked_audio(
     audio: Any, mask: Any, *, fill: str = "silence", config: Any = None, seed: int = 0
 ) -> Samples:
-    """What the model does not get: the sound with silence or noise in place of the samples that no visible frame sees.
+    """What the model does not get: the sound without the samples that no visible frame sees.
 
     Args:
         audio: One sound; see `sound_of`.
-        mask: `[T]` bool, True = hidden.
-        fill: "silence", or "noise" as loud as the sound on average.
+        mask: `[T]` bool, True = masked. 4 ms at the edges of a gap are faded, so that nothing clicks.
+        fill: What stands in the gaps: "silence", or "noise" as loud as the sound on average.
         config: As in `unheard`.
         seed: For the noise.
-
-    Returns:
-        Samples `[S]`; 4 ms at the edges are faded, within the hidden part, so that nothing clicks.
     """
     if fill not in {"silence", "noise"}:
         raise ValueError(f"fill={fill!r}; allowed are 'silence' and 'noise'")
-    sound = sound_of(audio).astype(np.float32)
-    gone = unheard(mask, len(sound), config)
-    heard, places = np.flatnonzero(~gone), np.arange(len(sound))
-    right = np.searchsorted(heard, places)
-    around = np.concatenate([[-len(sound)], heard, [2 * len(sound)]])  # something far away on both sides
-    distance = np.minimum(
-        places - around[right], around[right + 1] - places
-    )  # samples to the nearest that is heard
-    keep = np.where(gone, np.maximum(1 - distance / 64, 0), 1)
+    sound = np.asarray(sound_of(audio), np.float32)
+    gone, places = unheard(mask, len(sound), config), np.arange(len(sound))
+    before = places - np.maximum.accumulate(np.where(gone, -64, places))  # samples since the last one heard
+    after = places - np.maximum.accumulate(np.where(gone[::-1], -64, places))  # the same, from the end
+    keep = np.maximum(1 - np.minimum(before, after[::-1]) / 64, 0)
     noise = np.random.default_rng(seed).standard_normal(len(sound)) * float(np.sqrt(np.mean(sound**2)))
     return np.asarray(sound * keep + (noise * (1 - keep) if fill == "noise" else 0), np.float32)
 
 
 # %% ../../nbs/explore/tracing.ipynb #76e1aba3
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Spotting:
-    """One question of pre-training, to be answered by ear; in a notebook it shows its players, without the answer.
+    """One question of pre-training, to be answered by ear; in a notebook it shows its players, without the answer."""
 
-    Attributes:
-        audio: The sound, `[S]` at 16 kHz.
-        mask: `[T]` bool, True = hidden from the model.
-        frame: The hidden frame that asks.
-        candidates: Frames whose sound and code are offered, in the order of the letters A, B, C …; one of them is `frame`.
-        similarity: Cosine of the model's state at `frame` with each candidate's code vector, `[1 + N]`.
-        chances: The softmax that the loss takes of them, `[1 + N]`.
-        codes: What the quantizer chose for each candidate, `[1 + N, G]`.
-        config: The model's.
-        seconds: Length of the candidates' clips.
-    """
+    audio: Samples  # the sound, [S] at 16 kHz
+    left: Samples  # what the model gets of it, with noise in the gaps
+    mask: Tensor  # [T] bool, True = masked
+    frame: int  # the masked frame that asks
+    candidates: tuple[int, ...]  # frames that are offered as A, B, C …; one of them is `frame`
+    similarity: Tensor  # [1 + N], cosine of the model's state at `frame` with each candidate's code vector
+    chances: Tensor  # [1 + N], the softmax that the loss takes of them
+    codes: Tensor  # [1 + N, G], what the quantizer chose for each candidate
+    clock: FrameClock  # where the frames lie
+    seconds: float = 0.3  # length of the candidates' clips
+    letters: str = ""  # names of the candidates
+    answer: str = ""  # letter of the true frame
+    choice: str = ""  # letter that the model finds most similar
 
-    audio: Samples
-    mask: Tensor
-    frame: int
-    candidates: tuple[int, ...]
-    similarity: Tensor
-    chances: Tensor
-    codes: Tensor
-    config: Any
-    seconds: float = 0.3
-
-    @property
-    def letters(self) -> str:
-        """The names of the candidates."""
-        return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(self.candidates)]
-
-    @property
-    def answer(self) -> str:
-        """The letter of the true frame."""
-        return self.letters[self.candidates.index(self.frame)]
-
-    @property
-    def choice(self) -> str:
-        """The letter that the model finds most similar."""
-        return self.letters[int(self.similarity.argmax())]
-
-    def time(self, frame: int) -> float:
-        """The middle of a frame, in seconds."""
-        width, hop = receptive_field(self.config.conv_kernel, self.config.conv_stride)
-        return (frame * hop + width / 2) / 16_000
+    def __post_init__(self) -> None:
+        self.letters = string.ascii_uppercase[: len(self.candidates)]
+        self.answer = self.letters[self.candidates.index(self.frame)]
+        self.choice = self.letters[int(self.similarity.argmax())]
 
     def clip(self, frame: int, seconds: float | None = None, sound: Samples | None = None) -> Samples:
         """The sound around a frame, with soft ends; silence where the recording has ended."""
         half = round((seconds or self.seconds) * 8_000)
-        middle = round(self.time(frame) * 16_000)
+        middle = round(self.clock.middle(frame) * 16_000)
         piece = np.pad(self.audio if sound is None else sound, half)[middle : middle + 2 * half]
         ramp = np.minimum(np.arange(2 * half) / 160, 1)
         return np.asarray(piece * ramp * ramp[::-1], np.float32)
 
-    def question(self, fill: str = "noise") -> Samples:
-        """Two seconds around the frame as the model gets them, with noise where it hears nothing."""
-        return self.clip(self.frame, 2.0, masked_audio(self.audio, self.mask, fill=fill, config=self.config))
+    def __repr__(self) -> str:
+        return f"[spot the negative: frame {self.frame}, candidates {', '.join(self.letters)}]"
 
     def _repr_html_(self) -> str:
         from w2vc.explore.viz import Sound
 
-        asked = f"the question: what belongs into the noise in the middle, at {self.time(self.frame):.2f} s?"
-        players = [Sound(self.question(), 16_000, asked)]
-        players += [
-            Sound(self.clip(t), 16_000, f"candidate {x}")
-            for x, t in zip(self.letters, self.candidates, strict=True)
-        ]
-        cells = "".join(
-            f'<div style="margin:0.2em 0.8em 0.6em 0">{player._repr_html_()}</div>' for player in players
-        )
+        asked = f"the question: what belongs into the noise in the middle, at {self.clock.middle(self.frame):.2f} s?"
+        clips = {asked: self.clip(self.frame, 2.0, self.left)}
+        clips |= {f"candidate {x}": self.clip(t) for x, t in zip(self.letters, self.candidates, strict=True)}
+        players = [Sound(clip, 16_000, label)._repr_html_() for label, clip in clips.items()]
+        cells = "".join(f'<div style="margin:0.2em 0.8em 0.6em 0">{player}</div>' for player in players)
         return f'<div style="display:flex;flex-wrap:wrap">{cells}</div>'
 
-    def __repr__(self) -> str:
-        return f"[spot the negative: frame {self.frame} at {self.time(self.frame):.2f} s, candidates {', '.join(self.letters)}]"
-
     def plot(self) -> Any:
-        """Draw where the candidates come from and how similar the model finds them; gives the answer away. Returns the figure."""
-        return _plot_spotting(self)
+        """Draw where the candidates come from and how similar the model finds them; gives the answer away."""
+        from w2vc.explore.viz import HATCHES, OKABE_ITO, figure, plot_mask, plot_spectrogram
+
+        fig, (top, strip, bars) = figure(3, height=4.6, height_ratios=(1.5, 0.3, 1.3))
+        plot_spectrogram(self.audio, 16_000, top)
+        plot_mask(self.mask, strip, self.clock.step, ylabel="")
+        top.set_xlabel("")
+        strip.set(xlim=top.get_xlim(), yticks=[0], yticklabels=["masked"])
+        box = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}
+        for x, t in zip(self.letters, self.candidates, strict=True):
+            at, weight, line = self.clock.middle(t), *(("bold", "-") if t == self.frame else ("normal", ":"))
+            top.axvline(at, color="white", linewidth=1, linestyle=line)
+            top.text(at, 7.2, x, color="white", ha="center", fontsize=9, weight=weight, bbox=box)
+        true = [t == self.frame for t in self.candidates]
+        labels = [x + "\n(true)" * is_true for x, is_true in zip(self.letters, true, strict=True)]
+        colors, hatches = [(OKABE_ITO.sky, OKABE_ITO.orange)[x] for x in true], [HATCHES[x] for x in true]
+        look = {"edgecolor": "black", "linewidth": 0.6}
+        drawn = bars.bar(labels, self.similarity.tolist(), color=colors, hatch=hatches, **look)
+        bars.bar_label(drawn, [f"{chance:.0%}" for chance in self.chances], padding=2, fontsize=9)
+        bars.set_ylabel("similarity (cosine)")
+        bars.margins(y=0.2)
+        bars.axhline(0, color="black", linewidth=0.8)
+        return fig
 
 
 # %% ../../nbs/explore/tracing.ipynb #b1ee0d6e
 def spot_the_negative(
-    model: nn.Module,
-    audio: Any,
-    frame: int | None = None,
-    *,
-    distractors: int = 4,
-    mask: Any = None,
-    mask_prob: float = 0.5,
-    seed: int = 0,
+    model: Any, audio: Any, frame: int | None = None, *, distractors: int = 4, mask: Any = None, seed: int = 0
 ) -> Spotting:
-    """Make one question of pre-training audible: a hidden frame, its true sound among others, and what the model says.
+    """Make one question of pre-training audible: a masked frame, its true sound among others, and what the model says.
 
-    Distractors are hidden frames of the same recording, as in training, but no two candidates have the same codes.
+    Distractors are masked frames of the same recording, as in training, but no two candidates have the same codes.
 
     Args:
         model: A pre-training model, ours.
         audio: One sound; see `sound_of`.
-        frame: The frame that asks; None: one is drawn. If the mask does not hide it, a span around it is hidden too.
+        frame: The frame that asks; None: one is drawn. If the mask leaves it visible, a span around it is masked too.
         distractors: N, at most 25.
-        mask: `[T]` bool, True = hidden; None: spans are drawn.
-        mask_prob: For `compute_mask_indices`.
+        mask: `[T]` bool, True = masked; None: spans are drawn.
         seed: For the mask, the frame, the distractors and their order.
 
     Raises:
-        ValueError: No pre-training model, a frame outside the recording, or too few hidden frames with other codes.
+        ValueError: No pre-training model, a frame outside the recording, or too few masked frames with other codes.
     """
     if not hasattr(model, "quantizer"):
-        raise ValueError(
-            f"model is a {type(model).__name__}; a model with a quantizer (…ForPreTraining) is needed"
-        )
+        raise ValueError(f"model is a {type(model).__name__}; …ForPreTraining, with a quantizer, is needed")
     if not 1 <= distractors <= 25:
         raise ValueError(f"distractors={distractors}; allowed are 1..25, one letter each")
-    config, sound = cast(Any, model.config), sound_of(audio)
-    samples, generator = as_input(model, sound), torch.Generator().manual_seed(seed)
+    config, sound, generator = model.config, sound_of(audio), torch.Generator().manual_seed(seed)
+    samples = as_input(model, sound)
     T = conv_output_lengths(samples.shape[1], config.conv_kernel, config.conv_stride)
     if frame is not None and not 0 <= frame < T:
         raise ValueError(f"frame={frame}; this sound has the frames 0..{T - 1}")
     M = min(config.mask_time_length, T)
-    hidden = (
-        compute_mask_indices((1, T), mask_prob, M, min_masks=1, generator=generator)[0]
-        if mask is None
-        else torch.as_tensor(mask).bool().clone()
-    )
+    if mask is None:
+        mask = compute_mask_indices((1, T), 0.5, M, min_masks=1, generator=generator)[0]
+    mask = torch.as_tensor(mask).bool().clone()
     if frame is None:
-        places = hidden.nonzero()[:, 0]
+        places = mask.nonzero()[:, 0]
         frame = int(places[torch.randint(len(places), (1,), generator=generator)])
-    elif not hidden[frame]:
-        hidden[max(frame - M // 2, 0) : frame + (M + 1) // 2] = True
-    codes: list[Tensor] = []
-    hook = cast(Any, model).quantizer.register_forward_hook(
-        lambda part, given, output: codes.append(output[2][0].cpu())
-    )
-    try:
-        with plain_forms(model), eval_mode(model):
-            output = model(samples, mask_time_indices=hidden[None].to(samples.device))
-    finally:
-        hook.remove()
-    order = hidden.nonzero()[:, 0]
-    chosen = [frame]
-    for t in order[torch.randperm(len(order), generator=generator)].tolist():
-        if len(chosen) <= distractors and all(codes[0][t].ne(codes[0][other]).any() for other in chosen):
+    elif not mask[frame]:
+        mask[max(frame - M // 2, 0) : frame + (M + 1) // 2] = True
+    returned: list[Any] = []
+    hook = model.quantizer.register_forward_hook(lambda *call: returned.append(call[2]))
+    with hook, plain_forms(model), eval_mode(model):
+        output = model(samples, mask_time_indices=mask[None].to(samples.device))
+    codes, chosen, places = returned[0][2], [frame], mask.nonzero()[:, 0]  # [1, T, G]
+    for t in places[torch.randperm(len(places), generator=generator)].tolist():
+        if len(chosen) <= distractors and codes[0, t].ne(codes[0, chosen]).any(1).all():
             chosen.append(t)
     if len(chosen) <= distractors:
-        raise ValueError(
-            f"distractors={distractors}; only {len(chosen) - 1} hidden frames of this sound have codes of their own"
-        )
-    chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
-    state, targets = (
-        output.projected_states[0, frame].float().cpu(),
-        output.projected_quantized_states[0].float().cpu(),
-    )
-    similarity = torch.cosine_similarity(state[None], targets[chosen], dim=-1)
+        known = f"only {len(chosen) - 1} masked frames of this sound have codes of their own"
+        raise ValueError(f"distractors={distractors}; {known}")
+    states, targets = output.projected_states, output.projected_quantized_states
+    wrong = torch.tensor(chosen[1:], device=samples.device).expand(1, T, -1)
+    similarity = contrastive_logits(states, targets, wrong, codes, temperature=1)[0, frame].cpu().clone()
+    order = torch.randperm(len(chosen), generator=generator)
+    chosen, similarity = [chosen[i] for i in order.tolist()], similarity[order]
     chances = (similarity / config.contrastive_logits_temperature).softmax(0)
+    left, clock = masked_audio(sound, mask, fill="noise", config=config), FrameClock.of(config)
     return Spotting(
-        sound,
-        hidden,
-        frame,
-        tuple(chosen),
-        similarity.clone(),
-        chances.clone(),
-        codes[0][chosen].clone(),
-        config,
+        sound, left, mask, frame, tuple(chosen), similarity, chances, codes[0, chosen].cpu().clone(), clock
     )
-
-
-def _plot_spotting(game: Spotting) -> Any:
-    """Draw the recording with the hidden spans and the candidates, and below it their similarities."""
-    from w2vc.explore.viz import HATCHES, OKABE_ITO, figure, plot_mask, plot_spectrogram
-
-    _, hop = receptive_field(game.config.conv_kernel, game.config.conv_stride)
-    fig, (top, strip, bars) = figure(3, height=4.6, height_ratios=(1.5, 0.3, 1.3))
-    plot_spectrogram(game.audio, 16_000, top)
-    plot_mask(game.mask, strip, hop / 16_000, ylabel="")
-    for x, t in zip(game.letters, game.candidates, strict=True):
-        top.axvline(game.time(t), color="white", linewidth=1, linestyle="-" if t == game.frame else ":")
-        box = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}
-        top.text(
-            game.time(t),
-            7.2,
-            x,
-            color="white",
-            ha="center",
-            fontsize=9,
-            weight="bold" if t == game.frame else "normal",
-            bbox=box,
-        )
-    for ax in (top, strip):
-        ax.set(xlim=(0, len(game.audio) / 16_000), xlabel="")
-    strip.set_yticks([0], ["hidden"])
-    strip.set_xlabel("time (s)")
-    for i, (t, similar, chance) in enumerate(
-        zip(game.candidates, game.similarity, game.chances, strict=True)
-    ):
-        true = t == game.frame
-        bars.bar(
-            i,
-            float(similar),
-            color=OKABE_ITO.orange if true else OKABE_ITO.sky,
-            hatch=HATCHES[1] if true else "",
-            edgecolor="black",
-            linewidth=0.6,
-        )
-        bars.annotate(
-            f"{100 * chance:.0f} %",
-            (i, max(float(similar), 0.0)),
-            ha="center",
-            xytext=(0, 2),
-            textcoords="offset points",
-            fontsize=9,
-        )
-    labels = [f"{x}\n(true)" if x == game.answer else x for x in game.letters]
-    bars.set_xticks(range(len(labels)), labels)
-    low, high = min(float(game.similarity.min()), 0.0), max(float(game.similarity.max()), 0.0)
-    bars.set(ylabel="similarity (cosine)", ylim=(low - 0.05, high + 0.15 * (high - low) + 0.02))
-    bars.axhline(0, color="black", linewidth=0.8)
-    return fig

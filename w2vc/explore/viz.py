@@ -9,23 +9,25 @@ import base64
 import html
 import io
 import itertools
+import json
 import math
 import re
 import sys
 import wave
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ..config import Wav2Vec2ConformerConfig
 
 # %% auto #0
 __all__ = [
     "OKABE_ITO",
     "HATCHES",
-    "DPI",
-    "INK",
-    "PAPER",
-    "FAINT",
     "MAP_BLOCKS",
     "Palette",
     "figure",
@@ -34,8 +36,8 @@ __all__ = [
     "render",
     "plot_waveform",
     "plot_spectrogram",
-    "player",
     "Sound",
+    "player",
     "plot_matrix",
     "plot_frames",
     "plot_mask",
@@ -79,56 +81,36 @@ class Palette(NamedTuple):
 
 OKABE_ITO = Palette()
 HATCHES = ("", "////", "....", "\\\\\\\\", "xx", "--", "++", "oo")  # the second sign beside colour
-DPI = 144  # sharp on dense screens, still small files
-INK, PAPER, FAINT = "#222222", "#FFFFFF", "#8A8A8A"
+_INK, _PAPER = "#222222", "#FFFFFF"
 
 
 # %% ../../nbs/appendix/drawing.ipynb #1af4333d
 def figure(
-    rows: int = 1,
-    cols: int = 1,
-    *,
-    width: float = 7.0,
-    height: float | None = None,
-    sharex: bool = False,
-    sharey: bool = False,
-    height_ratios: Sequence[float] | None = None,
-    width_ratios: Sequence[float] | None = None,
+    rows: int = 1, cols: int = 1, *, width: float = 7.0, height: float | None = None, **grid: Any
 ) -> tuple[Figure, Any]:
-    """Make an empty figure with the look of the book.
+    """Make an empty figure with the look of the book: two spines, the palette, readable ticks.
 
     Args:
         rows: Pictures above each other.
         cols: Pictures side by side.
         width: Whole width in inches; 7 fills the page (700 pixels).
         height: Whole height in inches; 2.2 per row by default.
-        sharex: Give all pictures one horizontal axis.
-        sharey: Give all pictures one vertical axis.
-        height_ratios: Heights of the rows relative to each other.
-        width_ratios: Widths of the columns relative to each other.
+        **grid: Goes to `Figure.subplots`: `sharex`, `sharey`, `height_ratios`, `width_ratios`.
 
     Returns:
         The figure and its axes: one `Axes` for one picture, else an array of them.
     """
-    for name, inches in (("width", width), ("height", height)):
-        if inches is not None and not 0 < inches <= 30:
-            raise ValueError(f"{name}={inches} must lie in 0..30: it is in inches (7 inches fill the page)")
-    fig = Figure(figsize=(width, height or 2.2 * rows), layout="constrained", facecolor=PAPER)
+    height = 2.2 * rows if height is None else height
+    if not (0 < width <= 30 and 0 < height <= 30):
+        raise ValueError(f"width={width}, height={height} must lie in 0..30: inches (7 fill the page)")
+    fig = Figure(figsize=(width, height), layout="constrained", facecolor=_PAPER)
     FigureCanvasAgg(fig)
-    axes = fig.subplots(
-        rows, cols, sharex=sharex, sharey=sharey, height_ratios=height_ratios, width_ratios=width_ratios
-    )
+    axes = fig.subplots(rows, cols, **grid)
     for ax in np.atleast_1d(axes).flat:
-        _tidy(ax)
+        ax.set_prop_cycle(cycler(color=list(OKABE_ITO)))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9, color="#8A8A8A")
     return fig, axes
-
-
-def _tidy(ax: Axes) -> Axes:
-    """Give axes the look of the book: two spines, the palette, readable ticks."""
-    ax.set_prop_cycle(cycler(color=list(OKABE_ITO)))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=9, color=FAINT)
-    return ax
 
 
 def _axes(ax: Axes | None, width: float = 7.0, height: float = 2.2) -> Axes:
@@ -137,18 +119,18 @@ def _axes(ax: Axes | None, width: float = 7.0, height: float = 2.2) -> Axes:
 
 
 # %% ../../nbs/appendix/drawing.ipynb #892e79d4
+@dataclass(repr=False)
 class Picture:
-    """A drawn figure as PNG with its description, ready to be shown."""
+    """A drawn figure as PNG with its description and its width in pixels, ready to be shown."""
 
-    def __init__(self, png: bytes, alt: str, width: int) -> None:
-        self.png, self.alt, self.width = png, alt, width
+    png: bytes
+    alt: str
+    width: int
 
     def __repr__(self) -> str:
-        """Return the description."""
         return f"[picture: {self.alt}]"
 
     def _repr_html_(self) -> str:
-        """Return the picture as an image of this page, which keeps its description in every viewer."""
         data = base64.b64encode(self.png).decode("ascii")
         return (
             f'<img alt="{html.escape(self.alt, quote=True)}" width="{self.width}" '
@@ -157,11 +139,9 @@ class Picture:
 
 
 def show(fig: Figure | Axes, *, alt: str) -> None:
-    """Show a figure with a description for those who cannot see it, and close it.
+    """Show a figure, or the one around some axes, and close it.
 
-    Args:
-        fig: A figure, or the axes in it.
-        alt: What the picture shows, in one or two sentences.
+    `alt` says what the picture shows, in one or two sentences, for those who cannot see it.
 
     Raises:
         ValueError: If the description is missing, or says nothing.
@@ -172,28 +152,23 @@ def show(fig: Figure | Axes, *, alt: str) -> None:
     if not isinstance(figure_, Figure):
         raise ValueError(f"fig={fig!r} must be a matplotlib figure, or axes in one")
     display(render(figure_, alt))
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    if pyplot is not None:
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
         pyplot.close(figure_)  # figures made by pyplot live on until closed
 
 
 def render(fig: Figure, alt: str) -> Picture:
-    """Draw a figure to PNG; equal figures give equal bytes."""
+    """Draw a figure to PNG, in 256 well chosen colours where the eye sees no difference; equal figures give equal bytes."""
     from PIL import Image  # comes with matplotlib
 
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=DPI)
+    buffer, small, large = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=144)  # sharp on dense screens, still small
     image = Image.open(buffer).convert("RGB")
     few = image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
-    error = np.abs(np.asarray(few.convert("RGB"), dtype=np.int16) - np.asarray(image)).mean()
-    small = io.BytesIO()
-    image.save(small, "png", optimize=True)
-    if (
-        error < 0.1 or small.tell() > 120_000
-    ):  # 256 well chosen colours: a third of the size, and the eye sees no difference
-        small = io.BytesIO()
-        few.save(small, "png", optimize=True)
-    return Picture(small.getvalue(), " ".join(alt.split()), round(fig.get_figwidth() * 100))
+    error = np.abs(np.asarray(few.convert("RGB"), np.int16) - np.asarray(image)).mean()
+    few.save(small, "png", optimize=True)
+    image.save(large, "png", optimize=True)
+    best = small if error < 0.1 or large.tell() > 120_000 else large
+    return Picture(best.getvalue(), " ".join(alt.split()), round(fig.get_figwidth() * 100))
 
 
 # %% ../../nbs/appendix/drawing.ipynb #c4a34b9c
@@ -203,11 +178,8 @@ def _array(values: Any, ndim: int | tuple[int, ...], name: str) -> np.ndarray:
         values = values.detach().cpu()
         values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
     array = np.asarray(values)
-    allowed = (ndim,) if isinstance(ndim, int) else ndim
-    if array.ndim not in allowed:
-        raise ValueError(
-            f"{name} has shape {list(array.shape)}; allowed are {' or '.join(map(str, allowed))} dimensions"
-        )
+    if array.ndim not in np.atleast_1d(ndim):
+        raise ValueError(f"{name} has shape {list(array.shape)}; allowed are {ndim} dimensions")
     return array
 
 
@@ -219,16 +191,8 @@ def _time_axis(ax: Axes, end: float, label: str = "time (s)") -> None:
 
 # %% ../../nbs/appendix/drawing.ipynb #feea5285
 def plot_waveform(audio: Any, rate: int, ax: Axes | None = None, *, color: str = OKABE_ITO.blue) -> Axes:
-    """Draw a waveform over time in seconds.
-
-    Args:
-        audio: Samples `[S]`.
-        rate: Samples per second.
-        ax: Where to draw; a new figure by default.
-        color: Colour of the line.
-    """
-    audio = _array(audio, 1, "audio")
-    ax = _axes(ax, height=1.6)
+    """Draw samples `[S]` over time in seconds, at `rate` samples per second."""
+    audio, ax = _array(audio, 1, "audio"), _axes(ax, height=1.6)
     if audio.size > 6000:  # more samples than pixels: draw the lowest and the highest of each short stretch
         step = math.ceil(audio.size / 3000)
         padded = np.pad(audio, (0, -audio.size % step), mode="edge").reshape(-1, step)
@@ -243,47 +207,63 @@ def plot_waveform(audio: Any, rate: int, ax: Axes | None = None, *, color: str =
 
 # %% ../../nbs/appendix/drawing.ipynb #a6b008b9
 def plot_spectrogram(
-    audio: Any,
-    rate: int,
-    ax: Axes | None = None,
-    *,
-    window: float = 0.025,
-    hop: float = 0.005,
-    top_hz: float | None = None,
-    decibels: float = 60,
+    audio: Any, rate: int, ax: Axes | None = None, *, hop: float = 0.005, top_hz: float | None = None
 ) -> Axes:
-    """Draw how much of each frequency sounds when; bright is loud.
+    """Draw how much of each frequency sounds when, in windows of 25 ms; bright is loud, 60 dB below the loudest is dark.
 
-    Args:
-        audio: Samples `[S]`.
-        rate: Samples per second.
-        ax: Where to draw; a new figure by default.
-        window: Length of the stretch that each column looks at, in seconds.
-        hop: Distance between columns, in seconds.
-        top_hz: Highest frequency drawn; half the rate by default.
-        decibels: Everything weaker than the loudest spot by this much is dark.
+    Samples `[S]` come at `rate` per second, columns every `hop` seconds; frequencies are drawn up to `top_hz`, else to half
+    the rate. Without `ax`, a new figure is made, as in all functions here.
     """
-    audio = _array(audio, 1, "audio").astype(np.float64)
-    ax = _axes(ax)
-    width, step = max(round(window * rate), 8), max(round(hop * rate), 1)
+    audio, ax = _array(audio, 1, "audio").astype(np.float64), _axes(ax)
+    width, step = max(round(0.025 * rate), 8), max(round(hop * rate), 1)
     padded = np.pad(audio, (width // 2, width))
     starts = np.arange(0, max(audio.size, 1), step)
     pieces = padded[starts[:, None] + np.arange(width)] * np.hanning(width)  # [columns, width]
     power = np.abs(np.fft.rfft(pieces, n=max(512, width))) ** 2  # [columns, frequencies]
     decibel = 10 * np.log10(np.maximum(power, 1e-12)).T
-    high = float(decibel.max())
-    decibel = np.round(
-        np.maximum(decibel, high - decibels)
-    )  # whole decibels: the eye sees no finer, and the page is lighter
+    decibel = np.round(np.maximum(decibel, decibel.max() - 60))  # whole ones: the page is lighter
     extent = (0, starts.size * step / rate, 0, rate / 2000)
     ax.imshow(decibel, origin="lower", aspect="auto", extent=extent, cmap="cividis", interpolation="nearest")
     _time_axis(ax, max(audio.size, 1) / rate)
-    ax.set_ylim(0, (top_hz or rate / 2) / 1000)
-    ax.set_ylabel("frequency (kHz)")
+    ax.set(ylim=(0, (top_hz or rate / 2) / 1000), ylabel="frequency (kHz)")
     return ax
 
 
 # %% ../../nbs/appendix/drawing.ipynb #2a8623af
+@dataclass(repr=False)
+class Sound:
+    """A clip as it stands in a page: 16-bit, one channel, samples per second, with a label."""
+
+    audio: np.ndarray
+    rate: int
+    label: str
+
+    def __repr__(self) -> str:
+        return f"[sound: {self.label}, {self.audio.size / self.rate:.1f} s]"
+
+    def encoded(self) -> tuple[str, bytes]:
+        """Return the media type and the bytes: FLAC (half the size) where soundfile is installed, else WAV."""
+        loudest, buffer = float(np.abs(self.audio).max(initial=0.0)), io.BytesIO()
+        whole = np.round(self.audio / max(loudest, 1.0) * 32767).astype("<i2")
+        try:
+            import soundfile
+        except ImportError:
+            with wave.open(buffer, "wb") as file:
+                file.setparams((1, 2, self.rate, len(whole), "NONE", ""))
+                file.writeframes(whole.tobytes())
+            return "audio/wav", buffer.getvalue()
+        soundfile.write(buffer, whole, self.rate, format="FLAC", subtype="PCM_16")
+        return "audio/flac", buffer.getvalue()
+
+    def _repr_html_(self) -> str:
+        (kind, data), text = self.encoded(), html.escape(self.label, quote=True)
+        return (
+            f'<div><audio controls preload="metadata" aria-label="{text}" '
+            f'src="data:{kind};base64,{base64.b64encode(data).decode("ascii")}"></audio>'
+            f'<div style="font-size:0.9em">{text}</div></div>'
+        )
+
+
 def player(audio: Any, rate: int, label: str, *, seconds: float = 3.0) -> None:
     """Show a small player with a label; the sound lives in the page.
 
@@ -303,45 +283,7 @@ def player(audio: Any, rate: int, label: str, *, seconds: float = 3.0) -> None:
         audio = audio[: round(seconds * rate)].copy()
         fade = min(audio.size, round(0.01 * rate))  # no click at the cut
         audio[audio.size - fade :] *= np.linspace(1, 0, fade)
-    display(Sound(audio, rate, label))
-
-
-class Sound:
-    """A clip as it stands in a page: 16-bit, one channel, with a label."""
-
-    def __init__(self, audio: np.ndarray, rate: int, label: str) -> None:
-        self.audio, self.rate, self.label = audio, int(rate), label.strip()
-
-    def __repr__(self) -> str:
-        """Return the label and the length."""
-        return f"[sound: {self.label}, {self.audio.size / self.rate:.1f} s]"
-
-    def encoded(self) -> tuple[str, bytes]:
-        """Return the media type and the bytes: FLAC (half the size) where soundfile is installed, else WAV."""
-        loudest = float(np.abs(self.audio).max(initial=0.0))
-        whole = np.round(self.audio / max(loudest, 1.0) * 32767).astype("<i2")
-        buffer = io.BytesIO()
-        try:
-            import soundfile
-        except ImportError:
-            with wave.open(buffer, "wb") as file:
-                file.setnchannels(1)
-                file.setsampwidth(2)
-                file.setframerate(self.rate)
-                file.writeframes(whole.tobytes())
-            return "audio/wav", buffer.getvalue()
-        soundfile.write(buffer, whole, self.rate, format="FLAC", subtype="PCM_16")
-        return "audio/flac", buffer.getvalue()
-
-    def _repr_html_(self) -> str:
-        """Return the player as part of a page."""
-        kind, data = self.encoded()
-        text = html.escape(self.label, quote=True)
-        return (
-            f'<div><audio controls preload="metadata" aria-label="{text}" '
-            f'src="data:{kind};base64,{base64.b64encode(data).decode("ascii")}"></audio>'
-            f'<div style="font-size:0.9em">{text}</div></div>'
-        )
+    display(Sound(audio, rate, label.strip()))
 
 
 # %% ../../nbs/appendix/drawing.ipynb #65d7e6f6
@@ -350,55 +292,43 @@ def plot_matrix(
     ax: Axes | None = None,
     xlabel: str = "",
     ylabel: str = "",
-    cmap: str | None = None,
     *,
     center: float | None = None,
     title: str = "",
     colorbar: bool | str = True,
     values: bool | str = False,
-    extent: tuple[float, float, float, float] | None = None,
-    vmin: float | None = None,
-    vmax: float | None = None,
+    **image: Any,
 ) -> Axes:
-    """Draw a matrix as colours: row 0 on top, column 0 on the left.
+    """Draw a matrix `[rows, columns]` as colours: row 0 on top, column 0 on the left.
 
     Args:
-        matrix: `[rows, columns]`.
-        ax: Where to draw; a new figure by default.
+        matrix: Numbers; NaN stays white.
+        ax: Where to draw.
         xlabel: What the columns are, with unit.
         ylabel: What the rows are, with unit.
-        cmap: Colour map; cividis, or PuOr around a `center`.
         center: A real zero that positive and negative values lie around; it becomes white.
         title: Heading.
         colorbar: Show the scale; a string labels it.
         values: Write each value into its cell (small matrices); a string is the number format, such as `".1f"`.
-        extent: Left, right, bottom, top in units of the axes.
-        vmin: Value of the darkest colour.
-        vmax: Value of the brightest colour.
+        **image: Goes to `Axes.imshow`: `vmin`, `vmax`, `cmap`, and `extent` (left, right, bottom, top in units of the axes).
     """
-    matrix = _array(matrix, 2, "matrix")
+    matrix, ax = _array(matrix, 2, "matrix"), _axes(ax, height=3.0)
     numbers = matrix.astype(np.float64)
-    ax = _axes(ax, height=3.0)
-    finite = numbers[np.isfinite(numbers)]
-    if center is not None and finite.size:
-        reach = float(np.abs(finite - center).max()) or 1.0
-        vmin, vmax = (center - reach if vmin is None else vmin), (center + reach if vmax is None else vmax)
-    chosen = cmap or ("cividis" if center is None else "PuOr")
-    image = ax.imshow(
-        numbers, aspect="auto", interpolation="nearest", cmap=chosen, vmin=vmin, vmax=vmax, extent=extent
-    )
+    if center is not None and np.isfinite(numbers).any():
+        reach = float(np.abs(numbers[np.isfinite(numbers)] - center).max()) or 1.0
+        image = {"cmap": "PuOr", "vmin": center - reach, "vmax": center + reach} | image
+    drawn = ax.imshow(numbers, **{"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"} | image)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if extent is None:  # whole numbers count rows and columns
+    if image.get("extent") is None:  # whole numbers count rows and columns
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     if colorbar:
-        bar = ax.figure.colorbar(
-            image, ax=ax, pad=0.02, fraction=0.05, label=colorbar if isinstance(colorbar, str) else ""
-        )
+        label = colorbar if isinstance(colorbar, str) else ""
+        bar = ax.figure.colorbar(drawn, ax=ax, pad=0.02, fraction=0.05, label=label)
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
     if values:
-        _write_values(ax, image, matrix, values if isinstance(values, str) else "")
+        _write_values(ax, drawn, matrix, values if isinstance(values, str) else "")
     return ax
 
 
@@ -408,14 +338,17 @@ def _write_values(ax: Axes, image: Any, matrix: np.ndarray, form: str) -> None:
     left, right, bottom, top = image.get_extent()
     rows, columns = matrix.shape
     size = float(np.clip(60 / max(columns, rows * 2), 6, 10))
-    for i in range(rows):
-        for j in range(columns):
-            red, green, blue, _ = image.to_rgba(float(matrix[i, j]))
-            bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-            x, y = left + (j + 0.5) * (right - left) / columns, top + (i + 0.5) * (bottom - top) / rows
-            value = int(matrix[i, j]) if form == "d" else matrix[i, j]
-            text = re.sub(r"^-(0(\.0+)?)$", r"\1", format(value, form))  # a rounded zero has no sign
-            ax.text(x, y, text, ha="center", va="center", fontsize=size, color="black" if bright else "white")
+    for (i, j), value in np.ndenumerate(matrix):
+        x, y = left + (j + 0.5) * (right - left) / columns, top + (i + 0.5) * (bottom - top) / rows
+        text = format(int(value) if form == "d" else value, form)
+        text = re.sub(r"^-(0(\.0+)?)$", r"\1", text)  # a rounded zero has no sign
+        ink = _ink_on(image.to_rgba(float(value)))
+        ax.text(x, y, text, ha="center", va="center", fontsize=size, color=ink)
+
+
+def _ink_on(color: Any) -> str:
+    """Black on what is bright, white on what is dark: the eye weighs green most and blue least."""
+    return "black" if np.dot(color[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 
 
 # %% ../../nbs/appendix/drawing.ipynb #e97b5c87
@@ -424,97 +357,54 @@ def plot_frames(
     ax: Axes | None = None,
     xlabel: str = "time (s)",
     ylabel: str = "channel",
-    cmap: str | None = None,
     *,
-    center: float | None = None,
     hop: float = 0.02,
-    title: str = "",
-    colorbar: bool | str = True,
+    **look: Any,
 ) -> Axes:
-    """Draw latent frames over time: one column a frame, one row a channel.
-
-    Args:
-        frames: `[T, channels]`.
-        ax: Where to draw; a new figure by default.
-        xlabel: Name of the time axis.
-        ylabel: What the channels are.
-        cmap: Colour map.
-        center: A real zero that becomes white.
-        hop: Seconds from one frame to the next.
-        title: Heading.
-        colorbar: Show the scale; a string labels it.
-    """
+    """Draw latent frames `[T, channels]` over time, one every `hop` seconds; `look` as in `plot_matrix`."""
     frames = _array(frames, 2, "frames")
-    n_frames, channels = frames.shape
-    extent = (0.0, n_frames * hop, channels - 0.5, -0.5)
-    return plot_matrix(
-        frames.T, ax, xlabel, ylabel, cmap, center=center, title=title, colorbar=colorbar, extent=extent
-    )
+    extent = (0.0, len(frames) * hop, frames.shape[1] - 0.5, -0.5)
+    return plot_matrix(frames.T, ax, xlabel, ylabel, extent=extent, **look)
 
 
 # %% ../../nbs/appendix/drawing.ipynb #fd5938cf
 def plot_mask(
     mask: Any, ax: Axes | None = None, hop_seconds: float | None = 0.02, *, ylabel: str = "utterance"
 ) -> Axes:
-    """Draw which frames are hidden (dark) and which are not (light), over time in seconds.
+    """Draw which frames of a mask `[rows, T]` or `[T]` are masked (True, dark), over time in seconds.
 
-    Args:
-        mask: `[rows, T]` or `[T]` bool, True = hidden.
-        ax: Where to draw; a new figure by default.
-        hop_seconds: Seconds from one frame to the next; None counts frames instead.
-        ylabel: What the rows are.
+    A frame comes every `hop_seconds`; None counts frames instead.
     """
     mask = np.atleast_2d(_array(mask, (1, 2), "mask")).astype(bool)
     rows, n_frames = mask.shape
-    ax = _axes(ax, height=0.9 + 0.25 * rows)
-    hop = hop_seconds or 1.0
+    ax, hop = _axes(ax, height=0.9 + 0.25 * rows), hop_seconds or 1.0
     for row in range(rows):
         ax.broken_barh([(0, n_frames * hop)], (row - 0.4, 0.8), facecolor="#E8EEF4", edgecolor="none")
         runs = [(start * hop, (stop - start) * hop) for start, stop in _runs(mask[row]) if mask[row, start]]
         ax.broken_barh(runs, (row - 0.4, 0.8), facecolor="#00386B", edgecolor="none")
     _time_axis(ax, n_frames * hop, "time (s)" if hop_seconds else "frame")
-    ax.set_ylim(rows - 0.5, -0.5)
-    ax.set_ylabel(ylabel)
-    ax.set_yticks(range(rows) if rows <= 12 else range(0, rows, 5))
+    ax.set(ylim=(rows - 0.5, -0.5), ylabel=ylabel, yticks=range(0, rows, 1 if rows <= 12 else 5))
     return ax
 
 
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     """Split a sequence into runs of equal values: (first, one past the last)."""
-    if not len(values):
-        return []
     cuts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
-    return list(itertools.pairwise(cuts))
+    return list(itertools.pairwise(cuts)) if len(values) else []
 
 
 # %% ../../nbs/appendix/drawing.ipynb #286a7620
 def plot_segments(segments: Iterable[Any], ax: Axes | None = None, *, ylabel: str = "") -> Axes:
-    """Draw labelled stretches of time, such as words or phones.
-
-    Args:
-        segments: Things with `label`, `start` and `end` in seconds, or such tuples.
-        ax: Where to draw; a new figure by default.
-        ylabel: What the stretches are.
-    """
+    """Draw labelled stretches of time, such as words: things with `label`, `start` and `end` in seconds, or such tuples."""
     ax = _axes(ax, height=0.9)
     triples = [(s.label, s.start, s.end) if hasattr(s, "label") else tuple(s) for s in segments]
-    end = max((t[2] for t in triples), default=1.0)
     if ax.get_xlim() == (0.0, 1.0):
-        _time_axis(ax, end)
-    for i, (label, start, stop) in enumerate(triples):
-        ax.add_patch(
-            Rectangle(
-                (start, 0),
-                stop - start,
-                1,
-                facecolor=("#DCEAF5", "#F6E8D0")[i % 2],
-                edgecolor=INK,
-                linewidth=0.5,
-            )
-        )
-        ax.add_artist(_FittedText((start + stop) / 2, 0.5, str(label), stop - start, color=INK))
-    ax.set_ylim(0, 1)
-    ax.set_yticks([])
+        _time_axis(ax, max((end for _, _, end in triples), default=1.0))
+    for i, (label, start, end) in enumerate(triples):
+        tint = ("#DCEAF5", "#F6E8D0")[i % 2]
+        ax.add_patch(Rectangle((start, 0), end - start, 1, facecolor=tint, edgecolor=_INK, linewidth=0.5))
+        ax.add_artist(_FittedText((start + end) / 2, 0.5, str(label), end - start, color=_INK))
+    ax.set(ylim=(0, 1), yticks=[])
     ax.spines["left"].set_visible(False)
     ax.set_ylabel(ylabel, rotation=0, ha="right", va="center")
     return ax
@@ -530,51 +420,30 @@ class _FittedText(Text):
 
     def draw(self, renderer: Any) -> None:
         """Draw the label in the size that fits; only now is the width of the axes known."""
-        assert self.axes is not None  # it is always added to axes
-        ends = self.axes.transData.transform([(0, 0), (self.room, 0)])
+        (left, _), (right, _) = self.axes.transData.transform([(0, 0), (self.room, 0)])  # type: ignore[union-attr]
         self.set_fontsize(9)
-        size = min(
-            9.0, 9 * 0.9 * abs(ends[1, 0] - ends[0, 0]) / max(self.get_window_extent(renderer).width, 1e-6)
-        )
+        size = min(9.0, 9 * 0.9 * abs(right - left) / max(self.get_window_extent(renderer).width, 1e-6))
         if size >= 5.5:
             self.set_fontsize(size)
             super().draw(renderer)
 
 
 # %% ../../nbs/appendix/drawing.ipynb #33ee061f
-def plot_attention(
-    attention: Any,
-    ax: Axes | None = None,
-    hop: float | None = 0.02,
-    *,
-    vmin: float | None = 0.0,
-    title: str = "",
-    colorbar: bool | str = "attention weight",
-    xlabel: str | None = None,
-    ylabel: str | None = None,
-) -> Axes:
+def plot_attention(attention: Any, ax: Axes | None = None, hop: float | None = 0.02, **look: Any) -> Axes:
     """Draw an attention map: each row is a frame that looks, each column a frame that is looked at.
 
     Args:
         attention: `[T, T]`, rows sum to one.
-        ax: Where to draw; a new figure by default.
+        ax: Where to draw.
         hop: Seconds from one frame to the next; None counts frames instead.
-        vmin: Weight of the darkest colour; None takes the smallest, which shows faint patterns.
-        title: Heading.
-        colorbar: Show the scale; a string labels it.
-        xlabel: Name of the columns.
-        ylabel: Name of the rows.
+        **look: As in `plot_matrix`; `vmin=None` takes the smallest weight, which shows faint patterns.
     """
     attention = _array(attention, 2, "attention")
-    rows, columns = attention.shape
-    ax = _axes(ax, width=4.6, height=3.9)
-    unit = "frame" if hop is None else "s"
+    (rows, columns), unit = attention.shape, "frame" if hop is None else "s"
+    look = {"xlabel": f"looked at ({unit})", "ylabel": f"looking ({unit})", "vmin": 0.0} | look
+    look = {"colorbar": "attention weight"} | look
     extent = None if hop is None else (0.0, columns * hop, rows * hop, 0.0)
-    xlabel = f"looked at ({unit})" if xlabel is None else xlabel
-    ylabel = f"looking ({unit})" if ylabel is None else ylabel
-    return plot_matrix(
-        attention, ax, xlabel, ylabel, title=title, colorbar=colorbar, extent=extent, vmin=vmin
-    )
+    return plot_matrix(attention, _axes(ax, width=4.6, height=3.9), extent=extent, **look)
 
 
 # %% ../../nbs/appendix/drawing.ipynb #9a404231
@@ -585,47 +454,29 @@ def plot_codes(
 
     Args:
         codes: `[T, G]` (or `[T]`) whole numbers.
-        ax: Where to draw; a new figure by default.
+        ax: Where to draw.
         hop: Seconds from one frame to the next; None counts frames instead.
         n_codes: Codes per group, for the colour scale; the largest seen by default.
     """
-    codes = _array(codes, (1, 2), "codes")
-    codes = codes[:, None] if codes.ndim == 1 else codes
-    n_frames, groups = codes.shape
+    from matplotlib import colormaps
+
+    codes = np.atleast_2d(_array(codes, (1, 2), "codes").T).T  # [T, G]
+    (n_frames, groups), step = codes.shape, hop or 1.0
     ax = _axes(ax, height=0.9 + 0.4 * groups)
-    step = hop or 1.0
     if ax.get_xlim() == (0.0, 1.0):
         _time_axis(ax, n_frames * step, "frame" if hop is None else "time (s)")
-    tints = _cividis(codes / max((n_codes or int(codes.max(initial=1)) + 1) - 1, 1))
+    largest = max((n_codes or int(codes.max(initial=1)) + 1) - 1, 1)
     for g in range(groups):
         for start, stop in _runs(codes[:, g]):
-            tint = tints[start, g]
-            ax.add_patch(
-                Rectangle(
-                    (start * step, g - 0.42),
-                    (stop - start) * step,
-                    0.84,
-                    facecolor=tint,
-                    edgecolor="white",
-                    linewidth=0.4,
-                )
-            )
-            ink = "black" if tint[:3] @ (0.299, 0.587, 0.114) > 0.5 else "white"
-            middle, room = (start + stop) / 2 * step, (stop - start) * step
-            if (
-                n_frames <= 40 or stop - start > 1
-            ):  # in a long row, a few numbers in narrow boxes only disturb
-                ax.add_artist(_FittedText(middle, g, str(int(codes[start, g])), room, color=ink))
+            tint, room = colormaps["cividis"](min(codes[start, g] / largest, 1.0)), (stop - start) * step
+            corner = (start * step, g - 0.42)
+            ax.add_patch(Rectangle(corner, room, 0.84, facecolor=tint, edgecolor="white", linewidth=0.4))
+            if n_frames <= 40 or stop - start > 1:  # in a long row, numbers in narrow boxes only disturb
+                middle, text = (start + stop) / 2 * step, str(int(codes[start, g]))
+                ax.add_artist(_FittedText(middle, g, text, room, color=_ink_on(tint)))
     ax.set_ylim(groups - 0.5, -0.5)
     ax.set_yticks(range(groups), [f"group {g}" for g in range(groups)])
     return ax
-
-
-def _cividis(shares: np.ndarray) -> np.ndarray:
-    """Map numbers in 0..1 to colours."""
-    from matplotlib import colormaps
-
-    return np.asarray(colormaps["cividis"](np.clip(shares, 0, 1)))
 
 
 # %% ../../nbs/appendix/drawing.ipynb #5df326ff
@@ -641,7 +492,6 @@ def timeline(
     frames: Any = None,
     spectrogram: bool = True,
     n_codes: int | None = None,
-    width: float = 7.0,
 ) -> Figure:
     """Stack everything known about one clip on one time axis in seconds.
 
@@ -649,328 +499,149 @@ def timeline(
         audio: Samples `[S]`.
         rate: Samples per second.
         segments: Labelled stretches, or a dict from a name ("words") to them.
-        mask: `[T]` bool, True = hidden.
+        mask: `[T]` bool, True = masked.
         attention: `[T, T]`, or a dict from a title to such maps: columns lie on the time axis.
         codes: `[T, G]`.
         hop: Seconds from one frame to the next.
         frames: `[T, channels]` latent frames.
         spectrogram: Draw one.
         n_codes: Codes per group.
-        width: Whole width in inches.
 
     Returns:
         The figure; its `axes` are the rows, from top to bottom.
     """
     audio = _array(audio, 1, "audio")
-    rows: list[tuple[str, float, Any]] = [("waveform", 1.0, None)]
-    named = segments if isinstance(segments, Mapping) else {"": segments} if segments is not None else {}
-    maps = (
-        attention
-        if isinstance(attention, Mapping)
-        else {"attention": attention}
-        if attention is not None
-        else {}
-    )
-    rows += [("segments", 0.34, item) for item in named.items()]
-    rows += [("spectrogram", 1.2, None)] if spectrogram else []
-    rows += [("frames", 1.2, frames)] if frames is not None else []
-    rows += [("mask", 0.3, mask)] if mask is not None else []
-    rows += [("attention", 1.9, item) for item in maps.items()]
-    rows += [("codes", 0.8, codes)] if codes is not None else []
-    ratios = [row[1] for row in rows]
-    fig, axes = figure(
-        len(rows), width=width, height=0.5 + 0.95 * sum(ratios), sharex=True, height_ratios=ratios
-    )
-    axes = np.atleast_1d(axes)
-    for ax in axes:
-        ax.set_xlim(0, audio.size / rate)
-    for (kind, _, data), ax in zip(rows, axes, strict=True):
-        _draw_row(kind, data, ax, audio, rate=rate, hop=hop, n_codes=n_codes)
+    rows: list[tuple[float, Callable[[Axes], Any]]] = []  # height of each row, and what draws it
+    rows.append((1.0, partial(plot_waveform, audio, rate)))
+    for name, stretches in _named(segments, "").items():
+        rows.append((0.34, partial(plot_segments, stretches, ylabel=name)))
+    if spectrogram:
+        rows.append((1.2, lambda ax: plot_spectrogram(audio, rate, ax).set_ylabel("kHz")))
+    if frames is not None:
+        rows.append((1.2, partial(plot_frames, frames, hop=hop, ylabel="latent\nchannel", colorbar=False)))
+    if mask is not None:
+        rows.append((0.3, partial(plot_mask, mask, hop_seconds=hop, ylabel="")))
+    for name, map in _named(attention, "attention").items():
+        ylabel = f"{name}\nlooking (s)"
+        rows.append((1.9, partial(plot_attention, map, hop=hop, colorbar=False, ylabel=ylabel)))
+    if codes is not None:
+        rows.append((0.8, partial(plot_codes, codes, hop=hop, n_codes=n_codes)))
+    ratios = [height for height, _ in rows]
+    fig, axes = figure(len(rows), height=0.5 + 0.95 * sum(ratios), sharex=True, height_ratios=ratios)
+    axes, end = np.atleast_1d(axes), audio.size / rate
+    axes[0].set_xlim(0, end)
+    for (height, draw), ax in zip(rows, axes, strict=True):
+        draw(ax)
+        if height == 0.3:  # the mask
+            ax.set_yticks([])
+            ax.set_ylabel("hidden", rotation=0, ha="right", va="center")
         ax.set_xlabel("")
-        ax.tick_params(labelbottom=False, length=2)
-    axes[-1].tick_params(labelbottom=True)
-    axes[-1].set_xlabel("time (s)")
-    axes[-1].set_xlim(0, audio.size / rate)
+        ax.tick_params(labelbottom=ax is axes[-1], length=2)
+    axes[-1].set(xlabel="time (s)", xlim=(0, end))
     fig.align_ylabels(axes)
     return fig
 
 
-def _draw_row(
-    kind: str, data: Any, ax: Axes, audio: np.ndarray, *, rate: int, hop: float, n_codes: int | None
-) -> None:
-    """Draw one row of a timeline."""
-    if kind == "waveform":
-        plot_waveform(audio, rate, ax)
-    elif kind == "spectrogram":
-        plot_spectrogram(audio, rate, ax)
-        ax.set_ylabel("kHz")
-    elif kind == "segments":
-        plot_segments(data[1], ax, ylabel=data[0])
-    elif kind == "frames":
-        plot_frames(data, ax, hop=hop, ylabel="latent\nchannel", colorbar=False)
-    elif kind == "mask":
-        plot_mask(np.atleast_2d(_array(data, (1, 2), "mask"))[:1], ax, hop, ylabel="hidden")
-        ax.set_yticks([])
-        ax.yaxis.label.set(rotation=0, ha="right", va="center")
-    elif kind == "attention":
-        plot_attention(data[1], ax, hop, colorbar=False, ylabel=f"{data[0]}\nlooking (s)")
-    elif kind == "codes":
-        plot_codes(data, ax, hop, n_codes=n_codes)
+def _named(values: Any, name: str) -> Mapping[str, Any]:
+    """Things by name: a dict as it is, one thing under `name`, nothing for None."""
+    return values if isinstance(values, Mapping) else {} if values is None else {name: values}
 
 
 # %% ../../nbs/appendix/drawing.ipynb #f79d9c20
-MAP_BLOCKS = (
-    "config", "audio", "corpus", "features", "masking", "negatives", "quantizer", "positions", "attention", "convolution",
-    "conformer", "pretrained", "wav2vec2", "pretraining", "ctc", "tokenizer", "decoding", "alignment", "classification", "speaker",
-    "batches", "transcription", "trainer", "reports",
-)  # fmt: skip
-
-# key -> (left, top, width, height, title, kind), in pixels of a page 700 wide and 550 high; "a/b" belongs to block a
-_BOXES: dict[str, tuple[float, float, float, float, str, str]] = {
-    "audio": (8, 62, 84, 66, "audio", "sound"),
-    "corpus": (8, 178, 84, 44, "speech\ncorpus", "sound"),
-    "features": (142, 62, 92, 66, "feature\nencoder", "latent"),
-    "features/projection": (302, 62, 80, 66, "projection", "latent"),
-    "masking": (448, 62, 62, 66, "mask", "latent"),
-    "conformer": (540, 62, 98, 66, "conformer", "block"),
-    "conformer/ffn1": (203, 190, 58, 44, "½ feed\nforward", "block"),
-    "attention": (279, 190, 88, 44, "attention", "block"),
-    "convolution": (385, 190, 98, 44, "convolution", "block"),
-    "conformer/ffn2": (501, 190, 58, 44, "½ feed\nforward", "block"),
-    "conformer/norm": (577, 190, 50, 44, "layer\nnorm", "block"),
-    "positions": (279, 250, 88, 26, "positions", "block"),
-    "quantizer": (142, 322, 104, 52, "quantizer", "loss"),
-    "negatives": (324, 322, 96, 52, "negatives", "loss"),
-    "pretraining": (552, 322, 106, 52, "contrastive\nloss", "loss"),
-    "batches": (8, 256, 84, 40, "batches", "sound"),
-    "trainer": (8, 330, 84, 44, "training", "loss"),
-    "reports": (8, 438, 84, 44, "evaluation", "loss"),
-    "ctc": (142, 438, 62, 44, "CTC", "head"),
-    "decoding": (222, 438, 78, 44, "decoding", "head"),
-    "tokenizer": (318, 438, 50, 44, "text", "head"),
-    "alignment": (386, 438, 78, 44, "alignment", "head"),
-    "classification": (476, 438, 114, 44, "sequence and\nframe heads", "head"),
-    "speaker": (604, 438, 76, 44, "speaker\nx-vector", "head"),
-    "config": (8, 510, 214, 30, "config: every size", "base"),
-    "pretrained": (230, 510, 240, 30, "pretrained: weights in and out", "base"),
-    "transcription": (478, 510, 214, 30, "transcription: any length", "base"),
-}
-_TINTS = {
-    "sound": "#DCEAF5",
-    "latent": "#E3F1EC",
-    "block": "#F3ECF5",
-    "loss": "#FBE9DF",
-    "head": "#FBF6D9",
-    "base": "#EFEFEF",
-}
-_LIT, _LIT_AREA = "#FFC845", "#FFF1CC"
+_MAP: dict[str, Any] = json.loads((resources.files("w2vc") / "assets" / "map.json").read_text("utf-8"))
+MAP_BLOCKS = (*[key for key in _MAP["boxes"] if "/" not in key], "wav2vec2")  # "a/b" belongs to block a
 
 
-# %% ../../nbs/appendix/drawing.ipynb #b1c41d77
-def _panel(ax: Axes, box: tuple[float, float, float, float], **look: Any) -> None:
-    """Draw a rectangle with round corners."""
+def _panel(ax: Axes, box: Sequence[float], color: str, lit: bool, **look: Any) -> None:
+    """Draw a rectangle with round corners; a lit one has a thick outline."""
     x, y, w, h = box
-    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=7", **look))
+    look |= {"linewidth": 2.6, "edgecolor": "black", "linestyle": "-"} if lit else {"linewidth": 0.9}
+    style = "round,pad=0,rounding_size=7"
+    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=style, facecolor=color, **look))
 
 
 def _note(ax: Axes, x: float, y: float, text: str, **look: Any) -> None:
-    """Write a shape or a remark beside an arrow."""
-    look = {"fontsize": 8, "color": "#3B3B3B", "ha": "center", "va": "center", "zorder": 6, **look}
-    ax.text(x, y, text, **look)
+    """Write a title, a shape or a remark."""
+    usual = {"fontsize": 8, "color": "#3B3B3B", "ha": "center", "va": "center", "zorder": 6}
+    ax.text(x, y, text, **{**usual, **look})
 
 
-def _arrow(ax: Axes, *points: tuple[float, float]) -> None:
-    """Draw an arrow along two or more points."""
-    if len(points) > 2:
-        xs, ys = zip(*points[:-1], strict=True)
-        ax.plot(xs, ys, color=INK, linewidth=1.2, zorder=2)
-    look: dict[str, Any] = {
-        "arrowstyle": "-|>",
-        "mutation_scale": 10,
-        "color": INK,
-        "linewidth": 1.2,
-        "shrinkA": 0,
-        "shrinkB": 1,
-    }
-    ax.add_patch(FancyArrowPatch(points[-2], points[-1], zorder=2, **look))
-
-
-def _draw_box(ax: Axes, key: str, lit: bool) -> None:
-    """Draw one block; a lit one has a strong colour, a thick outline and bold letters."""
-    x, y, w, h, title, kind = _BOXES[key]
-    edge: dict[str, Any] = (
-        {"edgecolor": "black", "linewidth": 2.6} if lit else {"edgecolor": "#6B6B6B", "linewidth": 0.9}
-    )
-    _panel(ax, (x, y, w, h), facecolor=_LIT if lit else _TINTS[kind], zorder=3, **edge)
-    high = key in (
-        "audio",
-        "masking",
-        "quantizer",
-        "features",
-        "conformer",
-    )  # room for a sign below the title
-    size = 9.2 if key == "features/projection" else 8.2 if "/" in key else 9.6
-    look = {
-        "fontsize": size,
-        "weight": "bold" if lit else "normal",
-        "color": INK,
-        "linespacing": 1.05,
-        "zorder": 5,
-    }
-    _note(ax, x + w / 2, y + h * (0.3 if high else 0.5), title, **look)
-
-
-# %% ../../nbs/appendix/drawing.ipynb #b8a16036
-def _draw_areas(ax: Axes, block: str | None) -> None:
-    """Draw the areas behind the blocks: the model, one block magnified, pre-training, the heads."""
-    areas = {
-        "wav2vec2": (128, 24, 564, 266),
-        "pretraining": (128, 298, 564, 96),
-        "heads": (128, 402, 564, 92),
-        "conformer": (192, 158, 446, 126),
-    }
-    for slug, area in areas.items():
-        rest: dict[str, Any] = {
-            "facecolor": "#F8F3F9" if slug == "conformer" else "#FBFBFB",
-            "edgecolor": "#B9A3BE",
-            "linewidth": 0.9,
-        }
-        dashed: dict[str, Any] = (
-            {} if slug == "conformer" else {"linestyle": (0, (5, 3)), "edgecolor": "#B5B5B5"}
-        )
-        lit: dict[str, Any] = {"facecolor": _LIT_AREA, "edgecolor": "black", "linewidth": 2.6}
-        _panel(
-            ax, area, zorder=1 if slug == "conformer" else 0, **(lit if slug == block else {**rest, **dashed})
-        )
-    for xs in ((542, 196), (636, 634)):
-        ax.plot(xs, (128, 158), color="#8E6C96", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    for slug, x, y, text in (
-        ("wav2vec2", 138, 37, "the model"),
-        ("pretraining", 452, 383, "pre-training"),
-        ("heads", 138, 413, "heads, with labels"),
-    ):
-        look: dict[str, Any] = {"weight": "bold"} if slug == block else {"style": "italic"}
-        _note(ax, x, y, text, ha="left", fontsize=9, **look)
-    _note(ax, 204, 173, "inside one conformer block", ha="left", style="italic", fontsize=8.2)
+def _arrow(ax: Axes, corners: Sequence[float]) -> None:
+    """Draw an arrow along two or more points, given as x, y, x, y, …."""
+    *before, start, end = zip(corners[::2], corners[1::2], strict=True)
+    ax.plot(*zip(*before, start, strict=True), color=_INK, linewidth=1.2, zorder=2)
+    look: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 10, "shrinkA": 0, "shrinkB": 1}
+    ax.add_patch(FancyArrowPatch(start, end, color=_INK, linewidth=1.2, zorder=2, **look))
 
 
 def _draw_signs(ax: Axes) -> None:
-    """Draw small signs into blocks: a wave, shrinking layers, hidden frames, codes."""
+    """Draw small signs into blocks: a wave, shrinking layers, masked frames, codes."""
     t = np.linspace(0, 1, 200)
-    voice = np.sin(50 * t) * np.exp(-((t - 0.35) ** 2) / 0.02) + 0.6 * np.sin(80 * t) * np.exp(
-        -((t - 0.75) ** 2) / 0.01
-    )
+    low, high = np.exp(-((t - 0.35) ** 2) / 0.02), 0.6 * np.exp(-((t - 0.75) ** 2) / 0.01)
+    voice = np.sin(50 * t) * low + np.sin(80 * t) * high
     ax.plot(18 + 64 * t, 106 - 13 * voice, color=OKABE_ITO.blue, linewidth=1.0, zorder=4)
-    for i in range(7):  # convolutions, each shorter than the last
-        half = 30 * 0.8**i
-        ax.plot([188 - half, 188 + half], [103 + 3.2 * i] * 2, color=OKABE_ITO.green, linewidth=1.8, zorder=4)
     for i in range(7):
-        dark = "#00386B" if i in (2, 3, 4) else "white"
-        ax.add_patch(
-            Rectangle((455 + 7 * i, 98), 6, 20, facecolor=dark, edgecolor="#00386B", linewidth=0.7, zorder=4)
-        )
+        half, y = 30 * 0.8**i, 103 + 3.2 * i  # convolutions, each shorter than the last
+        ax.plot([188 - half, 188 + half], [y, y], color=OKABE_ITO.green, linewidth=1.8, zorder=4)
+    masked = "#00386B"
+    cells = [(455.0 + 7 * i, 98, 6, 20, masked if i in (2, 3, 4) else "white", masked, 0.7) for i in range(7)]
     chosen = {0: OKABE_ITO.vermillion, 3: OKABE_ITO.sky, 7: OKABE_ITO.orange}
     for i in range(8):
-        corner = (162 + 16.5 * (i % 4), 345 + 12 * (i // 4))
-        look: dict[str, Any] = {"facecolor": chosen.get(i, "white"), "edgecolor": INK, "linewidth": 0.6}
-        ax.add_patch(Rectangle(corner, 14, 10, zorder=4, **look))
+        cells += [(162 + 16.5 * (i % 4), 345 + 12 * (i // 4), 14, 10, chosen.get(i, "white"), _INK, 0.6)]
+    for x, y, w, h, color, edge, line in cells:
+        ax.add_patch(Rectangle((x, y), w, h, facecolor=color, edgecolor=edge, linewidth=line, zorder=4))
 
 
-def _draw_arrows(ax: Axes, config: Any) -> None:
-    """Draw the arrows and the shapes on them."""
-    channels, width = config.conv_dim[-1], config.hidden_size
-    _arrow(ax, (50, 178), (50, 128))
-    for start, stop in ((92, 142), (234, 302), (382, 448), (510, 540)):
-        _arrow(ax, (start, 95), (stop, 95))
-    for start, stop in ((261, 279), (367, 385), (483, 501), (559, 577)):
-        _arrow(ax, (start, 212), (stop, 212))
-    _arrow(ax, (323, 250), (323, 234))
-    _arrow(ax, (638, 95), (666, 95), (666, 308), (640, 308), (640, 322))  # context, down to the loss
-    ax.plot((666, 666, 173), (308, 425, 425), color=INK, linewidth=1.2, zorder=2)  # context, on to the heads
-    for x in (173, 533, 642):
-        _arrow(ax, (x, 425), (x, 438))
-    for start, stop in ((204, 222), (300, 318)):
-        _arrow(ax, (start, 460), (stop, 460))
-    _arrow(ax, (386, 460), (368, 460))  # the text and where it is heard
-    for start, stop in ((222, 256), (296, 330), (374, 438)):
-        _arrow(ax, (50, start), (50, stop))
-    _arrow(ax, (312, 128), (312, 146), (164, 146), (164, 322))  # normalised frames, down to the quantizer
-    _arrow(ax, (246, 348), (324, 348))
-    _arrow(ax, (420, 348), (552, 348))
-    _note(ax, 110, 86, "[B, S]")
-    _note(ax, 267, 86, f"[B, T, {channels}]")
-    _note(ax, 414, 86, f"[B, T, {width}]")
-    _note(ax, 678, 205, f"context  [B, T, {width}]", rotation=90)
-    _note(ax, 153, 222, f"[B, T, {channels}]", rotation=90)
-    _note(ax, 284, 339, f"[B, T, {config.codevector_dim}]")
-    _note(ax, 485, 339, f"1 true + {config.num_negatives} wrong")
-    _note(ax, 212, 313, f"{config.num_codevector_groups} × {config.num_codevectors_per_group} codes")
-    _note(ax, 142, 53, f"{math.prod(config.conv_stride)} samples to 1 frame", ha="left")
-    _note(ax, 589, 103, f"× {config.num_hidden_layers} blocks", fontsize=8.2)
-
-
-# %% ../../nbs/appendix/drawing.ipynb #b3f6143a
+# %% ../../nbs/appendix/drawing.ipynb #b1c41d77
 def draw_map(block: str | None = None, config: Any = None) -> tuple[Figure, str]:
     """Draw the map and word its description, without showing it; see `show_map`."""
     if block is not None and block not in MAP_BLOCKS:
         raise ValueError(f"block={block!r} is not on the map; allowed are {', '.join(MAP_BLOCKS)}")
-    if config is None:
-        from w2vc.config import Wav2Vec2ConformerConfig
-
-        config = Wav2Vec2ConformerConfig()
-    fig = Figure(figsize=(7, 5.5), facecolor=PAPER)
+    config = Wav2Vec2ConformerConfig() if config is None else config
+    fig = Figure(figsize=(7, 5.5), facecolor=_PAPER)
     FigureCanvasAgg(fig)
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 700), ylim=(550, 0))
     ax.axis("off")
-    _draw_areas(ax, block)
-    for key in _BOXES:
-        _draw_box(ax, key, key.split("/")[0] == block)
-    _draw_signs(ax)
-    _draw_arrows(ax, config)
-    if block is not None:
-        x, y, w, h, *_ = _BOXES.get(block, (552, 246, 96, 44, ""))  # the model has an area, not a box
-        tag = {"boxstyle": "round,pad=0.22", "facecolor": "black", "edgecolor": "none"}
-        _note(
-            ax,
-            x + w / 2,
-            y + h + 1,
-            "you are here",
-            fontsize=7.6,
-            color="white",
-            weight="bold",
-            zorder=8,
-            bbox=tag,
+    for name, (*area, title, x, y) in _MAP["areas"].items():
+        lit, inner = name == block, name == "conformer"
+        tint, edge, dash = ("#F8F3F9", "#B9A3BE", "-") if inner else ("#FBFBFB", "#B5B5B5", (0, (5, 3)))
+        _panel(ax, area, "#FFF1CC" if lit else tint, lit, edgecolor=edge, linestyle=dash, zorder=int(inner))
+        style = {"weight": "bold"} if lit and not inner else {"style": "italic"}
+        _note(ax, x, y, title, ha="left", fontsize=8.2 if inner else 9, **style)
+    for xs in ((542, 196), (636, 634)):  # the conformer, magnified
+        ax.plot(xs, (128, 158), color="#8E6C96", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    for key, (x, y, w, h, title, kind) in _MAP["boxes"].items():
+        lit, high = key.split("/")[0] == block, key in _MAP["signs"]  # room for a sign below the title
+        _panel(
+            ax, (x, y, w, h), "#FFC845" if lit else _MAP["tints"][kind], lit, edgecolor="#6B6B6B", zorder=3
         )
-    return fig, _map_text(block, config)
-
-
-def _map_text(block: str | None, config: Any) -> str:
-    """Word the map for those who cannot see it."""
-    names = {key: title.replace("\n", " ") for key, (*_, title, _) in _BOXES.items()}
-    names |= {
-        "wav2vec2": "model",
-        "pretraining": "pre-training part",
-        "config": "config",
-        "pretrained": "pretrained weights",
-    }
-    return (
-        f"Map of the architecture. Sound [B, S] goes through the feature encoder ({math.prod(config.conv_stride)} samples "
-        f"to 1 frame, {config.conv_dim[-1]} channels), the projection to width {config.hidden_size}, the mask and "
-        f"{config.num_hidden_layers} conformer blocks (half a feed-forward, attention with positions, convolution, half a "
-        "feed-forward, layer norm), and becomes context. For pre-training, the frames also go through the quantizer and, "
-        "with negatives, meet the context in the contrastive loss. With labels, the context goes to a head instead: CTC, "
-        "then decoding and text with its alignment; sequence and frame heads; speaker x-vectors. Beside it speech goes in "
-        f"batches to training and evaluation. Lit: {names[block] if block else 'nothing'}."
-    )
+        size = 9.2 if key == "features/projection" else 8.2 if "/" in key else 9.6
+        look = {"fontsize": size, "weight": "bold" if lit else "normal", "color": _INK, "linespacing": 1.05}
+        _note(ax, x + w / 2, y + h * (0.3 if high else 0.5), title, zorder=5, **look)
+    _draw_signs(ax)
+    for corners in _MAP["arrows"]:
+        _arrow(ax, corners)
+    sizes = {
+        "C": config.conv_dim[-1], "D": config.hidden_size, "L": config.num_hidden_layers, "d": config.codevector_dim,
+        "G": config.num_codevector_groups, "V": config.num_codevectors_per_group, "N": config.num_negatives,
+        "hop": math.prod(config.conv_stride),
+    }  # fmt: skip
+    for x, y, text, look in _MAP["notes"]:
+        _note(ax, x, y, text.format(**sizes), **look)
+    if block is not None:
+        x, y, w, h, *_ = _MAP["boxes"].get(block, (552, 246, 96, 44))  # the model has an area, not a box
+        look = {"fontsize": 7.6, "color": "white", "weight": "bold", "zorder": 8}
+        tag = {"boxstyle": "round,pad=0.22", "facecolor": "black", "edgecolor": "none"}
+        _note(ax, x + w / 2, y + h + 1, "you are here", bbox=tag, **look)
+    names = {key: box[4].replace("\n", " ") for key, box in _MAP["boxes"].items()} | _MAP["names"]
+    return fig, _MAP["words"].format(lit=names[block] if block else "nothing", **sizes)
 
 
 def show_map(block: str | None = None, config: Any = None) -> None:
-    """Show the whole architecture, with one block lit: you are here.
+    """Show the whole architecture, with one block lit, such as "masking": you are here.
 
-    Args:
-        block: Slug of a module of the model, such as "masking"; None lights nothing.
-        config: Sizes for the arrows; the default configuration if None.
+    The arrows bear the sizes of `config`; None: of the default one.
 
     Raises:
         ValueError: If no block has this name.
