@@ -520,7 +520,8 @@ def timeline(
     if frames is not None:
         rows.append((1.2, partial(plot_frames, frames, hop=hop, ylabel="latent\nchannel", colorbar=False)))
     if mask is not None:
-        rows.append((0.3, partial(plot_mask, mask, hop_seconds=hop, ylabel="")))
+        first = np.atleast_2d(_array(mask, (1, 2), "mask"))[:1]
+        rows.append((0.3, partial(plot_mask, first, hop_seconds=hop, ylabel="")))
     for name, map in _named(attention, "attention").items():
         ylabel = f"{name}\nlooking (s)"
         rows.append((1.9, partial(plot_attention, map, hop=hop, colorbar=False, ylabel=ylabel)))
