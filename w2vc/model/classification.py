@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ..checks import MANY_LABELS, ONE_LABEL, REGRESSION, check_label_form, check
 from ..config import Wav2Vec2ConformerConfig, refuse
 from ..files.pretrained import PreTrainedModel
 from .features import frame_mask, valid_lengths
-from .wav2vec2 import ModelOutput, Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel
+from .wav2vec2 import ModelOutput, Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel, model_output
 
 # %% auto #0
 __all__ = [
@@ -190,7 +189,7 @@ class BaseClassifier(PreTrainedModel):
 
 
 # %% ../../nbs/model/classification.ipynb #1955df57
-@dataclass(eq=False)
+@model_output
 class SequenceClassifierOutput(ModelOutput):
     """What the classifier of utterances returns.
 
@@ -207,7 +206,7 @@ class SequenceClassifierOutput(ModelOutput):
     attentions: tuple[Tensor | None, ...] | None = None
 
 
-@dataclass(eq=False)
+@model_output
 class TokenClassifierOutput(SequenceClassifierOutput):
     """What the classifier of frames returns: the same fields, with logits `[B, T, num_labels]`, T behind an adapter."""
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from ..checks import check_feasible, check_labels
 from ..config import Wav2Vec2ConformerConfig, refuse
 from ..files.pretrained import PreTrainedModel
 from .features import valid_lengths
-from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel
+from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel, model_output
 
 # %% auto #0
 __all__ = [
@@ -143,7 +142,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
 
 
 # %% ../../nbs/model/ctc.ipynb #4c42f9ae
-@dataclass(eq=False)
+@model_output
 class CausalLMOutput(ModelOutput):
     """What the CTC head returns.
 

@@ -5,7 +5,6 @@
 # %% ../../nbs/model/pretraining.ipynb #432adeed
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from ..checks import check_pretraining
 from ..config import Wav2Vec2ConformerConfig
 from ..files.pretrained import PreTrainedModel
 from .quantizer import GumbelVectorQuantizer
-from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel
+from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel, model_output
 
 # %% auto #0
 __all__ = [
@@ -109,7 +108,7 @@ def diversity_loss(perplexity: Tensor, mask: Tensor, num_codes: int) -> Tensor:
 
 
 # %% ../../nbs/model/pretraining.ipynb #e9463fc8
-@dataclass(eq=False)
+@model_output
 class Wav2Vec2ConformerForPreTrainingOutput(ModelOutput):
     """What the pre-training head returns.
 

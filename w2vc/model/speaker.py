@@ -5,7 +5,6 @@
 # %% ../../nbs/model/speaker.ipynb #7b56c004
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..checks import check_long_enough, check_speakers
 from ..config import Wav2Vec2ConformerConfig
 from .classification import BaseClassifier
 from .features import conv_output_lengths, frame_mask, valid_lengths
-from .wav2vec2 import ModelOutput
+from .wav2vec2 import ModelOutput, model_output
 
 # %% auto #0
 __all__ = [
@@ -152,7 +151,7 @@ class AMSoftmaxLoss(nn.Module):
 
 
 # %% ../../nbs/model/speaker.ipynb #04544c8a
-@dataclass(eq=False)
+@model_output
 class XVectorOutput(ModelOutput):
     """What the speaker head returns.
 

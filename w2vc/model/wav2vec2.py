@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from w2vc.model.features import (
     FeatureEncoder,
@@ -30,6 +29,7 @@ from .masking import apply_spec_augment
 # %% auto #0
 __all__ = [
     "ModelOutput",
+    "model_output",
     "Wav2Vec2BaseModelOutput",
     "Wav2Vec2ConformerModel",
     "adapter_output_lengths",
@@ -45,15 +45,6 @@ class ModelOutput:
     Fields that are None do not count: `output.keys()`, `len(output)`, `output[0]` and `to_tuple()` pass
     over them, as transformers' outputs do. Iterating gives keys.
     """
-
-    def __init_subclass__(cls) -> None:
-        """Teach torch's tree functions to look inside (torch.export, FSDP)."""
-        pytree.register_pytree_node(
-            cls,
-            lambda output: (list(output.values()), output.keys()),
-            lambda values, names: cls(**dict(zip(names, values, strict=True))),
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-        )
 
     def keys(self) -> list[str]:
         """Names of the fields that are filled."""
@@ -85,8 +76,19 @@ class ModelOutput:
         return iter(self.keys())
 
 
+_Output = TypeVar("_Output")
+
+
+@dataclass_transform(eq_default=False)
+def model_output(cls: type[_Output]) -> type[_Output]:
+    """Make an output class a dataclass into which torch's tree functions look (torch.export, FSDP)."""
+    made = dataclass(eq=False)(cls)
+    torch.export.register_dataclass(made, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    return made
+
+
 # %% ../../nbs/model/wav2vec2.ipynb #cdeacec0
-@dataclass(eq=False)
+@model_output
 class Wav2Vec2BaseModelOutput(ModelOutput):
     """What the base model returns.
 
