@@ -68,9 +68,9 @@ def gradients_of_a_step(state: TrainState) -> dict[str, Tensor]:
     """What the optimiser gets to see in one step, with batch norm in eval."""
     for module in state.model.modules():
         if isinstance(module, nn.BatchNorm1d):
-            module.train = lambda mode, module=module: nn.Module.train(module, False)  # type: ignore[method-assign,assignment,misc]
+            module.train = lambda mode, module=module: nn.Module.train(module, False)
     seen: dict[str, Tensor] = {}
-    state.optimizer.step = lambda: seen.update(  # type: ignore[method-assign,assignment]
+    state.optimizer.step = lambda: seen.update(
         {n: whole_tensor(p.grad).clone() for n, p in state.model.named_parameters() if p.grad is not None}
     )
     train_step(state)
@@ -194,7 +194,7 @@ def poison(state: TrainState, bad: str) -> None:
         loss, result = forward(model, batch)
         return loss * math.nan if bad in batch["ids"] else loss, result
 
-    state.objective.forward = poisoned  # type: ignore[method-assign]
+    state.objective.forward = poisoned
 
 
 def few_steps(objective: str, folder: Path, *cut: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

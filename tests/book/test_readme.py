@@ -52,7 +52,7 @@ def desk(tmp_path: Path) -> Path:
 
 def test_transcription_example_runs_as_printed(desk: Path) -> None:
     out = run(sys.executable, "-c", "import w2vc\n" + EXAMPLES[1], cwd=desk)
-    text, start = re.match(r"(.*) (\d+\.\d+) 1\n00:00:0", out, re.S).groups()  # type: ignore[union-attr]
+    text, start = re.match(r"(.*) (\d+\.\d+) 1\n00:00:0", out, re.S).groups()
     assert text
     assert 0 <= float(start) < 5
 

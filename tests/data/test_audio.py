@@ -404,7 +404,7 @@ def test_enums_of_transformers_are_understood() -> None:
 
 
 def test_padding_value_none_is_refused_only_where_it_is_needed() -> None:
-    extract = Wav2Vec2FeatureExtractor(padding_value=None)  # type: ignore[arg-type]
+    extract = Wav2Vec2FeatureExtractor(padding_value=None)
     assert len(extract([sound(5), sound(5)], True, sampling_rate=RATE).input_values) == 2
     with pytest.raises(ValueError, match="padding_value is None"):
         extract([sound(9), sound(5)], True, sampling_rate=RATE)
@@ -417,9 +417,9 @@ def test_knobs_are_checked() -> None:
         ({"sampling_rate": 0}, "sampling_rate=0"),
     ):
         with pytest.raises(ValueError, match=message):
-            Wav2Vec2FeatureExtractor(**knobs)  # type: ignore[arg-type]
+            Wav2Vec2FeatureExtractor(**knobs)
     with pytest.raises(TypeError):
-        Wav2Vec2FeatureExtractor(do_normalise=True)  # type: ignore[call-arg]
+        Wav2Vec2FeatureExtractor(do_normalise=True)
 
 
 @quick
@@ -524,7 +524,7 @@ KNOBS = {
 
 
 def test_settings_go_to_transformers_and_back(tmp_path: Path) -> None:
-    ours = Wav2Vec2FeatureExtractor(**KNOBS)  # type: ignore[arg-type]
+    ours = Wav2Vec2FeatureExtractor(**KNOBS)
     ours.save_pretrained(tmp_path / "ours")
     peer = Peer.from_pretrained(tmp_path / "ours")
     assert peer.to_dict() == ours.to_dict()
@@ -700,7 +700,7 @@ def test_impossible_rates(rate: Any) -> None:
 
 def test_whole_rates_of_other_types_are_fine() -> None:
     for rate in (44_100.0, np.int64(44_100), np.float32(44_100)):
-        assert len(resample(sound(441), rate)) == 160  # type: ignore[arg-type]
+        assert len(resample(sound(441), rate)) == 160
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,7 @@ def test_accelerate_deals_out_the_same_batches(processes: int) -> None:
     for rank in range(processes):
         mine = BucketSampler(lengths, 16_000 * 60, seed=3, processes=processes, rank=rank)
         mine.set_epoch(1, 2)
-        shard = BatchSamplerShard(whole, processes, rank, even_batches=False)  # type: ignore[arg-type]
+        shard = BatchSamplerShard(whole, processes, rank, even_batches=False)
         assert list(shard) == list(mine)
         assert len(shard) == len(mine)
 
@@ -787,7 +787,7 @@ def test_batches_do_not_depend_on_the_workers() -> None:
     state = torch.get_rng_state()
     for epoch, position in ((0, 0), (1, 0), (1, 3)):
         for loader in (here, there, kept):
-            loader.batch_sampler.set_epoch(epoch, position)  # type: ignore[union-attr]
+            loader.batch_sampler.set_epoch(epoch, position)
         count = 0
         for a, b, c in zip(here, there, kept, strict=True):
             assert a["epoch"] == epoch
@@ -816,7 +816,7 @@ def test_lengths_that_rule_an_utterance_out() -> None:
     ):
         data_loader(speech, Collator(tiny_config(), EXTRACTOR), max_seconds=4)
     loader = data_loader(speech, Collator(tiny_config(), EXTRACTOR, bad="drop"), max_seconds=4)
-    assert loader.dataset.left_out == ["'long' (5.62 s)", "'tiny' (0.01 s)"]  # type: ignore[attr-defined]
+    assert loader.dataset.left_out == ["'long' (5.62 s)", "'tiny' (0.01 s)"]
     assert sorted(name for batch in loader for name in batch["ids"]) == ["a", "b", "c", "d"]
     cropped = data_loader(speech[:5], pretraining(), max_seconds=2)
     for batch in cropped:

@@ -40,7 +40,7 @@ def maps_and_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tenso
 def tab(browser: object, maps_and_page: tuple[torch.Tensor, Path]) -> Iterator[object]:
     """The open page; at the end nothing was loaded and no error was written."""
     problems: list[str] = []
-    tab = browser.new_page(viewport={"width": 1100, "height": 1400})  # type: ignore[attr-defined]
+    tab = browser.new_page(viewport={"width": 1100, "height": 1400})
     tab.on(
         "console", lambda m: problems.append(f"console: {m.text}") if m.type in {"error", "warning"} else None
     )
@@ -59,7 +59,7 @@ def tab(browser: object, maps_and_page: tuple[torch.Tensor, Path]) -> Iterator[o
 
 def heard(tab: object) -> tuple[int, float]:
     """The frame of the read-out, and the share of its first stretch."""
-    text = tab.locator(".read").inner_text()  # type: ignore[attr-defined]
+    text = tab.locator(".read").inner_text()
     found = re.match(r"Frame (\d+), .*?looks most at .*?, ([\d.]+) %", text)
     assert found, text
     return int(found[1]), float(found[2])
@@ -85,7 +85,7 @@ def strongest(row: torch.Tensor) -> float:
 def test_keys_choose_a_frame_and_the_read_out_is_true(
     tab: object, maps_and_page: tuple[torch.Tensor, Path]
 ) -> None:
-    maps, stage = maps_and_page[0], tab.locator(".stage")  # type: ignore[attr-defined]
+    maps, stage = maps_and_page[0], tab.locator(".stage")
     stage.focus()
     stage.press("Home")
     for step, frame in (
@@ -112,72 +112,72 @@ def test_layer_and_head_are_chosen_by_click_and_by_key(
     tab: object, maps_and_page: tuple[torch.Tensor, Path]
 ) -> None:
     maps = maps_and_page[0]
-    tab.locator(".stage").press("End")  # type: ignore[attr-defined]
-    tab.get_by_role("radio", name="layer 1, head 2").click()  # type: ignore[attr-defined]
-    assert tab.locator(".head").inner_text() == "Layer 1, head 2"  # type: ignore[attr-defined]
+    tab.locator(".stage").press("End")
+    tab.get_by_role("radio", name="layer 1, head 2").click()
+    assert tab.locator(".head").inner_text() == "Layer 1, head 2"
     assert heard(tab)[1] == pytest.approx(strongest(maps[1, 2, -1]), rel=0.05, abs=0.2)
-    tab.keyboard.press("ArrowLeft")  # type: ignore[attr-defined]
-    tab.keyboard.press("ArrowUp")  # type: ignore[attr-defined]
-    assert tab.locator(".head").inner_text() == "Layer 0, head 1"  # type: ignore[attr-defined]
-    assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == "layer 0, head 1"  # type: ignore[attr-defined]
-    assert tab.locator("[role=radio][aria-checked=true]").count() == 1  # type: ignore[attr-defined]
-    assert tab.locator("[role=radio][tabindex='0']").count() == 1  # type: ignore[attr-defined]
+    tab.keyboard.press("ArrowLeft")
+    tab.keyboard.press("ArrowUp")
+    assert tab.locator(".head").inner_text() == "Layer 0, head 1"
+    assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == "layer 0, head 1"
+    assert tab.locator("[role=radio][aria-checked=true]").count() == 1
+    assert tab.locator("[role=radio][tabindex='0']").count() == 1
     assert heard(tab)[1] == pytest.approx(strongest(maps[0, 1, -1]), rel=0.05, abs=0.2)
-    facts = tab.locator(".facts").inner_text()  # type: ignore[attr-defined]
+    facts = tab.locator(".facts").inner_text()
     assert f"{float(explore.attention_distance(maps)[0, 1]):.0f} ms away" in facts
 
 
 def test_pointing_selects_and_a_click_plays(tab: object, maps_and_page: tuple[torch.Tensor, Path]) -> None:
     maps = maps_and_page[0]
-    box = tab.locator(".stage canvas").bounding_box()  # type: ignore[attr-defined]
+    box = tab.locator(".stage canvas").bounding_box()
     left, right = box["x"] + 68, box["x"] + box["width"] - 10
     seconds = load_speech("builtin", "test")[2].seconds
     at = left + (right - left) * 1.0 / seconds + 1
-    tab.mouse.move(at, box["y"] + 40)  # type: ignore[attr-defined]
+    tab.mouse.move(at, box["y"] + 40)
     assert heard(tab)[0] == 50  # 1 s
-    tab.mouse.move(at, box["y"] + box["height"] - 21)  # type: ignore[attr-defined]
-    text = tab.locator(".read").inner_text()  # type: ignore[attr-defined]
+    tab.mouse.move(at, box["y"] + box["height"] - 21)
+    text = tab.locator(".read").inner_text()
     assert heard(tab)[0] >= maps.shape[-1] - 2, "the last rows of the map"
     weight = re.search(r"To frame 50, 1\.00 s.*: ([\d.]+) %", text)
     assert float(weight[1]) == pytest.approx(100 * float(maps[0, 0, heard(tab)[0], 50]), rel=0.05, abs=0.06)
-    tab.mouse.click(at, box["y"] + 40)  # type: ignore[attr-defined]
-    tab.wait_for_function("document.querySelector('audio').currentTime > 1.05")  # type: ignore[attr-defined]
+    tab.mouse.click(at, box["y"] + 40)
+    tab.wait_for_function("document.querySelector('audio').currentTime > 1.05")
     assert heard(tab)[0] > 50, "the frame follows the sound"
-    assert tab.locator(".here").inner_text() == "Stop"  # type: ignore[attr-defined]
-    tab.locator(".here").click()  # type: ignore[attr-defined]
-    assert tab.evaluate("document.querySelector('audio').paused")  # type: ignore[attr-defined]
-    assert tab.locator("audio").get_attribute("aria-label")  # type: ignore[attr-defined]
-    tab.locator(".there").click()  # type: ignore[attr-defined]
-    tab.wait_for_function("!document.querySelector('audio').paused")  # type: ignore[attr-defined]
-    tab.wait_for_function("document.querySelector('audio').paused")  # type: ignore[attr-defined]
-    assert not tab.evaluate("document.querySelector('audio').ended"), "only the stretch is played"  # type: ignore[attr-defined]
+    assert tab.locator(".here").inner_text() == "Stop"
+    tab.locator(".here").click()
+    assert tab.evaluate("document.querySelector('audio').paused")
+    assert tab.locator("audio").get_attribute("aria-label")
+    tab.locator(".there").click()
+    tab.wait_for_function("!document.querySelector('audio').paused")
+    tab.wait_for_function("document.querySelector('audio').paused")
+    assert not tab.evaluate("document.querySelector('audio').ended"), "only the stretch is played"
 
 
 def test_it_is_drawn_sharply_and_anew(tab: object) -> None:
     picture = "document.querySelector('.stage canvas').toDataURL()"
     paint = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-    tab.evaluate(paint)  # type: ignore[attr-defined]
-    before = tab.evaluate(picture)  # type: ignore[attr-defined]
-    tab.locator(".stage").press("ArrowLeft")  # type: ignore[attr-defined]
-    tab.evaluate(paint)  # type: ignore[attr-defined]
-    moved = tab.evaluate(picture)  # type: ignore[attr-defined]
+    tab.evaluate(paint)
+    before = tab.evaluate(picture)
+    tab.locator(".stage").press("ArrowLeft")
+    tab.evaluate(paint)
+    moved = tab.evaluate(picture)
     assert moved != before
     for name, value in (("theme", "dark"), ("jpThemeLight", "false")):
-        tab.evaluate(f"document.body.dataset.{name} = '{value}'")  # type: ignore[attr-defined]
-        tab.evaluate(paint)  # type: ignore[attr-defined]
-        assert tab.evaluate(picture) != moved, f"the page turned dark by {name}"  # type: ignore[attr-defined]
+        tab.evaluate(f"document.body.dataset.{name} = '{value}'")
+        tab.evaluate(paint)
+        assert tab.evaluate(picture) != moved, f"the page turned dark by {name}"
         assert (
             tab.evaluate("getComputedStyle(document.querySelector('.w2vc-explorer')).backgroundColor")
             == "rgb(20, 24, 29)"
-        )  # type: ignore[attr-defined]
-        tab.evaluate(f"delete document.body.dataset.{name}")  # type: ignore[attr-defined]
+        )
+        tab.evaluate(f"delete document.body.dataset.{name}")
 
 
 @pytest.mark.parametrize("light", ["theme", "jpThemeLight"])
 def test_a_page_that_says_light_is_light(
     browser: object, maps_and_page: tuple[torch.Tensor, Path], light: str
 ) -> None:
-    context = browser.new_context(color_scheme="dark")  # type: ignore[attr-defined]
+    context = browser.new_context(color_scheme="dark")
     tab = context.new_page()
     tab.goto(maps_and_page[1].as_uri())
     colour = "getComputedStyle(document.querySelector('.w2vc-explorer')).backgroundColor"
@@ -189,7 +189,7 @@ def test_a_page_that_says_light_is_light(
 
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_it_fits_a_phone(browser: object, maps_and_page: tuple[torch.Tensor, Path], ratio: int) -> None:
-    context = browser.new_context(viewport={"width": 360, "height": 700}, device_scale_factor=ratio)  # type: ignore[attr-defined]
+    context = browser.new_context(viewport={"width": 360, "height": 700}, device_scale_factor=ratio)
     tab = context.new_page()
     tab.goto(maps_and_page[1].as_uri())
     tab.wait_for_function(READY)
@@ -202,7 +202,7 @@ def test_it_fits_a_phone(browser: object, maps_and_page: tuple[torch.Tensor, Pat
 
 
 def test_without_scripts_the_picture_stays(browser: object, maps_and_page: tuple[torch.Tensor, Path]) -> None:
-    context = browser.new_context(java_script_enabled=False)  # type: ignore[attr-defined]
+    context = browser.new_context(java_script_enabled=False)
     tab = context.new_page()
     tab.goto(maps_and_page[1].as_uri())
     assert tab.locator(".still").is_visible()
@@ -225,7 +225,7 @@ def test_two_on_a_page_a_broken_one_and_a_twin(browser: object, tmp_path: Path) 
     broken = Explorer("broken", tmp_path / "broken", {}, STILL)
     path = save_page(tmp_path / "p.html", [one, two, broken, one], title="Four")
     problems: list[str] = []
-    tab = browser.new_page()  # type: ignore[attr-defined]
+    tab = browser.new_page()
     tab.on("console", lambda m: problems.append(m.text))
     tab.goto(path.as_uri())
     tab.wait_for_function("document.querySelectorAll('[data-ready=yes]').length === 3")

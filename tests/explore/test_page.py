@@ -53,7 +53,7 @@ def test_a_page_stands_alone(tmp_path: Path, mine: Path) -> None:
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert "http" not in page
     assert f"{one.size / 1000:.0f} kB" in repr(one)
-    packed = json.loads(re.search(r'launch\("w2vc-\w+", (.*)\);\n', page)[1])  # type: ignore[index]
+    packed = json.loads(re.search(r'launch\("w2vc-\w+", (.*)\);\n', page)[1])
     assert packed["data"] == data
 
 

@@ -180,7 +180,7 @@ def test_turns_are_those_of_the_model_in_the_order_of_the_truth(no_pictures: Non
     assert [s[0] for s in tracks["true"]["stretches"]] == ["speaker 1"] * len(tracks["true"]["stretches"])
     assert len(tracks["chance 1"]["values"]) == data["frames"]
     assert {s[3] for s in tracks["errors"]["stretches"]} <= {"missed", "false alarm", "confused"}
-    total = float(re.search(r"% of ([\d.]+) s", data["facts"])[1])  # type: ignore[index]
+    total = float(re.search(r"% of ([\d.]+) s", data["facts"])[1])
     assert total == pytest.approx(sum(t.end - t.start for t in mix.turns), abs=0.06)
     alone = turns_view(model, mix.audio[:32_000]).data
     assert "errors" not in {track["name"] for track in alone["tracks"]}, "no truth, no errors"

@@ -76,7 +76,7 @@ def test_show_takes_axes_and_closes_pyplot_figures(shown: list[viz.Picture]) -> 
 @pytest.mark.parametrize("alt", ["", "figure", " " * 40, None, 3])
 def test_a_picture_without_words_is_refused(alt: object, shown: list[object]) -> None:
     with pytest.raises(ValueError, match="must describe"):
-        show(figure()[0], alt=alt)  # type: ignore[arg-type]
+        show(figure()[0], alt=alt)
     assert not shown
 
 
@@ -240,7 +240,7 @@ def test_timeline_has_one_axis_of_time() -> None:
 @pytest.mark.parametrize("draw", [plot_frames, plot_matrix, plot_attention])
 def test_wrong_dimensions_are_named(draw: object) -> None:
     with pytest.raises(ValueError, match=r"has shape \[2, 3, 4\]; allowed are 2 dimensions"):
-        draw(torch.zeros(2, 3, 4))  # type: ignore[operator]
+        draw(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match="audio has shape"):
         plot_waveform(torch.zeros(2, 3), 16_000)
 
@@ -334,7 +334,7 @@ def test_map_refuses_unknown_blocks(shown: list[object]) -> None:
         show_map("attenton")
     assert not shown
     show_map("attention")
-    assert len(shown[0]._repr_html_()) < 80_000, "the map stands in every chapter"  # type: ignore[attr-defined]
+    assert len(shown[0]._repr_html_()) < 80_000, "the map stands in every chapter"
 
 
 def test_slugs_on_the_map_are_modules() -> None:

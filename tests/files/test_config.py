@@ -149,7 +149,7 @@ def test_every_rule_refuses_what_is_no_value_at_all() -> None:
 
 def test_an_unknown_knob_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"'hiden_size' is no option of.*did you mean 'hidden_size'"):
-        Wav2Vec2ConformerConfig(hiden_size=64)  # type: ignore[call-arg]
+        Wav2Vec2ConformerConfig(hiden_size=64)
     config = Wav2Vec2ConformerConfig()
     with pytest.raises(ValueError, match="did you mean 'mask_time_prob'"):
         config.mask_times_prob = 0.1
@@ -197,12 +197,12 @@ def test_output_hidden_size_follows_until_it_differs() -> None:
     config.output_hidden_size = 48
     config.hidden_size = 32
     assert config.output_hidden_size == 48
-    config.output_hidden_size = None  # type: ignore[assignment]
+    config.output_hidden_size = None
     assert config.output_hidden_size == 32
 
 
 def test_labels_stay_consistent() -> None:
-    config = Wav2Vec2ConformerConfig(id2label={"1": "b", "0": "a", "2": "c"})  # type: ignore[dict-item]
+    config = Wav2Vec2ConformerConfig(id2label={"1": "b", "0": "a", "2": "c"})
     assert (config.num_labels, config.id2label, config.label2id) == (
         3, {0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2},
     )  # fmt: skip

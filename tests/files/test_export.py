@@ -94,7 +94,7 @@ def test_the_model_is_left_alone_and_weight_norms_are_folded() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="Wav2Vec2ConformerModel"):
-        export_model(tiny().wav2vec2_conformer)  # type: ignore[arg-type]
+        export_model(tiny().wav2vec2_conformer)
     with pytest.raises(ValueError, match=r"seconds=0\.01.*0\.045"):
         export_model(tiny(), seconds=0.01)
 

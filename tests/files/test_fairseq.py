@@ -142,7 +142,7 @@ class Attention(nn.Module):
         """Rotary positions, on the input of the projections: channel i and i + K/2 of a head turn together."""
         T, B, D = x.shape
         a, b = x.view(T, B, self.h, 2, self.k // 2).unbind(3)
-        angle = torch.arange(T)[:, None] * self.rotary_emb.inv_freq  # type: ignore[operator]
+        angle = torch.arange(T)[:, None] * self.rotary_emb.inv_freq
         turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
         return torch.stack([turned.real, turned.imag], 3).reshape(T, B, D)
 
@@ -643,7 +643,7 @@ def test_settings_and_tensors_must_tell_one_story(files: dict[Any, Any], tmp_pat
     )
     refused(tuned.state_dict(), {"epoch": 3}, "cannot be carried over")
     for empty in (None, {}, 3, "x"):
-        refused(tuned.state_dict(), empty, "holds no settings")  # type: ignore[arg-type]
+        refused(tuned.state_dict(), empty, "holds no settings")
 
 
 def test_what_changes_training_alone_is_said(files: dict[Any, Any], tmp_path: Path) -> None:
@@ -893,9 +893,9 @@ def test_hostile_objects_inside_a_good_checkpoint(tmp_path: Path) -> None:
         read_fairseq(save(path, state, cfg, "dict"))
     for wrong in (evil, [1], {"a": 1}, {3: torch.ones(1)}, {"\x1b[2J": torch.ones(1)}, None):
         with pytest.raises(ValueError, match="is refused"):
-            read_fairseq(save(path, wrong, cfg, "dict"))  # type: ignore[arg-type]
+            read_fairseq(save(path, wrong, cfg, "dict"))
     with pytest.raises(ValueError, match=r"is refused|no settings"):
-        read_fairseq(save(path, plain.state_dict(), evil, "dict"))  # type: ignore[arg-type]
+        read_fairseq(save(path, plain.state_dict(), evil, "dict"))
     assert not canary.exists()
 
 

@@ -447,7 +447,7 @@ def test_bad_dtype_and_overrides(tmp_path: Path) -> None:
     build().save_pretrained(tmp_path)
     for dtype in (torch.int8, "bfloat61", "nn", 16):
         with pytest.raises(ValueError, match=r"^dtype="):
-            Wav2Vec2ConformerModel.from_pretrained(tmp_path, dtype=dtype)  # type: ignore[arg-type]
+            Wav2Vec2ConformerModel.from_pretrained(tmp_path, dtype=dtype)
     with pytest.raises(ValueError, match="did you mean 'layerdrop'"):
         Wav2Vec2ConformerModel.from_pretrained(tmp_path, layer_drop=0.0)
     model = Wav2Vec2ConformerModel.from_pretrained(
@@ -593,7 +593,7 @@ def test_first_values_of_heads_to_come() -> None:
 
     model = XVectorLike(tiny_config(initializer_range=0.5))
     assert torch.equal(model.layer_weights, torch.full((4,), 0.25))
-    assert model.objective.weight.std().item() == pytest.approx(1, abs=0.05)  # type: ignore[union-attr,operator]
+    assert model.objective.weight.std().item() == pytest.approx(1, abs=0.05)
     assert model.projector.weight.std().item() == pytest.approx(0.5, abs=0.03)
     assert not model.projector.bias.any()
 

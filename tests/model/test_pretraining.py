@@ -198,7 +198,7 @@ class Sizes(TorchDispatchMode):
         super().__init__()
         self.seen: list[int] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         made = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
         self.seen.extend(t.untyped_storage().nbytes() // t.element_size() for t in made)
@@ -504,7 +504,7 @@ def test_the_documentation_example_runs(tmp_path: Path, monkeypatch: pytest.Monk
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
     sound = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0)).numpy()
     module = types.ModuleType("fake_datasets")
-    module.load_dataset = lambda *_, **__: [{"audio": {"array": sound, "sampling_rate": 16_000}}]  # type: ignore[attr-defined]
+    module.load_dataset = lambda *_, **__: [{"audio": {"array": sound, "sampling_rate": 16_000}}]
     monkeypatch.setitem(sys.modules, "fake_datasets", module)
     scope: dict[str, Any] = {}
     with warnings.catch_warnings():

@@ -167,7 +167,7 @@ def test_no_large_tensor_is_made() -> None:
     seen: list[int] = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             seen.extend(
                 t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)

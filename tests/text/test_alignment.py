@@ -72,7 +72,7 @@ def test_equals_the_best_of_all_paths(T: int, V: int, blank: int, n: int, seed: 
             force_align(log_probs, labels, blank)
         return
     found = force_align(log_probs, labels, blank)
-    best = max(scores, key=scores.get)  # type: ignore[arg-type]
+    best = max(scores, key=scores.get)
     assert tuple(found.path.tolist()) == best
     assert math.isclose(found.score, scores[best], rel_tol=1e-12)
     torch.testing.assert_close(found.scores, log_probs.gather(1, found.path[:, None])[:, 0])

@@ -778,7 +778,7 @@ def test_decoder_refuses_when_it_is_made() -> None:
     with pytest.raises(ValueError, match="upper case"):
         CTCDecoder(tokenizer, estimate_ngram(["hello world", "the sun is a fish"]))
     with pytest.raises(ValueError, match="tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor"):
-        CTCDecoder(LETTERS)  # type: ignore[arg-type]
+        CTCDecoder(LETTERS)
     with pytest.raises(ValueError, match="with a pad_token"):
         CTCDecoder(Wav2Vec2CTCTokenizer(LETTERS, pad_token=None))
 

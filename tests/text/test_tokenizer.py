@@ -323,7 +323,7 @@ def test_what_decode_refuses() -> None:
         t.decode([1.0])
     for text in (None, 3, ["A", 3], [["A"]]):
         with pytest.raises(ValueError, match="text must be"):
-            t(text)  # type: ignore[arg-type]
+            t(text)
     with pytest.raises(ValueError, match="truncation=True needs"):
         t("A", truncation=True)
     with pytest.raises(ValueError, match="max_length=2 needs"):
@@ -633,7 +633,7 @@ def test_what_a_processor_refuses(both: tuple[Wav2Vec2Processor, Any]) -> None:
     with pytest.raises(ValueError, match="input_features= or labels="):
         ours.pad()
     with pytest.raises(ValueError, match="tokenizer must be a"):
-        Wav2Vec2Processor(ours.feature_extractor, None)  # type: ignore[arg-type]
+        Wav2Vec2Processor(ours.feature_extractor, None)
 
 
 @pytest.mark.parametrize("door", [PeerProcessor, PeerAutoProcessor])

@@ -510,7 +510,7 @@ def test_a_decoder_finds_the_text_and_alignment_its_times(answer: Any) -> None:
     logits = spoken("the box", proc)
     given_: list[Tensor] = []
     decoder = SimpleNamespace(decode=lambda x: given_.append(x) or answer)
-    found = read_transcript(logits, proc, seconds=9.0, decoder=decoder)  # type: ignore[arg-type]
+    found = read_transcript(logits, proc, seconds=9.0, decoder=decoder)
     assert given_[0] is logits
     assert found.text == "the fox"
     assert found.words[0] == read_transcript(logits, proc, seconds=9.0).words[0]

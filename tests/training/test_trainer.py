@@ -179,7 +179,7 @@ def test_a_loss_without_a_value_never_reaches_the_optimiser(
             assert all(torch.equal(after[k], v) for k, v in before.items())
         return line
 
-    state.objective.forward = poisoned  # type: ignore[method-assign]
+    state.objective.forward = poisoned
     monkeypatch.setattr(w2vc.training.trainer, "train_step", watched)
     outcome = continue_run(state)
     assert outcome.finished
@@ -197,8 +197,8 @@ def test_a_run_that_has_only_such_losses_stops_and_says_why(tmp_path: Path) -> N
     plan = make_recipe("ctc", "run.tolerance=3")
     state = state_for(plan, gather_speech(plan.data.train), tmp_path, double=False)
     forward = state.objective.forward
-    state.objective.forward = lambda *a: (forward(*a)[0] * math.inf, None)  # type: ignore[method-assign]
-    state.objective.measure = state.objective.summarise = lambda *a: {}  # type: ignore[method-assign]
+    state.objective.forward = lambda *a: (forward(*a)[0] * math.inf, None)
+    state.objective.measure = state.objective.summarise = lambda *a: {}
     with pytest.raises(RuntimeError, match=r"3 steps in a row .* optimizer\.lr"):
         continue_run(state)
 

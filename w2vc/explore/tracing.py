@@ -10,6 +10,7 @@ import math
 import re
 import string
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -230,12 +231,12 @@ def html_table(title: str, heads: Sequence[str], lines: _Lines, remarks: Sequenc
     return f'{region}<table style="{_TABLE}">{rows}</table></div>{below}'
 
 
-class _Printed:
+class _Printed(ABC):
     """What prints as a table: as text, and in a notebook as HTML."""
 
+    @abstractmethod
     def _table(self) -> tuple[str, list[str], _Lines, list[str]]:
         """Title, headings, lines and remarks, as `html_table` takes them."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         _, heads, lines, remarks = self._table()

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/objectives.ipynb #d5ae7980
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ __all__ = [
 
 # %% ../../nbs/training/objectives.ipynb #7abacda4
 @dataclass
-class Objective:
+class Objective(ABC):
     """What a run learns, for a loop that knows nothing of it: which batches, which loss, which figures.
 
     A loss is a sum, and `count` says over how many things; figures are made of sums, too. So neither depends on how a
@@ -83,9 +84,9 @@ class Objective:
         """The processor, and what follows for the config from the training set."""
         return Wav2Vec2FeatureExtractor(do_normalize=recipe.data.normalize, return_attention_mask=True), {}
 
+    @abstractmethod
     def collator(self, training: bool) -> Collator:
         """What makes batches."""
-        raise NotImplementedError
 
     def options(self, training: bool) -> dict[str, Any]:
         """What every collator is given."""
@@ -107,21 +108,21 @@ class Objective:
             inputs.pop("attention_mask", None)
         return inputs
 
+    @abstractmethod
     def forward(self, model: nn.Module, batch: BatchFeature) -> tuple[Tensor, Any]:
         """Run a batch through the model, or its wrapper: the summed loss `[]`, and what the methods below read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, batch: BatchFeature, result: Any) -> Sums:
         """What a batch adds to the figures."""
-        raise NotImplementedError
 
     def pulls(self, model: PreTrainedModel, result: Any) -> dict[str, float]:
         """Which part of the loss pulls how hard; asked before the backward."""
         return {}
 
+    @abstractmethod
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
         """Turn sums into figures."""
-        raise NotImplementedError
 
     def show(self, batch: BatchFeature, result: Any) -> list[str]:
         """A line for each row of a batch, for the log."""
