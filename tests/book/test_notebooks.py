@@ -40,6 +40,49 @@ def test_the_path_holds_every_chapter_once() -> None:
     assert set(SOLUTIONS) == there - set(CHAPTERS), "each solution belongs to a chapter"
 
 
+def test_the_spine_comes_first() -> None:
+    """So "needs only what comes before" means: a chapter of the spine needs the spine alone, one of the library both."""
+    kinds = [book.kind(name) for name in CHAPTERS]
+    assert set(kinds) == set(book.KINDS)
+    assert kinds == sorted(kinds, key=book.KINDS.index)
+    assert CHAPTERS[0] == "00_start"
+    assert book.kind("model/attention") == "spine"
+    assert book.kind("files/atomic") == "library"
+
+
+def test_the_rates_of_reading_fit_what_was_noted() -> None:
+    """Words and lines of 23 chapters of an earlier edition, and the minutes that a reader noted."""
+    table = (book.ROOT / "tests" / "fixtures" / "reading_times.csv").read_text(encoding="utf-8")
+    rows = [[int(n) for n in line.split(",")[1:]] for line in table.splitlines()[1:]]
+    noted = [minutes for *_, minutes in rows]
+    fitted = [words / book.WORDS + lines / book.LINES for words, lines, _ in rows]
+    gaps = [abs(a - b) for a, b in zip(noted, fitted, strict=True)]
+    mean = sum(noted) / len(noted)
+    unexplained = sum(gap**2 for gap in gaps) / sum((minutes - mean) ** 2 for minutes in noted)
+    assert abs(sum(fitted) / sum(noted) - 1) < 0.02
+    assert sum(gaps) / len(gaps) < 8.5
+    assert max(gaps) < 31
+    assert 1 - unexplained > 0.8
+
+
+def test_minutes_count_running_text_and_code_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("word " * 450 + "\n\n| a | table |\n|---|---|"),
+        nbformat.v4.new_code_cell("#| export\n" + "x = 1\n\n" * 350),
+        nbformat.v4.new_code_cell("#| hide\n" + "x = 1\n" * 999),
+    ]
+    for cached in (book.amount, book.texts):
+        cached.cache_clear()
+    monkeypatch.setattr(book.nbformat, "read", lambda *_, **__: nbformat.v4.new_notebook(cells=cells))
+    try:
+        assert book.amount("model/attention") == (450, 350)
+        assert book.minutes("model/attention") == 20
+    finally:
+        for cached in (book.amount, book.texts):
+            cached.cache_clear()
+    assert [book.duration(m) for m in (50, 130)] == ["about 50 minutes", "about 2 hours"]
+
+
 @every
 def test_opens_with_a_title_and_a_promise(name: str) -> None:
     title, promise = book.heading(name)
@@ -49,6 +92,7 @@ def test_opens_with_a_title_and_a_promise(name: str) -> None:
 
 @chapters
 def test_card_names_what_is_needed(name: str) -> None:
+    """Earlier chapters only; `python docs/links.py` leaves out the others."""
     card = book.card(name)
     assert card["You will be able to"]
     before = CHAPTERS[: CHAPTERS.index(name)]
@@ -151,6 +195,7 @@ def modules_behind(names: set[str]) -> set[str]:
 
 @chapters
 def test_next_is_the_next_chapter(name: str) -> None:
+    """As path.toml has it; `python docs/links.py` mends it."""
     text = book.texts(name)[-1]
     found = re.search(r"Next:.*?\]\(([^)#]+)\.ipynb\)", text, re.S)
     following = CHAPTERS[CHAPTERS.index(name) + 1 :]
