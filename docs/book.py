@@ -108,7 +108,7 @@ def heading(name: str) -> tuple[str, str]:
 
 def card(name: str) -> dict[str, str]:
     """The four lines of a chapter's card, by their bold names."""
-    text = next((text for text in texts(name) if text.startswith("- **You will")), "")
+    text = next((text for text in texts(name) if re.search(r"^- \*\*You will", text, re.M)), "")
     return dict(re.findall(r"^- \*\*(.+?)\*\* (.+)$", text, re.M))
 
 
