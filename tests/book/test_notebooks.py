@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
+from collections.abc import Iterator
 
 import nbformat
 import pytest
@@ -152,6 +154,69 @@ def test_each_exercise_has_a_solution_that_checks_itself(name: str) -> None:
         solved = book.path_of(f"solutions/{name}").read_text(encoding="utf-8")
         assert [e for e in exercises if not re.search(rf"{e}\b", solved, re.I)] == []
         assert solved.count("assert check") >= len(exercises), "a solution is asserted, not only shown"
+
+
+SCREEN, WIDTH = 40, 110  # lines of a cell, characters of a line
+
+
+def programs(name: str) -> Iterator[tuple[int, str]]:
+    """The code cells of a notebook, without the lines that speak to nbdev alone."""
+    for i, cell in enumerate(read(name).cells):
+        if cell.cell_type == "code" and not re.search(r"^#\s*\|\s*hide", cell.source, re.M):
+            lines = [line for line in cell.source.splitlines() if not re.match(r"#\s*\|", line)]
+            yield i, "\n".join(lines).strip("\n")
+
+
+@pytest.mark.parametrize("name", [name for name in CHAPTERS if book.kind(name) == "spine"])
+def test_a_cell_of_the_spine_fits_on_a_screen(name: str) -> None:
+    long = {i: len(source.splitlines()) for i, source in programs(name)}
+    assert {i: lines for i, lines in long.items() if lines > SCREEN} == {}, f"cells above {SCREEN} lines"
+
+
+@every
+def test_lines_of_code_are_not_wider_than_the_page(name: str) -> None:
+    wide = {i: max(map(len, source.splitlines()), default=0) for i, source in programs(name)}
+    assert {i: width for i, width in wide.items() if width > WIDTH} == {}, f"lines above {WIDTH} characters"
+
+
+@every
+def test_guess_and_answer_stand_in_cells_of_their_own(name: str) -> None:
+    both = [
+        i for i, s in programs(name) if all(re.search(rf"^\s*{v}\(", s, re.M) for v in ("predict", "reveal"))
+    ]
+    assert both == [], "the answer is seen before anybody can guess"
+
+
+def unmeasured(source: str) -> list[str]:
+    """Alt texts of a cell that state a number which nothing in the cell asserts or fills in."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a cell with a magic
+        return []
+    if any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        return []
+    alts = [
+        k.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for k in node.keywords
+        if k.arg == "alt"
+    ]
+    fixed = [alt.value for alt in alts if isinstance(alt, ast.Constant) and isinstance(alt.value, str)]
+    return [text for text in fixed if re.search(r"\d", text)]
+
+
+def test_a_stated_number_without_a_measurement_is_noticed() -> None:
+    assert unmeasured('show(fig, alt="a bar of 3 "\n "and more")') == ["a bar of 3 and more"]
+    assert unmeasured('show(fig, alt=f"a bar of {n}")') == []
+    assert unmeasured('show(fig, alt="bars")') == []
+    assert unmeasured('assert n == 3\nshow(fig, alt="a bar of 3")') == []
+
+
+@chapters
+def test_numbers_of_alt_texts_are_asserted_or_filled_in(name: str) -> None:
+    found = {i: texts for i, source in programs(name) if (texts := unmeasured(source))}
+    assert found == {}, "assert what the alt text states, or write it as an f-string of what was measured"
 
 
 @chapters
