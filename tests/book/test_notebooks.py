@@ -16,6 +16,7 @@ NBS = book.NBS
 CHAPTERS, SOLUTIONS = book.chapters(), book.solutions()
 every = pytest.mark.parametrize("name", CHAPTERS + SOLUTIONS)
 chapters = pytest.mark.parametrize("name", CHAPTERS)
+spine = pytest.mark.parametrize("name", [name for name in CHAPTERS if book.kind(name) == "spine"])
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -167,13 +168,13 @@ def programs(name: str) -> Iterator[tuple[int, str]]:
             yield i, "\n".join(lines).strip("\n")
 
 
-@pytest.mark.parametrize("name", [name for name in CHAPTERS if book.kind(name) == "spine"])
+@spine
 def test_a_cell_of_the_spine_fits_on_a_screen(name: str) -> None:
     long = {i: len(source.splitlines()) for i, source in programs(name)}
     assert {i: lines for i, lines in long.items() if lines > SCREEN} == {}, f"cells above {SCREEN} lines"
 
 
-@every
+@spine
 def test_lines_of_code_are_not_wider_than_the_page(name: str) -> None:
     wide = {i: max(map(len, source.splitlines()), default=0) for i, source in programs(name)}
     assert {i: width for i, width in wide.items() if width > WIDTH} == {}, f"lines above {WIDTH} characters"
@@ -213,7 +214,7 @@ def test_a_stated_number_without_a_measurement_is_noticed() -> None:
     assert unmeasured('assert n == 3\nshow(fig, alt="a bar of 3")') == []
 
 
-@chapters
+@spine
 def test_numbers_of_alt_texts_are_asserted_or_filled_in(name: str) -> None:
     found = {i: texts for i, source in programs(name) if (texts := unmeasured(source))}
     assert found == {}, "assert what the alt text states, or write it as an f-string of what was measured"
