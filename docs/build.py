@@ -43,7 +43,10 @@ def executed_folder() -> Path:
 
 def stage_cell(cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
     """Turn the directives of one cell into tags; None for a cell that no page shows."""
-    if cell.cell_type != "code":
+    if (
+        cell.cell_type != "code"
+    ):  # a badge is a picture from elsewhere; the site loads nothing, and has a link instead
+        cell.source = re.sub(r"\[!\[([^]]+)\]\(https://[^)]+\)\]\(", r"[\1](", cell.source)
         return cell
     lines = cell.source.splitlines(keepends=True)
     directives = [m.group(1) for m in map(DIRECTIVE.match, lines) if m]
