@@ -33,7 +33,7 @@ PHONE = {"width": 360, "height": 780}
 KINDS = [
     "index.html",
     "00_start.html",
-    "model/quantizer.html",
+    "training/demo.html",
     "api/model.attention.html",
     "solutions/index.html",
     "search.html?q=quantizer",
