@@ -31,7 +31,7 @@ MODULES = sorted(
 )
 # From the ground up: a module imports what stands before it, or beside it in its own package.
 FLOORS = [
-    "files.atomic", "files.hub", "config", "exercises", "model.features", "checks", "files.pretrained", "model", "data", "text.tokenizer", "data.batches", "text",
+    "files.atomic", "files.hub", "config", "exercises", "model.features", "checks", "files.pretrained", "model", "data", "text.tokenizer", "data.batches", "text", "skeleton",
     "files", "evaluation.measures", "training", "evaluation", "explore", "cli",
 ]  # fmt: skip
 
