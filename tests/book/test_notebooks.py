@@ -196,13 +196,11 @@ def unmeasured(source: str) -> list[str]:
         return []
     if any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
         return []
-    alts = [
-        k.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        for k in node.keywords
-        if k.arg == "alt"
-    ]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    measured = [
+        call for call in calls if not isinstance(call.func, ast.Attribute)
+    ]  # `Schematic.show`: drawn, not measured
+    alts = [k.value for call in measured for k in call.keywords if k.arg == "alt"]
     fixed = [alt.value for alt in alts if isinstance(alt, ast.Constant) and isinstance(alt.value, str)]
     return [text for text in fixed if re.search(r"\d", text)]
 
@@ -211,6 +209,7 @@ def test_a_stated_number_without_a_measurement_is_noticed() -> None:
     assert unmeasured('show(fig, alt="a bar of 3 "\n "and more")') == ["a bar of 3 and more"]
     assert unmeasured('show(fig, alt=f"a bar of {n}")') == []
     assert unmeasured('show(fig, alt="bars")') == []
+    assert unmeasured('drawing.show(alt="frames 3 and 4")') == []
     assert unmeasured('assert n == 3\nshow(fig, alt="a bar of 3")') == []
 
 
