@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files.atomic import read_json, replace_folder
-from .audio import Samples, load_audio
+from .audio import load_audio
+from .sound import Samples
 
 # %% auto #0
 __all__ = [
