@@ -15,11 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Wav2Vec2ConformerConfig, get_activation
 
-Lengths = TypeVar("Lengths", int, Tensor)
+_Lengths = TypeVar("_Lengths", int, Tensor)
 
 # %% auto #0
 __all__ = [
-    "Lengths",
     "receptive_field",
     "conv_output_lengths",
     "FrameClock",
