@@ -31,7 +31,7 @@ __all__ = ["export_model", "export_onnx", "onnx_session", "onnx_difference"]
 
 # %% ../../nbs/files/export.ipynb #a74c0de2
 class _ExportedSelfAttention(SelfAttention):
-    """Attention by the readable path, its scores picked out by index: operations that every runtime has."""
+    """Attention in single steps, its scores picked out by index: operations that every runtime has."""
 
     def mix(  # noqa: PLR0917
         self,
@@ -57,7 +57,7 @@ class _ExportedSelfAttention(SelfAttention):
 
 # %% ../../nbs/files/export.ipynb #40c1791a
 class _CTCProgram(nn.Module):
-    """What is exported of a CTC model: waveforms `[B, S]` and mask `[B, S]` in, logits `[B, T, V]` out.
+    """What is exported of a CTC model: waveforms `[B, S]` and mask `[B, S]` in, logits `[B, T, A]` out.
 
     The model is copied, moved to the CPU in float32 and put into eval mode. The dead convolutional positions are left out,
     weight norms anywhere else are folded into plain weights, and attention takes the form above.
@@ -89,7 +89,7 @@ def export_model(
     """Write a CTC model down as one graph; `torch.export.save` writes it to a file.
 
     The program takes `input_values` `[B, S]` and, with a mask, `attention_mask` `[B, S]` int64 (1 = real sample, padding on the
-    right), and gives logits `[B, T, V]`; those of padded frames mean nothing, and padding changes no real frame's. The shortest
+    right), and gives logits `[B, T, A]`; those of padded frames mean nothing, and padding changes no real frame's. The shortest
     input makes two frames (720 samples in the released models).
 
     Args:
@@ -110,8 +110,8 @@ def export_model(
     mask = torch.ones(2, samples, dtype=torch.int64)
     mask[1, 3 * samples // 4 :] = 0
     inputs = (audio, mask) if with_mask else (audio,)
-    letters = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=width + hop)}
-    shapes = tuple(letters for _ in inputs) if dynamic else None
+    symbols = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=width + hop)}
+    shapes = tuple(symbols for _ in inputs) if dynamic else None
     # sizes count as unknown: else torch writes down what is true of the example's, such as "more than one row"
     unknown = torch.fx.experimental._config.patch(backed_size_oblivious=dynamic)  # type: ignore[attr-defined]
     with torch.no_grad(), unknown:

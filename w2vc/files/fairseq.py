@@ -39,7 +39,7 @@ __all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq
 class _Stub:
     """What stands for a class, a function or an object of a pickle: name and content, and no code of the file."""
 
-    name = ""  # module and name of what the pickle asks for
+    name = ""  # module and name of what the pickle imports
     args: tuple[Any, ...] = ()  # what it would have been called with
     state: Any = None  # what the object would have been given as its attributes
 
@@ -80,8 +80,10 @@ class _Storage(NamedTuple):
 
 
 _STORAGE_TYPES: dict[str, torch.dtype] = {
-    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
     "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }  # fmt: skip
@@ -113,7 +115,7 @@ class _Unpickler(pickle.Unpickler):
 
 # %% ../../nbs/files/fairseq.ipynb #750c039b
 def _check_program(file: IO[bytes], n_bytes: int) -> None:
-    """Refuse a pickle that reaches outside its file, memorises more than it has bytes, or hashes for ever."""
+    """Reject a pickle that reaches outside its file, memorises more than it has bytes, or hashes for ever."""
     stack: list[int] = []  # for each thing: how many values it stands for when it is hashed; 0 is a mark
     memo: dict[Any, int] = {}
     for opcode, arg, _ in pickletools.genops(file):
@@ -255,10 +257,10 @@ def read_torch_file(
                 raise ValueError(f"the names in {part!r} are no plain text")
             return content, _read_tensors(stubs, read, n_bytes)
     except ValueError as error:
-        raise ValueError(f"{path} is refused: {error}") from None
+        raise ValueError(f"{path} is rejected: {error}") from None
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is refused: it is damaged or cut short ({why})") from None
+        raise ValueError(f"{path} is rejected: it is damaged or cut short ({why})") from None
 
 
 # %% ../../nbs/files/fairseq.ipynb #d3848711
@@ -321,9 +323,11 @@ def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
 
 # %% ../../nbs/files/fairseq.ipynb #014916d1
 _SAME = (
-    "self_attn_layer_norm", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v", "self_attn.linear_out",
+    "self_attn_layer_norm", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v",
+    "self_attn.linear_out",
     "self_attn.linear_pos", "self_attn.pos_bias_u", "self_attn.pos_bias_v", "conv_module.layer_norm",
-    "conv_module.pointwise_conv1", "conv_module.depthwise_conv", "conv_module.batch_norm", "conv_module.pointwise_conv2",
+    "conv_module.pointwise_conv1", "conv_module.depthwise_conv", "conv_module.batch_norm",
+    "conv_module.pointwise_conv2",
     "final_layer_norm",
 )  # fmt: skip
 _FFN = {"layer_norm": "_layer_norm", "w_1": ".intermediate_dense", "w_2": ".output_dense"}
@@ -395,11 +399,14 @@ def _convert_state_dict(
 
 # %% ../../nbs/files/fairseq.ipynb #bc4ff478
 _SAME_MEANING: dict[str, str] = {  # fairseq's setting -> our option
-    "conv_bias": "conv_bias", "dropout_input": "feat_proj_dropout", "dropout_features": "feat_quantizer_dropout",
-    "encoder_embed_dim": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_layerdrop": "layerdrop",
+    "conv_bias": "conv_bias", "dropout_input": "feat_proj_dropout",
+    "dropout_features": "feat_quantizer_dropout",
+    "encoder_embed_dim": "hidden_size", "encoder_layers": "num_hidden_layers",
+    "encoder_layerdrop": "layerdrop",
     "encoder_ffn_embed_dim": "intermediate_size", "encoder_attention_heads": "num_attention_heads",
     "depthwise_conv_kernel_size": "conv_depthwise_kernel_size", "conv_pos": "num_conv_pos_embeddings",
-    "conv_pos_groups": "num_conv_pos_embedding_groups", "mask_prob": "mask_time_prob", "mask_length": "mask_time_length",
+    "conv_pos_groups": "num_conv_pos_embedding_groups", "mask_prob": "mask_time_prob",
+    "mask_length": "mask_time_length",
     "mask_channel_prob": "mask_feature_prob", "mask_channel_length": "mask_feature_length",
     "latent_vars": "num_codevectors_per_group", "latent_groups": "num_codevector_groups",
     "num_negatives": "num_negatives", "logit_temp": "contrastive_logits_temperature",
@@ -408,21 +415,28 @@ _DEFAULTS: dict[str, Any] = {  # what fairseq takes for a setting that a file do
     "layer_type": "transformer", "attn_type": "", "pos_enc_type": "abs", "layer_norm_first": False,
     "extractor_mode": "default", "conv_bias": False,
     "conv_feature_layers": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
-    "encoder_layers": 12, "encoder_embed_dim": 768, "encoder_ffn_embed_dim": 3072, "encoder_attention_heads": 12,
+    "encoder_layers": 12, "encoder_embed_dim": 768, "encoder_ffn_embed_dim": 3072,
+    "encoder_attention_heads": 12,
     "depthwise_conv_kernel_size": 31, "conv_pos": 128, "conv_pos_groups": 16, "crop_seq_to_multiple": 1,
-    "dropout": 0.1, "dropout_input": 0.0, "dropout_features": 0.0, "encoder_layerdrop": 0.0, "final_dropout": 0.0,
-    "quantize_targets": False, "quantize_input": False, "target_glu": False, "quantizer_depth": 1, "blank_weight": 0.0,
-    "final_dim": 0, "latent_vars": 320, "latent_groups": 2, "latent_dim": 0, "num_negatives": 100, "logit_temp": 0.1,
+    "dropout": 0.1, "dropout_input": 0.0, "dropout_features": 0.0, "encoder_layerdrop": 0.0,
+    "final_dropout": 0.0,
+    "quantize_targets": False, "quantize_input": False, "target_glu": False, "quantizer_depth": 1,
+    "blank_weight": 0.0,
+    "final_dim": 0, "latent_vars": 320, "latent_groups": 2, "latent_dim": 0, "num_negatives": 100,
+    "logit_temp": 0.1,
     "apply_mask": False, "mask_prob": 0.65, "mask_length": 10, "mask_selection": "static", "mask_other": 0.0,
     "no_mask_overlap": False, "mask_dropout": 0.0, "mask_channel_prob": 0.0, "mask_channel_length": 10,
     "mask_channel_selection": "static", "mask_channel_other": 0.0, "no_mask_channel_overlap": False,
     "mask_channel_before": False, "feature_grad_mult": 1.0, "negatives_from_everywhere": False,
-    "cross_sample_negatives": 0, "codebook_negatives": 0, "normalize": False, "zero_infinity": False, "loss_weights": [],
+    "cross_sample_negatives": 0, "codebook_negatives": 0, "normalize": False, "zero_infinity": False,
+    "loss_weights": [],
 }  # fmt: skip
 _TUNED = (  # what fine-tuning replaces
     "dropout", "dropout_input", "mask_length", "mask_prob", "mask_selection", "mask_other", "no_mask_overlap",
-    "mask_channel_length", "mask_channel_prob", "mask_channel_before", "mask_channel_selection", "mask_channel_other",
-    "no_mask_channel_overlap", "mask_dropout", "feature_grad_mult", "final_dropout", "apply_mask", "blank_weight",
+    "mask_channel_length", "mask_channel_prob", "mask_channel_before", "mask_channel_selection",
+    "mask_channel_other",
+    "no_mask_channel_overlap", "mask_dropout", "feature_grad_mult", "final_dropout", "apply_mask",
+    "blank_weight",
 )  # fmt: skip
 
 
@@ -463,7 +477,8 @@ def _read_settings(cfg: Mapping[str, Any], kind: str, errors: list[str]) -> dict
 _NEEDED: list[tuple[str, str, tuple[Any, ...], str]] = [  # kind, setting, what it must be, and why
     ("", "layer_type", ("conformer",), "other layers are another model"),
     ("", "attn_type", ("espnet",), "fairseq's other attention has other weights"),
-    ("", "pos_enc_type", ("rel_pos", "rope"), "with 'abs' the convolutional positions are used, which nothing here runs"),
+    ("", "pos_enc_type", ("rel_pos", "rope"),
+    "with 'abs' the convolutional positions are used, which nothing here runs"),
     ("", "layer_norm_first", (True,), "False puts the encoder's last norm before the layers"),
     ("", "extractor_mode", ("default", "layer_norm"), "there are no other norms"),
     ("", "quantize_input", (False,), "the encoder would read codes"),
@@ -474,7 +489,9 @@ _NEEDED: list[tuple[str, str, tuple[Any, ...], str]] = [  # kind, setting, what 
     ("ctc", "blank_weight", (0,), "it is added to the blank's score after the model"),
 ]  # fmt: skip
 _TRAINING_ONLY = {  # settings whose default is what we do; others change training, not the outputs
-    "feature_grad_mult": "gradients of the feature encoder are not scaled here; for 0 call freeze_feature_encoder()",
+    "feature_grad_mult": (
+        "gradients of the feature encoder are not scaled here; for 0 call freeze_feature_encoder()"
+    ),
     **dict.fromkeys(("mask_selection", "mask_other"), "time spans have one length here"),
     **dict.fromkeys(("mask_channel_selection", "mask_channel_other"), "feature spans have one length here"),
     **dict.fromkeys(("no_mask_overlap", "no_mask_channel_overlap"), "spans may overlap here"),
@@ -517,7 +534,7 @@ def _check_settings(
 def _convert_config(
     s: Mapping[str, Any], kind: str, vocab_size: int | None, errors: list[str]
 ) -> Wav2Vec2ConformerConfig:
-    """Translate settings to our config; all that it refuses, not just the first, joins `errors`."""
+    """Translate settings to our config; all that it rejects, not just the first, joins `errors`."""
     final = s["final_dim"] if s["final_dim"] > 0 else s["encoder_embed_dim"]
     options = {option: s[name] for name, option in _SAME_MEANING.items()} | {
         "mask_time_min_masks": 2, "hidden_act": "swish",  # whatever activation_fn says
@@ -531,7 +548,8 @@ def _convert_config(
         options["diversity_loss_weight"] = s["loss_weights"][0] if s["loss_weights"] else 0.0
     else:
         options |= {
-            "vocab_size": vocab_size, "final_dropout": s["final_dropout"], "apply_spec_augment": s["apply_mask"],
+            "vocab_size": vocab_size, "final_dropout": s["final_dropout"],
+            "apply_spec_augment": s["apply_mask"],
             "ctc_zero_infinity": s["zero_infinity"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
         }  # fmt: skip
     try:
@@ -591,9 +609,9 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
     try:
         cfg = _plain_data(content.get("cfg") or content.get("args"))
     except ValueError as error:
-        raise ValueError(f"{path} is refused: {error}") from None
+        raise ValueError(f"{path} is rejected: {error}") from None
     if not isinstance(cfg, dict) or not cfg:
-        raise ValueError(f"{path} is refused: it holds no settings, neither 'cfg' nor 'args'")
+        raise ValueError(f"{path} is rejected: it holds no settings, neither 'cfg' nor 'args'")
     kind = "ctc" if any(name.startswith("w2v_encoder.") for name in theirs) else "pretraining"
     settings = _read_settings(cfg, kind, errors)
     notes = _check_settings(settings, kind, theirs, errors)
@@ -731,7 +749,7 @@ def convert_fairseq(
         "tokenizer_config.json",
         "processor_config.json",
     )
-    with replace_folder(out, remove=[*OLD_WEIGHTS, *older]) as fresh:
-        model.save_pretrained(fresh, max_shard_bytes=max_shard_bytes)
-        processor.save_pretrained(fresh)
+    with replace_folder(out, remove=[*OLD_WEIGHTS, *older]) as folder:
+        model.save_pretrained(folder, max_shard_bytes=max_shard_bytes)
+        processor.save_pretrained(folder)
     return model

@@ -152,5 +152,5 @@ class GumbelVectorQuantizer(nn.Module):
         B, T, _ = features.shape
         choice, probs = choose_codes(self.logits(features), self.temperature if self.training else None)
         vectors = read_codebooks(choice, self.codevectors).view(B, T, -1)
-        output = vectors, codebook_perplexity(probs.unflatten(0, (B, T)), mask_time_indices)
+        output = vectors, codebook_perplexity(probs.view(B, T, *probs.shape[1:]), mask_time_indices)
         return (*output, choice.argmax(-1).view(B, T, -1)) if return_codes else output
