@@ -37,7 +37,7 @@ __all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq
 
 # %% ../../nbs/files/fairseq.ipynb #433c9660
 class _Stub:
-    """What stands for a class, a function or an object of a pickle: name and content, and no code of the file."""
+    """Stands for a class, a function or an object of a pickle: name and content, no code of the file."""
 
     name = ""  # module and name of what the pickle imports
     args: tuple[Any, ...] = ()  # what it would have been called with
@@ -90,14 +90,14 @@ _STORAGE_TYPES: dict[str, torch.dtype] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's reader of pickles, which gets a stub for every name: it has nothing to import and nothing to call."""
+    """Python's reader of pickles, with a stub for every name: nothing to import and nothing to call."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Stand in for a class or function; always by a new class, so that a pickle has nothing of ours to change."""
+        """Stand in for a class or function, by a new class: a pickle has nothing of ours to change."""
         if (module, name) in {("collections", "OrderedDict"), ("collections", "defaultdict")}:
             return type("PlainDict", (_PlainDict,), {})
         return type("Stub", (_Stub,), {"name": f"{module}.{name}"})
@@ -140,7 +140,7 @@ def _check_program(file: IO[bytes], n_bytes: int) -> None:
 
 
 def _read_pickle(file: IO[bytes], n_bytes: int) -> tuple[Any, dict[str, _Storage]]:
-    """Read the next pickle of a file of `n_bytes`: its content, with stubs, and the storages that it names."""
+    """Read the next pickle of a file of `n_bytes`: its content, with stubs, and its storages."""
     start = file.tell()
     _check_program(file, n_bytes)
     file.seek(start)
@@ -170,7 +170,7 @@ def _open_zip(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], 
 
 
 def _open_legacy(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], bytes]]:
-    """Open torch's format before 1.6: five pickles, then each storage, its length in 8 bytes and its numbers."""
+    """Open torch's format before 1.6: five pickles, then each storage: length in 8 bytes, numbers."""
     if _read_pickle(file, n_bytes)[0] != 0x1950A86A20F9469CFC6C:
         raise ValueError("it is a bare pickle, no torch checkpoint")
     _, (system, _), (content, storages), (keys, _) = (_read_pickle(file, n_bytes) for _ in range(4))
@@ -192,7 +192,7 @@ def _open_legacy(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage
 def _read_tensors(
     stubs: Mapping[str, Any], read: Callable[[_Storage], bytes], n_bytes: int
 ) -> dict[str, Tensor]:
-    """Read the tensors that stubs describe, each into its own memory; the calls that would rebuild them are not made."""
+    """Read the tensors that stubs describe, each into its own memory; the calls in them are not made."""
     tensors, left = {}, 2 * n_bytes  # storages can be shared, so a small file could grow large: it may double
     for name, stub in stubs.items():
         if isinstance(stub, _Stub) and stub.name == "torch._utils._rebuild_parameter":
@@ -227,7 +227,7 @@ def _read_tensors(
 def read_torch_file(
     path: str | os.PathLike[str], part: str = "model"
 ) -> tuple[dict[Any, Any], dict[str, Tensor]]:
-    """Read a checkpoint of `torch.save`, in its format of today or before 1.6, without running anything in it.
+    """Read a checkpoint of `torch.save`, of today or before torch 1.6, without running anything in it.
 
     Args:
         path: The file.
@@ -265,7 +265,7 @@ def read_torch_file(
 
 # %% ../../nbs/files/fairseq.ipynb #d3848711
 def _contents(stub: _Stub) -> Any:
-    """What a stub holds: the content of an OmegaConf node, an object's public attributes, or its arguments."""
+    """What a stub holds: content of an OmegaConf node, an object's public attributes, or its arguments."""
     states = stub.state if isinstance(stub.state, tuple) else (stub.state,)  # a pair, if there are slots
     attributes = {key: value for state in states if isinstance(state, dict) for key, value in state.items()}
     for key in ("_content", "_val"):  # OmegaConf: of a dict or a list, of a single value
@@ -298,7 +298,7 @@ def _plain_data(value: Any) -> Any:
 
 # %% ../../nbs/files/fairseq.ipynb #269a4152
 def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
-    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4": lists of (channels, kernel, stride), `+` and `*`, and no `eval`."""
+    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4", lists of (channels, kernel, stride), without `eval`."""
 
     def read(node: ast.AST) -> list[Any]:
         match node:
@@ -506,7 +506,7 @@ _TRAINING_ONLY = {  # settings whose default is what we do; others change traini
 def _check_settings(
     settings: Mapping[str, Any], kind: str, names: Iterable[str], errors: list[str]
 ) -> list[str]:
-    """Add to `errors` what cannot be carried over or contradicts the tensors; return what changes training alone."""
+    """Add to `errors` what cannot be carried over; return what changes training alone."""
     text = "\n".join(names)
     if re.search(r"^(decoder|encoder\.w2v_model)\.", text, re.M):
         errors.append("it has a decoder: only models with a CTC layer can be carried over")
@@ -594,14 +594,15 @@ class FairseqCheckpoint:
 
 # %% ../../nbs/files/fairseq.ipynb #39c4af7e
 def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
-    """Read a Wav2Vec2-Conformer checkpoint of fairseq, pre-trained or fine-tuned with CTC. Nothing in it is run.
+    """Read a Wav2Vec2-Conformer of fairseq, pre-trained or fine-tuned with CTC. Nothing in it is run.
 
     Args:
         path: The `.pt` file.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is damaged, or no such checkpoint; or its model cannot be carried over, with all reasons.
+        ValueError: The file is damaged, or no such checkpoint; or its model cannot be carried over (all
+            reasons are named).
     """
     content, theirs = read_torch_file(path, "model")
     path = os.fspath(path)
@@ -674,7 +675,7 @@ def load_fairseq(
 
 # %% ../../nbs/files/fairseq.ipynb #ccec698b
 def _read_dictionary(path: str | os.PathLike[str]) -> list[str]:
-    """Read the symbols of a fairseq dictionary, `dict.ltr.txt`, in the order of the outputs: special ones first."""
+    """Read the symbols of a fairseq dictionary, `dict.ltr.txt`, in the order of the outputs."""
     symbols = ["<s>", "<pad>", "</s>", "<unk>"]
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         found = re.fullmatch(r"(.+) -?\d+(?: #fairseq:overwrite)?\s*", line)
@@ -692,8 +693,8 @@ def _read_dictionary(path: str | os.PathLike[str]) -> list[str]:
 def _make_tokenizer(symbols: Sequence[str], vocab_size: int) -> Wav2Vec2CTCTokenizer:
     """Make the tokenizer of a fairseq CTC model.
 
-    Its blank is output 0, which fairseq calls `<s>`. Here, and in transformers, the blank is the padding: the names
-    of outputs 0 and 1 change places. No weight moves.
+    Its blank is output 0, which fairseq calls `<s>`. Here, and in transformers, the blank is the padding:
+    the names of outputs 0 and 1 change places. No weight moves.
     """
     if len(symbols) != vocab_size:
         raise ValueError(
@@ -717,7 +718,7 @@ def convert_fairseq(
     max_shard_bytes: int = 5_000_000_000,
     **config_overrides: Any,
 ) -> PreTrainedModel:
-    """Write a fairseq checkpoint as a folder that we and transformers load: all its files appear at once, or none.
+    """Write a fairseq checkpoint as a folder that we and transformers load, all at once or not at all.
 
     Args:
         path: The `.pt` file.
