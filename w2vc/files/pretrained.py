@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Wav2Vec2ConformerConfig, refuse
+from ..model.features import frame_mask, valid_lengths
 from .atomic import read_folder, read_json, replace_folder, write_file
 from .hub import find_folder, missing_file
 
@@ -573,9 +574,9 @@ class PreTrainedModel(nn.Module):
     def _get_feature_vector_attention_mask(
         self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
     ) -> Tensor:
-        """Turn a mask over samples `[B, S]` into one over frames `[B, T]`, True = real; the base model knows."""
-        base: Any = self.base_model
-        return base._get_feature_vector_attention_mask(feature_vector_length, attention_mask, add_adapter)
+        """Turn a mask over samples `[B, S]` into one over frames `[B, T]`, True = real."""
+        lengths = self._get_feat_extract_output_lengths(valid_lengths(attention_mask), add_adapter)
+        return frame_mask(lengths, feature_vector_length)
 
 
 # %% ../../nbs/files/pretrained.ipynb #a23d2747
