@@ -143,7 +143,7 @@ def run_block(block: nn.Module, *inputs: object, recompute: bool = False) -> tup
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(recompute_contexts, block))
 
 
-# %% ../../nbs/model/conformer.ipynb #050ee7ea
+# %% ../../nbs/model/conformer.ipynb #67c62514
 # last hidden states, all hidden states, attention maps
 EncoderResult = tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]
 
@@ -153,8 +153,9 @@ def run_blocks(
     hidden: Tensor,
     frame_mask: Tensor | None,
     positions: Positions,
-    output_attentions: bool,
-    output_hidden_states: bool,
+    *,
+    output_attentions: bool = False,
+    output_hidden_states: bool = False,
 ) -> EncoderResult:
     """Run the blocks of an encoder on `[B, T, D]`, padding at 0; arguments as those of its `forward`.
 
@@ -181,7 +182,7 @@ def run_blocks(
     return last, tuple(states) if output_hidden_states else None, tuple(maps) if output_attentions else None
 
 
-# %% ../../nbs/model/conformer.ipynb #3079a30b
+# %% ../../nbs/model/conformer.ipynb #41e5b520
 class ConformerEncoder(nn.Module):
     """The stack: positions once, L blocks with LayerDrop, a last norm; `pos_conv_embed` is never called.
 
@@ -216,7 +217,8 @@ class ConformerEncoder(nn.Module):
         positions: Positions = None
         if self.embed_positions is not None:
             positions = self.embed_positions(hidden.shape[1], hidden.device, hidden.dtype)
-        return run_blocks(self, hidden, frame_mask, positions, output_attentions, output_hidden_states)
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        return run_blocks(self, hidden, frame_mask, positions, **wanted)
 
     def zero_padding(self, hidden: Tensor, frame_mask: Tensor | None) -> Tensor:
         """With padding invariance, set the padded frames of `[B, T, D]` to 0."""

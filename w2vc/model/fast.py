@@ -243,7 +243,7 @@ class PackedConformerEncoder(ConformerEncoder):
         ):  # rotary: each frame keeps its place in its utterance, [T, K] -> [R, K]
             cos, sin = (packing.pack(x.expand(len(hidden), -1, -1))[0] for x in positions)
             positions = cos, sin
-        last, _, _ = run_blocks(self, packing.pack(hidden), cast(Tensor, packing), positions, False, False)
+        last, _, _ = run_blocks(self, packing.pack(hidden), cast(Tensor, packing), positions)
         return packing.unpack(last), None, None
 
     def zero_padding(self, hidden: Tensor, frame_mask: Any) -> Tensor:

@@ -150,7 +150,7 @@ def _chosen(given: bool | None, usual: bool) -> bool:
     return usual if given is None else given
 
 
-# %% ../../nbs/model/wav2vec2.ipynb #e851dd5b
+# %% ../../nbs/model/wav2vec2.ipynb #da09c57f
 class Wav2Vec2ConformerModel(PreTrainedModel):
     """Waveforms `[B, S]` in, frames in context `[B, T, D]` out (wav2vec 2.0, figure 1; Conformer, Eq. 1)."""
 
@@ -179,7 +179,7 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
         """Read samples `[B, S]`, 16 kHz, normalised per utterance; `check_inputs` raises a ValueError.
 
         `attention_mask`, `[B, S]`, is 1 on real samples, 0 on padding, which comes last (None: all real).
-        Frames under `mask_time_indices`, `[B, T]`, become the mask vector. The switches choose what comes out.
+        Frames in `mask_time_indices`, `[B, T]`, become the mask vector. Switches choose what comes out.
         """
         check_inputs(input_values, attention_mask, self.config)
         samples = None if attention_mask is None else valid_lengths(attention_mask).to(input_values.device)
