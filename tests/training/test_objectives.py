@@ -11,8 +11,8 @@ import torch
 import w2vc.model.quantizer
 from training_runs import cut_gradients, fixed_noise, largest_gap, make_recipe, state_for
 from w2vc.data.corpus import Speech, Utterance
-from w2vc.training.objectives import build, outputs_of
-from w2vc.training.trainer import gather_speech, keep_usable
+from w2vc.training.objectives import build, keep_usable, outputs_of
+from w2vc.training.recipes import gather_speech
 
 
 @pytest.mark.parametrize("objective", ["pretraining", "ctc", "sequence", "frame"])

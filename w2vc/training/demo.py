@@ -54,13 +54,15 @@ def load_demo(head: str | None = None, *, device: torch.device | str | None = No
 
 # %% ../../nbs/training/demo.ipynb #c36f48ed
 def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
-    """What was noted while the demo checkpoint was trained: lines of a run's `metrics.jsonl`, thinned out.
+    """What was noted while the demo checkpoint was trained, one record a line, thinned out.
 
     Args:
-        run: a part of the checkpoint: "pretraining", "ctc", "keyword", "speaker", "frame"; "labels_15min" and
-            "labels_15min_scratch": CTC with a quarter of an hour of labels, from pre-trained and from random weights;
-            "collapse": pre-training without the diversity loss.
+        run: "pretraining", "ctc", "keyword", "speaker", "frame"; "labels_15min" and "labels_15min_scratch": CTC with a
+            quarter of an hour of labels, from pre-trained and from random weights; "collapse": without diversity loss.
         kind: "train", "valid", …; None: all.
+
+    Raises:
+        ValueError: no such run.
     """
     path = demo_folder().parent / "curves" / f"{run}.jsonl"
     if not path.is_file():

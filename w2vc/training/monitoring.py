@@ -5,9 +5,12 @@
 # %% ../../nbs/training/monitoring.ipynb #623cc377
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..files.atomic import read_json
+from ..files.atomic import read_json, write_file
 from ..model.pretraining import contrastive_logits
 from ..model.quantizer import codebook_perplexity
 from .recipes import recipe_folder
@@ -33,6 +36,8 @@ __all__ = [
     "diversity_share",
     "whole_tensor",
     "gradient_norms",
+    "read_metrics",
+    "MetricsLog",
     "Alarm",
     "find_alarms",
     "healthy_bands",
@@ -163,6 +168,64 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
             blocks.setdefault(_block_of(name), []).append(p.grad)
     norms = [whole_tensor(nn.utils.get_total_norm(gradients)).float() for gradients in blocks.values()]
     return dict(zip(blocks, torch.stack(norms).tolist(), strict=True)) if norms else {}
+
+
+# %% ../../nbs/training/monitoring.ipynb #88828a41
+def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
+    """Read the records of a run's `metrics.jsonl` (or of the run's folder); a line cut short by a kill is passed over.
+
+    Args:
+        path: The file, or the folder of the run.
+        kind: "train", "valid", "skip" or "alarm"; None: all.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if kind in {None, record["kind"]}:
+            records.append(record)
+    return records
+
+
+# %% ../../nbs/training/monitoring.ipynb #52bd4da7
+class MetricsLog:
+    """Lines of figures in `metrics.jsonl`, one JSON object each, and perhaps in TensorBoard.
+
+    Records after `step` are forgotten: the run goes on from there. `write=False` keeps all in memory, as all processes
+    but the first do.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, write: bool = True) -> None:
+        self.path, self.write = folder / "metrics.jsonl", write
+        self.board: Any = None
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
+        if write:
+            write_file(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+        if write and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
+        """Write a record; a number that is not finite is missing: None, as JSON has no other word for it."""
+        for key, value in figures.items():
+            if isinstance(value, float):
+                figures[key] = float(f"{value:.6g}") if math.isfinite(value) else None
+        record = {"kind": kind, "step": step, **figures}
+        self.records.append(record)
+        if self.write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        for key, value in figures.items() if self.board is not None else ():
+            if key == "samples":
+                self.board.add_text(f"{kind}/{key}", "\n\n".join(value), step)
+            elif isinstance(value, int | float):
+                self.board.add_scalar(f"{kind}/{key}", value, step)
+        return record
 
 
 # %% ../../nbs/training/monitoring.ipynb #d7bf5337

@@ -48,6 +48,7 @@ __all__ = [
     "FrameObjective",
     "XVectorObjective",
     "build",
+    "keep_usable",
 ]
 
 
@@ -309,10 +310,10 @@ class LabelObjective(Objective):
     @classmethod
     def derive(cls, recipe: Recipe, speech: Speech) -> tuple[Any, dict[str, Any]]:
         """Number the labels of the training set."""
-        knobs: dict[str, Any] = {"id2label": label_names(speech, _target(recipe))}
+        fields: dict[str, Any] = {"id2label": label_names(speech, _target(recipe))}
         if recipe.data.label == "turns":  # people talk at the same time
-            knobs["problem_type"] = "multi_label_classification"
-        return super().derive(recipe, speech)[0], knobs
+            fields["problem_type"] = "multi_label_classification"
+        return super().derive(recipe, speech)[0], fields
 
     def collator(self, training: bool) -> Collator:
         """Audio and labels."""
@@ -399,15 +400,32 @@ def build(recipe: Recipe, speech: Speech, saved: Path | None = None) -> tuple[Ob
             kind.head(Wav2Vec2ConformerConfig.from_pretrained(saved)),
         )
     else:
-        processor, knobs = kind.derive(recipe, speech)
-        config, start = recipe.model_config(**knobs), recipe.model.start
-        knobs = {key: getattr(config, key) for key in {*knobs, *recipe.model.config}}
+        processor, fields = kind.derive(recipe, speech)
+        config, start = recipe.model_config(**fields), recipe.model.start
+        fields = {key: getattr(config, key) for key in {*fields, *recipe.model.config}}
         # float32, whatever the checkpoint has: 16 bits would not learn
         model = (
             kind.head(config)
             if start is None
-            else kind.head.from_pretrained(start, dtype=torch.float32, **knobs)
+            else kind.head.from_pretrained(start, dtype=torch.float32, **fields)
         )
     for key, value in kind.fixed.items():
         setattr(model.config, key, value)
     return kind(recipe, model.config, processor), model
+
+
+# %% ../../nbs/training/objectives.ipynb #6447303e
+def keep_usable(speech: Speech, objective: Objective, name: str, left_out: list[str] | None = None) -> Speech:
+    """Leave out what the objective cannot use (without text for CTC, …), with a line for each in `left_out`.
+
+    Raises:
+        ValueError: Nothing is left; `name` says of which set.
+    """
+    collator = objective.collator(training=False)
+    problems = {u.id: collator.problem(u, u.n_samples) for u in speech}
+    bad = [f"{id}: {why}" for id, why in problems.items() if why]
+    if len(bad) == len(speech):
+        raise ValueError(f"data.{name}: none of {len(bad)} utterances can be used, as {bad[0]}")
+    if left_out is not None:
+        left_out += bad
+    return speech.filter(lambda u: not problems[u.id])

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/recipes.ipynb #60764e24
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -15,7 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self, cast
 
+import torch
+from torch import Tensor, nn
+
 from ..config import Wav2Vec2ConformerConfig
+from ..data.corpus import Speech, Utterance, load_speech
 
 # %% auto #0
 __all__ = [
@@ -27,11 +32,13 @@ __all__ = [
     "gumbel_temperature",
     "SourceConfig",
     "DataConfig",
+    "gather_speech",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
     "recipe_folder",
     "Recipe",
+    "make_optimizer",
 ]
 
 # %% ../../nbs/training/recipes.ipynb #e5d3c5d7
@@ -101,7 +108,7 @@ def gumbel_temperature(step: int, steps: int, plan: PretrainingConfig) -> float:
 # %% ../../nbs/training/recipes.ipynb #862660ae
 @dataclass
 class SourceConfig:
-    """One source of speech: what `load_speech` is asked for."""
+    """One source of speech: what `load_speech` is given."""
 
     name: str = "builtin"  # a set that load_speech knows, or a folder of recordings
     split: str = "train"  # or "dev", "test", "all"
@@ -135,6 +142,42 @@ class DataConfig:
     )
     workers: int = 0  # processes that decode audio; 0: the training process itself
     preload: bool = False  # keep all audio decoded in memory
+
+
+# %% ../../nbs/training/recipes.ipynb #f07ff9ef
+def gather_speech(
+    sources: list[SourceConfig],
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+    left_out: list[str] | None = None,
+) -> Speech:
+    """Join the sources of a recipe to one set.
+
+    Returns:
+        Utterances named `source/id`, the second round through a source `source/id#2`: names decide crops and masks.
+        `left_out`, a list, gets a line for each that is shorter than `min_seconds` or longer than `max_seconds`.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    found: list[Utterance] = []
+    left_out = [] if left_out is None else left_out
+    for source in sources:
+        part = load_speech(source.name, source.split, **source.options)
+        total, label = 0.0, Path(source.name).name
+        for u in part.filter(kind=source.kinds, language=source.languages):
+            if not min_seconds <= u.seconds <= max_seconds:
+                left_out.append(f"{label}/{u.id}: it has {u.seconds:.2f} s")
+                continue
+            total += u.seconds
+            if source.hours is not None and total > source.hours * 3600:
+                break
+            for k in range(1, source.repeat + 1):
+                found.append(copy.copy(u))
+                found[-1].id = f"{label}/{u.id}#{k}" if k > 1 else f"{label}/{u.id}"
+    if not found:
+        raise ValueError(f"data: no utterance of at least {min_seconds} s in {[s.name for s in sources]}")
+    return Speech(found, "+".join(source.name for source in sources), sources[0].split)
 
 
 # %% ../../nbs/training/recipes.ipynb #7081af85
@@ -301,3 +344,24 @@ class Recipe:
         }  # fmt: skip
         lists = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         return cast(Wav2Vec2ConformerConfig, make[self.model.size](**lists))
+
+
+# %% ../../nbs/training/recipes.ipynb #c28f5942
+def _uses_weight_decay(name: str, p: Tensor) -> bool:
+    """Whether weight decay applies: to matrices and kernels, not to norms, biases and lone vectors."""
+    return p.dim() > 1 and "norm" not in name and "bias" not in name
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over everything that may learn at some time in the run."""
+    plan = recipe.optimizer
+    learners = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for name, p in learners if _uses_weight_decay(name, p)],
+            "weight_decay": plan.weight_decay,
+        },
+        {"params": [p for name, p in learners if not _uses_weight_decay(name, p)], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
