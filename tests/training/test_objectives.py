@@ -28,7 +28,7 @@ def test_the_model_gets_both_masks(objective: str, tmp_path: Path) -> None:
     """An attention mask only where something is padded; the collator's time mask reaches the base model."""
     plan = make_recipe(objective, "data.batch_seconds=40", "data.label=speaker", mask_time_prob=0.5)
     state = state_for(plan, gather_speech(plan.data.train), tmp_path, double=False)
-    model, batch = state.model.train(), next(state.stream)
+    model, batch = state.model.train(), next(state.batches)
     assert len(set(batch["lengths"])) > 1
     given: list[Any] = []
     model.base_model.encoder.register_forward_pre_hook(lambda module, args: given.append(args[0]))

@@ -148,7 +148,8 @@ def wrap_model(model: nn.Module, processes: Processes, *, unused: bool = False) 
     Args:
         model: On its device, with `requires_grad` as it will stay: DDP notes which parameters learn.
         processes: Who trains together.
-        unused: Some parameters get no gradient in some steps (LayerDrop): look for them, rather than wait for ever.
+        unused: Some parameters get no gradient in some steps (LayerDrop): look for them, rather than wait for
+            ever.
     """
     if processes.sharded or not (dist.is_available() and dist.is_initialized()):
         return model
@@ -380,8 +381,8 @@ def _note_skip(run: Run, update: Update) -> None:
         run.say(f"step {run.step + 1} left out: {what}; samples: {', '.join(names[:8]) or 'none alone'}")
     if run.in_a_row >= run.recipe.run.tolerance:
         raise RuntimeError(
-            f"{run.in_a_row} steps in a row had no finite loss, the last with {names[:4]}: lower optimizer.lr, set "
-            "optimizer.clip, or look at these samples; last/ holds the last good weights"
+            f"{run.in_a_row} steps in a row had no finite loss, the last with {names[:4]}: lower "
+            "optimizer.lr, set optimizer.clip, or look at these samples; last/ holds the last good weights"
         )
 
 

@@ -67,9 +67,10 @@ def code_sums(scores: Tensor, mask: Tensor) -> Sums:
         mask: `[B, T]` bool, True = masked.
 
     Returns:
-        `soft`, `[G, V]`: the probabilities added up; `hard`, `[G, V]`: how often each code is the best; `frames`: A.
+        `soft`, `[G, V]`: the probabilities added up; `hard`, `[G, V]`: how often each code is the best;
+        `frames`: R.
     """
-    picked = scores[mask].float()  # [A, G, V]
+    picked = scores[mask].float()  # [R, G, V]
     hard = nn.functional.one_hot(picked.argmax(-1), picked.shape[-1]).sum(0).float()
     return {"soft": picked.softmax(-1).sum(0), "hard": hard, "frames": torch.tensor(float(len(picked)))}
 
@@ -90,11 +91,11 @@ def choice_sums(  # noqa: PLR0917
         temperature: of the contrastive loss.
 
     Returns:
-        `questions`: A, the masked frames; `hits`: those whose true target beats all negatives; `answers`: A times N;
-        `twins`: duplicate negatives.
+        `questions`: R, the masked frames; `hits`: those whose true target beats all negatives; `answers`: A
+        times N; `twins`: duplicate negatives.
     """
-    logits = contrastive_logits(states, targets, negatives, codes, temperature)[mask]  # [A, 1 + N]
-    hits, duplicates = (logits[:, :1] > logits[:, 1:]).all(1), logits[:, 1:].isneginf()  # [A], [A, N]
+    logits = contrastive_logits(states, targets, negatives, codes, temperature)[mask]  # [R, 1 + N]
+    hits, duplicates = (logits[:, :1] > logits[:, 1:]).all(1), logits[:, 1:].isneginf()  # [R], [R, N]
     return {
         "questions": torch.tensor(float(len(hits)), device=hits.device),
         "hits": hits.sum().float(),
@@ -108,9 +109,10 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     """Turn the sums of `code_sums` and `choice_sums` into figures.
 
     Returns:
-        `accuracy` (chance is `1 / (1 + N)`); `twins`, share of negatives that are duplicates; `soft_perplexity` and
-        `hard_perplexity`, summed over the groups; `hard_perplexity_groups`; `dead_codes`, never the best one; `used`, the
-        hard perplexity over the number of codes; `score`, accuracy times the square of `used`: a collapse lowers it.
+        `accuracy` (chance is `1 / (1 + N)`); `twins`, share of negatives that are duplicates;
+        `soft_perplexity` and `hard_perplexity`, summed over the groups; `hard_perplexity_groups`;
+        `dead_codes`, never the best one; `used`, the hard perplexity over the number of codes; `score`,
+        accuracy times the square of `used`: a collapse lowers it.
     """
     hard = perplexity(sums["hard"])
     accuracy = float(sums["hits"] / sums["questions"].clamp_min(1))
@@ -195,8 +197,8 @@ def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[
 class MetricsLog:
     """Lines of figures in `metrics.jsonl`, one JSON object each, and perhaps in TensorBoard.
 
-    Records after `step` are forgotten: the run goes on from there. `write=False` keeps all in memory, as all processes
-    but the first do.
+    Records after `step` are forgotten: the run goes on from there. `write=False` keeps all in memory, as all
+    processes but the first do.
     """
 
     def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, write: bool = True) -> None:
@@ -290,21 +292,23 @@ def _overfitting(train: Records, valid: Records) -> str:
 ALARMS = {  # name -> (usual cause, remedy)
     "collapse": (
         "the quantizer answers with few codes, so that right and wrong answers look alike and guessing pays",
-        "go back to a checkpoint before the fall; raise model.config.diversity_loss_weight (0.1 to 1), lower optimizer.lr, "
-        "set pretraining.features_penalty, or lower the temperature more slowly",
+        "go back to a checkpoint before the fall; raise model.config.diversity_loss_weight (0.1 to 1), "
+        "lower optimizer.lr, set pretraining.features_penalty, or lower the temperature more slowly",
     ),
     "divergence": (
         "steps are too long, or a few samples are far from all others",
-        "lower optimizer.lr, lengthen schedule.warmup, set optimizer.clip to twice the usual length of the gradient",
+        "lower optimizer.lr, lengthen schedule.warmup, set optimizer.clip to twice the usual length of the "
+        "gradient",
     ),
     "not learning": (
         "too little audio per update, a rate that is too small or far too large, or a task without an answer",
-        "raise run.accumulate or data.batch_seconds; try a third and three times optimizer.lr; start from a pre-trained "
-        "model; look at a batch: are sound and labels right?",
+        "raise run.accumulate or data.batch_seconds; try a third and three times optimizer.lr; start from a "
+        "pre-trained model; look at a batch: are sound and labels right?",
     ),
     "features grow": (
         "nothing holds the scale of the latent frames before their norm",
-        "set pretraining.features_penalty (0.01 for small models, 10 in fairseq's base recipe), or lower optimizer.lr",
+        "set pretraining.features_penalty (0.01 for small models, 10 in fairseq's base recipe), or lower "
+        "optimizer.lr",
     ),
     "overfitting": (
         "the model learns the training set by heart",
@@ -377,7 +381,8 @@ def healthy_bands(
 
     Args:
         runs: records of one healthy run or several.
-        points: of each band, at most; they lie where the shortest run has records, so they are as dense as its log.
+        points: of each band, at most; they lie where the shortest run has records, so they are as dense as
+            its log.
         margin: share of a figure's whole range.
         name: of the recipe.
 

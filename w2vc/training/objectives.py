@@ -57,8 +57,8 @@ __all__ = [
 class Objective(ABC):
     """What a run learns, for a loop that knows nothing of it: which batches, which loss, which figures.
 
-    A loss is a sum, and `count` says over how many things; figures are made of sums, too. So neither depends on how a
-    batch is cut, and batches and processes simply add up.
+    A loss is a sum, and `count` says over how many things; figures are made of sums, too. So neither depends
+    on how a batch is cut, and batches and processes simply add up.
 
     Args:
         recipe: The run.
@@ -118,7 +118,7 @@ class Objective(ABC):
         """What a batch adds to the figures."""
 
     def pulls(self, model: PreTrainedModel, result: Any) -> dict[str, float]:
-        """Which part of the loss pulls how hard; asked before the backward."""
+        """Which part of the loss pulls how hard; called before the backward."""
         return {}
 
     @abstractmethod
@@ -223,8 +223,8 @@ class PretrainingObjective(Objective):
 
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
         """Accuracy, codes in use, and the parts of the loss per masked frame."""
-        asked = sums["questions"].clamp_min(1)
-        parts = {key: float(sums[key] / asked) for key in ("contrastive", "diversity")}
+        frames = sums["questions"].clamp_min(1)
+        parts = {key: float(sums[key] / frames) for key in ("contrastive", "diversity")}
         return {**describe_codes(sums), **parts, "feature_energy": float(sums["energy"] / sums["rows"])}
 
 
@@ -261,7 +261,7 @@ class CTCObjective(Objective):
         return len(batch["ids"]) if self.recipe.run.per == "utterance" else int(batch["n_labels"])
 
     def forward(self, model: nn.Module, batch: BatchFeature) -> tuple[Tensor, Any]:
-        """The CTC loss, which is a sum already, and the logits `[B, T, V]`."""
+        """The CTC loss, which is a sum already, and the logits `[B, T, A]`."""
         output = model(**self.inputs(batch))
         return output.loss, output.logits.detach()
 
@@ -387,10 +387,12 @@ def build(recipe: Recipe, speech: Speech, saved: Path | None = None) -> tuple[Ob
     Args:
         recipe: The run.
         speech: The training set, from which vocabulary and labels are made.
-        saved: A checkpoint of the run, whose vocabulary and labels are taken instead; its weights are not read.
+        saved: A checkpoint of the run, whose vocabulary and labels are taken instead; its weights are not
+            read.
 
     Returns:
-        The objective, and the model with its first weights: those of `model.start`, or random ones from the seed.
+        The objective, and the model with its first weights: those of `model.start`, or random ones from the
+        seed.
     """
     kind = OBJECTIVE_CLASSES[recipe.objective]
     torch.manual_seed(recipe.run.seed)

@@ -61,8 +61,8 @@ class ScheduleConfig:
 def learning_rate(step: int, steps: int, plan: ScheduleConfig) -> float:
     """The learning rate of update `step` (from 0) of `steps`, over the peak rate.
 
-    A pure function of the step: nothing to save, and a resumed run continues on the same curve. `polynomial` and
-    `tri_stage` follow fairseq's schedulers of these names.
+    A pure function of the step: nothing to save, and a resumed run continues on the same curve. `polynomial`
+    and `tri_stage` follow fairseq's schedulers of these names.
     """
     warm = round(plan.warmup * steps)
     if step < warm:
@@ -88,9 +88,8 @@ class PretrainingConfig:
     temperature_start: float = 2.0  # Gumbel temperature of the first step
     temperature_end: float = 0.5  # it never falls below this
     temperature_decay: float = 0.999995  # factor per step
-    temperature_share: float | None = (
-        None  # instead of the factor: share of the steps until the end is reached
-    )
+    # instead of the factor: share of the steps until the end is reached
+    temperature_share: float | None = None
     mask_prob: float = 0.65  # share of the frames to mask if no spans overlapped
     mask_length: int = 10  # frames per span
     min_masks: int = 2  # at least this many spans, where they fit
@@ -114,9 +113,8 @@ class SourceConfig:
     split: str = "train"  # or "dev", "test", "all"
     repeat: int = 1  # how often an epoch goes through it; more for a small set that is to count more
     hours: float | None = None  # use at most this much of it, from the front
-    options: dict[str, Any] = field(
-        default_factory=dict
-    )  # what else load_speech is given, such as {hours: 5}
+    # what else load_speech is given, such as {hours: 5}
+    options: dict[str, Any] = field(default_factory=dict)
     kinds: list[str] | None = None  # keep only utterances of these kinds
     languages: list[str] | None = None  # keep only utterances of these languages
 
@@ -129,17 +127,15 @@ class DataConfig:
     valid: list[SourceConfig] = field(default_factory=lambda: [SourceConfig(split="dev")])
     batch_seconds: float = 32.0  # rows times the longest row of a batch stay below this
     batch_rows: int | None = None  # at most this many rows
-    crop_seconds: float | None = (
-        None  # longer ones are cut to this, anew in each epoch (not for CTC); None: never
-    )
+    # longer ones are cut to this, anew in each epoch (not for CTC); None: never
+    crop_seconds: float | None = None
     crop: str = "max"  # cut what is longer; "shortest": cut all to the shortest of the batch, no padding
     noise_db: tuple[float, float] | None = None  # add white noise, at a signal-to-noise ratio from this range
     min_seconds: float = 0.5  # shorter utterances are left out
     max_seconds: float | None = None  # longer utterances are left out; None: none
     normalize: bool = True  # zero mean, unit variance per utterance
-    label: str = (
-        "text"  # what a classifier learns: text, speaker, kind, language; of frames phones, words, turns
-    )
+    # what a classifier learns: text, speaker, kind, language; of frames phones, words, turns
+    label: str = "text"
     workers: int = 0  # processes that decode audio; 0: the training process itself
     preload: bool = False  # keep all audio decoded in memory
 
@@ -154,8 +150,10 @@ def gather_speech(
     """Join the sources of a recipe to one set.
 
     Returns:
-        Utterances named `source/id`, the second round through a source `source/id#2`: names decide crops and masks.
-        `left_out`, a list, gets a line for each that is shorter than `min_seconds` or longer than `max_seconds`.
+        Utterances named `source/id`, the second round through a source `source/id#2`: names decide crops and
+        masks.
+        `left_out`, a list, gets a line for each that is shorter than `min_seconds` or longer than
+        `max_seconds`.
 
     Raises:
         ValueError: Nothing is left.
@@ -188,12 +186,10 @@ class ModelConfig:
     start: str | None = None  # a folder or hub id whose weights to start from; None: from scratch
     size: str = "base"  # or "large", "tiny"; with `start` the checkpoint's own size counts
     config: dict[str, Any] = field(default_factory=dict)  # fields of the model's config that differ
-    processor: str | None = (
-        None  # CTC: folder with the vocabulary; None: beside `start`, else the texts' letters
-    )
-    features_gradient: float = (
-        1.0  # factor on the gradient of the convolutional feature encoder; 0 freezes it
-    )
+    # CTC: folder with the vocabulary; None: beside `start`, else the texts' letters
+    processor: str | None = None
+    # factor on the gradient of the convolutional feature encoder; 0 freezes it
+    features_gradient: float = 1.0
     frozen_steps: int = 0  # for so many steps only the head learns
     frozen: bool = False  # only the head ever learns; the base model stays in eval mode
     checkpointing: bool = False  # compute the blocks again in backward instead of keeping what they computed

@@ -123,13 +123,8 @@ class Loop:
         clip: float = math.inf,
         rate: Callable[[int], float] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.batches, self.loss, self.count = (
-            model,
-            optimizer,
-            batches,
-            loss,
-            count,
-        )
+        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.loss, self.count = loss, count
         self.accumulate, self.clip, self.rate = accumulate, clip, rate
         self.step = self.skipped = 0  # updates, and those that were left out
 
@@ -141,9 +136,8 @@ class Loop:
         batches = [next(self.batches) for _ in range(self.accumulate)]
         before = [buffer.clone() for buffer in self.model.buffers()]  # running statistics
         mean, shares = self.backward(batches)
-        loss, length = torch.stack(
-            [mean, self.clip_gradient().to(mean)]
-        ).tolist()  # the one read of this step
+        # the one read of this step
+        loss, length = torch.stack([mean, self.clip_gradient().to(mean)]).tolist()
         done = Update(batches, shares, loss, length)
         if done.finite:
             self.apply()
