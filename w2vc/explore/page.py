@@ -69,15 +69,8 @@ def root_bytes(weights: Any) -> tuple[NDArray[np.uint8], float]:
 
 # %% ../../nbs/appendix/pages.ipynb #c482be94
 def sound_uri(audio: NDArray[Any], rate: int = SAMPLING_RATE) -> str:
-    """Pack samples `[S]` as a data address: MP3, 5 kB a second at 16 kHz, where soundfile is installed, else WAV."""
-    try:
-        import soundfile
-
-        buffer = io.BytesIO()
-        soundfile.write(buffer, audio, rate, format="MP3")
-        return data_uri("audio/mpeg", buffer.getvalue())
-    except (ImportError, ValueError, RuntimeError):  # or a libsndfile without MP3
-        return data_uri(*Sound(np.asarray(audio, np.float64), rate, "sound").encoded())
+    """Pack samples `[S]` as a data address, encoded as in `Sound`."""
+    return data_uri(*Sound(np.asarray(audio, np.float64), rate, "sound").encoded())
 
 
 # %% ../../nbs/appendix/pages.ipynb #9b36e074
