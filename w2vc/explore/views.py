@@ -24,9 +24,17 @@ from ..data.batches import turn_order
 from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
 from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
 from ..evaluation.reports import model_class
-from .attention import attention_explorer
 from .codevectors import collect_codes, flatten_to_plane, phone_counts
-from .page import Explorer, as_utterance, clip_data, gray_png, root_bytes, save_page, slider
+from .page import (
+    Explorer,
+    as_utterance,
+    attention_explorer,
+    clip_data,
+    gray_png,
+    root_bytes,
+    save_page,
+    slider,
+)
 from .tracing import as_input, html_table, trace
 from .viz import OKABE_ITO, Picture, figure, plot_matrix, plot_segments, plot_spectrogram
 
