@@ -136,7 +136,10 @@ def offset_profile(maps: Tensor, reach: int = 50) -> Tensor:
 
 
 def distance_only(maps: Tensor) -> Tensor:
-    """Remove content from a head `[..., T, T]`: every weight becomes the mean of its distance, rows sum to one."""
+    """Remove content from a head `[..., T, T]`.
+
+    Every weight becomes the mean of its distance, rows sum to one.
+    """
     n_frames = maps.shape[-1]
     profile = offset_profile(maps, n_frames - 1)  # [..., 2T-1]
     frames = torch.arange(n_frames, device=maps.device)
@@ -164,7 +167,10 @@ def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float =
 
 
 def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None) -> Any:
-    """Draw `head_summary` as tables, a row a layer and a column a head; layers are named or counted from 0."""
+    """Draw `head_summary` as tables, a row a layer and a column a head.
+
+    Layers are named or counted from 0.
+    """
     tables = [
         ("distance (ms)", summary["distance"], ".0f"),
         ("entropy (1 = equal weights)", summary["entropy"], ".2f"),

@@ -46,8 +46,8 @@ __all__ = [
     "block_map",
     "record",
     "Parity",
-    "parity_strip",
-    "unheard",
+    "layerwise_diff",
+    "masked_samples",
     "masked_audio",
     "Spotting",
     "spot_the_negative",
@@ -558,7 +558,7 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
 # %% ../../nbs/explore/tracing.ipynb #d50f2f44
 @dataclass(eq=False, repr=False)
 class Parity(_Printed, Sequence[tuple[str, float]]):
-    """What `parity_strip` returns: pairs of a block and its difference, in the order of the run; prints as a table."""
+    """What `layerwise_diff` returns: pairs of a block and its difference, in the order of the run; prints as a table."""
 
     gaps: dict[str, float]  # largest relative difference after each block
     tolerance: float  # what still counts as equal
@@ -608,7 +608,7 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
         return ax
 
 
-def parity_strip(
+def layerwise_diff(
     ours: Any, theirs: Any, audio: Any = None, *, tolerance: float = 1e-5, blocks: str = _STRIP, **inputs: Any
 ) -> Parity:
     """Run two models side by side and say how far they differ after each block, and which block departs first.
@@ -638,7 +638,7 @@ def parity_strip(
 
 
 # %% ../../nbs/explore/tracing.ipynb #e68ffdd5
-def unheard(mask: Any, n_samples: int, config: Any = None) -> NDArray[np.bool_]:
+def masked_samples(mask: Any, n_samples: int, config: Any = None) -> NDArray[np.bool_]:
     """The samples that no visible frame sees, `[S]` bool: what a mask `[T]`, True = masked, takes away.
 
     Samples after the last frame count as seen. Without a config, frames are 400 samples every 320.
@@ -662,13 +662,13 @@ def masked_audio(
         audio: One sound; see `sound_of`.
         mask: `[T]` bool, True = masked. 4 ms at the edges of a gap are faded, so that nothing clicks.
         fill: What stands in the gaps: "silence", or "noise" as loud as the sound on average.
-        config: As in `unheard`.
+        config: As in `masked_samples`.
         seed: For the noise.
     """
     if fill not in {"silence", "noise"}:
         raise ValueError(f"fill={fill!r}; allowed are 'silence' and 'noise'")
     sound = np.asarray(sound_of(audio), np.float32)
-    gone, places = unheard(mask, len(sound), config), np.arange(len(sound))
+    gone, places = masked_samples(mask, len(sound), config), np.arange(len(sound))
     before = places - np.maximum.accumulate(np.where(gone, -64, places))  # samples since the last one heard
     after = places - np.maximum.accumulate(np.where(gone[::-1], -64, places))  # the same, from the end
     keep = np.maximum(1 - np.minimum(before, after[::-1]) / 64, 0)
