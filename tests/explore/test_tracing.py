@@ -24,13 +24,13 @@ from w2vc.explore.tracing import (
     dependency_spans,
     frozen_statistics,
     html_table,
+    layerwise_diff,
     main_tensor,
     masked_audio,
-    layerwise_diff,
+    masked_samples,
     record,
     spot_the_negative,
     trace,
-    masked_samples,
 )
 from w2vc.model.convolution import ConvolutionModule
 from w2vc.model.features import FeatureEncoder, receptive_field

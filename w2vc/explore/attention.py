@@ -166,6 +166,7 @@ def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float =
     return found
 
 
+# %% ../../nbs/explore/attention.ipynb #a7cbf7a8
 def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None) -> Any:
     """Draw `head_summary` as tables, a row a layer and a column a head.
 

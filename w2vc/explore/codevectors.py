@@ -97,36 +97,25 @@ class CodeFrames:
 
 # %% ../../nbs/explore/codevectors.ipynb #7b3aae7f
 @torch.no_grad()
-def project_codevectors(
-    model: Wav2Vec2ConformerForPreTraining,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What each code adds to the target of the loss, `[G, V, P]`, and the bias of `project_q`.
-
-    Equation (2) below.
-    """
+def project_codevectors(model: Wav2Vec2ConformerForPreTraining) -> list[NDArray[np.float32]]:
+    """What each code adds to the target of the loss, `[G, V, P]`, and the bias of `project_q`: (2) below."""
     quantizer, project = model.quantizer, model.project_q
     table = quantizer.codevectors.float().view(quantizer.num_groups, quantizer.num_vars, -1)  # [G, V, d]
     columns = project.weight.float().view(project.out_features, quantizer.num_groups, -1)  # [P, G, d]
-    return torch.einsum("gvd,pgd->gvp", table, columns).cpu().numpy(), project.bias.float().cpu().numpy()
+    return [torch.einsum("gvd,pgd->gvp", table, columns).cpu().numpy(), project.bias.float().cpu().numpy()]
 
 
+# %% ../../nbs/explore/codevectors.ipynb #8035610f
 def collect_codes(
     model: Wav2Vec2ConformerForPreTraining, speech: Speech, extractor: Wav2Vec2FeatureExtractor | None = None
 ) -> CodeFrames:
-    """Let the quantizer choose codes for all frames, without noise and without a mask.
-
-    No conformer block is run.
-
-    Utterances that are too short for a frame are passed over.
+    """Let the quantizer choose codes for all frames, without noise; utterances too short are left out.
 
     Raises:
         ValueError: None is long enough.
     """
-    extractor, config, clock = (
-        extractor or Wav2Vec2FeatureExtractor(),
-        model.config,
-        FrameClock.of(model.config),
-    )
+    extractor, config = extractor or Wav2Vec2FeatureExtractor(), model.config
+    clock = FrameClock.of(config)
     base, rows = model.wav2vec2_conformer, []
     soft = np.zeros((config.num_codevector_groups, config.num_codevectors_per_group))
     with plain_forms(model), eval_mode(model):
@@ -143,9 +132,10 @@ def collect_codes(
             rows.append((scores.argmax(-1).cpu().numpy(), np.full(T, i), np.arange(T), phones, mel))
     if not rows:
         raise ValueError(f"{speech!r}: no utterance gives a frame")
-    columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
-    seconds = clock.step, clock.width / clock.rate
-    return CodeFrames(speech, *columns, soft, *project_codevectors(model), *seconds)
+    codes, owner, steps, names, mels = (np.concatenate(column) for column in zip(*rows, strict=True))
+    vectors, bias = project_codevectors(model)
+    width = clock.width / clock.rate
+    return CodeFrames(speech, codes, owner, steps, names, mels, soft, vectors, bias, clock.step, width)
 
 
 # %% ../../nbs/explore/codevectors.ipynb #6bf42162
@@ -247,8 +237,9 @@ def code_phone_table(frames: CodeFrames, group: int, *, least: int = 1) -> CodeT
     return CodeTable(counts[np.ix_(codes, phones)], codes.tolist(), [names[p] for p in phones])
 
 
+# %% ../../nbs/explore/codevectors.ipynb #38b00b0f
 def plot_code_table(table: CodeTable, ax: Axes | None = None) -> Axes:
-    """Draw a code x phone table: each column is a code, and shows which share of its frames each phone has."""
+    """Draw a code x phone table: each column is a code, and shows the share of each phone in its frames."""
     from matplotlib.colors import PowerNorm
 
     ax = figure(height=6.4)[1] if ax is None else ax
@@ -281,7 +272,7 @@ def phone_thirds(frames: CodeFrames) -> NDArray[np.str_]:
 def code_information(
     frames: CodeFrames, codes: ArrayLike | None = None, *, seed: int = 0
 ) -> dict[str, dict[str, CodeMeasures]]:
-    """Measure what codes tell about the phone, the third of the phone and the speaker, on frames with a known phone.
+    """Measure what codes tell about the phone, the third of the phone and the speaker of a frame.
 
     Args:
         frames: As collected.
@@ -434,10 +425,11 @@ def code_targets(frames: CodeFrames) -> NDArray[np.float32]:
     return _unit(np.sum(parts, 0) + frames.bias)
 
 
+# %% ../../nbs/explore/codevectors.ipynb #3aa7b126
 def nearest_segments(
     frames: CodeFrames, utterance: int, start: float, end: float, n: int = 5, *, other_speakers: bool = False
 ) -> list[Neighbour]:
-    """Find the `n` places, each in another utterance, whose codes are most like those from `start` to `end` seconds.
+    """Find `n` places, each in another utterance, with codes most like those from `start` to `end` seconds.
 
     `other_speakers`: look among the other speakers only.
 

@@ -434,7 +434,7 @@ class _FittedText(Text):
 
     def draw(self, renderer: Any) -> None:
         """Draw the label in the size that fits; only now is the width of the axes known."""
-        # type: ignore[union-attr]
+        assert self.axes is not None
         (left, _), (right, _) = self.axes.transData.transform([(0, 0), (self.room, 0)])
         self.set_fontsize(9)
         size = min(9.0, 9 * 0.9 * abs(right - left) / max(self.get_window_extent(renderer).width, 1e-6))
