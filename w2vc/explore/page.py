@@ -165,7 +165,7 @@ def _script_value(value: Any) -> str:
 
 # %% ../../nbs/appendix/pages.ipynb #9b3ffbf3
 class Explorer:
-    """One thing to play with on a page: HTML, a script, data and sound, and a picture where scripts may not run.
+    """One thing to play with on a page: HTML, script, data, sound, and a picture where scripts may not run.
 
     It needs no server and loads nothing. A notebook shows it as the value of a cell, `save` writes a page
     of its own.
@@ -309,9 +309,7 @@ def attention_explorer(
     heads = list(range(config.num_attention_heads) if heads is None else heads)
     if round(u.seconds / clock.step) ** 2 * len(layers) * len(heads) > _MOST_PIXELS:
         came = f"{u.seconds:.1f} s x {len(layers)} layers x {len(heads)} heads"
-        raise refuse(
-            "audio", came, "shorter, or with fewer layers= and heads=: this page would have over 20 MB"
-        )
+        raise refuse("audio", came, "shorter, or with fewer layers= and heads=: a page of over 20 MB")
     if start is not None and not (start[0] in layers and start[1] in heads):
         raise refuse("start", start, f"a layer of {layers} and a head of {heads}")
     maps = attention_maps(model, u, layers=layers, heads=heads)  # [L, H, T, T]
@@ -323,14 +321,14 @@ def attention_explorer(
         "maps": [_map_data(weights) for weights in maps.flatten(0, 1)],
         "summary": _summary_data(u, maps, clock),
     }  # fmt: skip
-    note = "A weight is the largest of its map times (byte / 255)²; brightness is the byte: it grows with the root."
+    note = "A weight is the largest of its map times (byte / 255)²; brightness is the byte."
     rows = {name: part for name, part in (("words", u.words), ("phones", u.phones)) if part}
     named = {f"layer {layer}, head {head}": maps[shown].sqrt()}
     fig = timeline(
         u.audio, u.sampling_rate, segments=rows or None, attention=named, hop=clock.step, spectrogram=False
     )
     name = u.text or u.id
-    alt = f"Waveform and attention map of layer {layer}, head {head} for {name}, on one time axis; bright is large."
+    alt = f"Waveform and attention map of layer {layer}, head {head} for {name}; bright is large."
     return Explorer(f"Attention: {name}", "attention", data, render(fig, alt), note)
 
 

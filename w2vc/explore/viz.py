@@ -157,7 +157,10 @@ def show(fig: Figure | Axes, *, alt: str) -> None:
 
 
 def render(fig: Figure, alt: str) -> Picture:
-    """Draw a figure to PNG in 256 well chosen colours, a heavy one in fewer; equal figures give equal bytes."""
+    """Draw a figure to PNG in 256 well chosen colours, a heavy one in fewer.
+
+    Equal figures give equal bytes.
+    """
     from PIL import Image  # comes with matplotlib
 
     drawn, packed = io.BytesIO(), io.BytesIO()
