@@ -75,7 +75,7 @@ class Frames(nn.Module):
         )
 
     def forward(self, waves: Tensor) -> Tensor:
-        """Slide along the sound."""
+        """Turn sound `[B, S]` into frames `[B, T, D]`, each of mean 0 and variance 1."""
         z = self.layers(waves[:, None]).transpose(1, 2)  # [B, 1, S] -> [B, D, T] -> [B, T, D]
         return functional.layer_norm(z, z.shape[-1:])
 
@@ -89,7 +89,7 @@ def spectrum(waves: Tensor) -> Tensor:
 
 
 class NearestSpectrum(nn.Module):
-    """Codes by argmin: a frame's code is the number of the nearest example spectrum; each code has a vector."""
+    """Codes by argmin: the nearest example spectrum gives a frame its code; each code has a vector."""
 
     examples: Tensor
 
@@ -121,7 +121,7 @@ class Context(nn.Module):
         self.out = nn.Linear(2 * width, width)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Walk along the frames, both ways."""
+        """Turn frames `[B, T, D]` into context vectors `[B, T, D]`."""
         return self.out(self.gru(frames)[0])
 
 
@@ -244,7 +244,7 @@ def phone_information(table: Tensor) -> float:
 
 # %% ../nbs/01_skeleton.ipynb #2b9dc34d
 def phones_read(vectors: Tensor, phones: Sequence[str]) -> float:
-    """Share of phones that a linear reader gets right: fitted on one half of the frames, scored on the other."""
+    """Share of phones that a linear reader gets right, fitted on one half of the frames, scored on the rest."""
     names = sorted(set(phones))
     wanted = torch.tensor([names.index(phone) for phone in phones])
     scaled = (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-5)
