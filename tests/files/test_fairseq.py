@@ -705,7 +705,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_listed(files: dict[Any, An
         model = load_fairseq(path, strict=False)
     report = model.load_report
     assert report is not None
-    assert (len(report.missing), len(report.unexpected), len(report.misshaped)) == (1, 2, 1)
+    assert (len(report.missing), len(report.unexpected), len(report.mismatched)) == (1, 2, 1)
     kept = model.wav2vec2_conformer.encoder.layers[0].ffn1.intermediate_dense.weight
     assert torch.equal(kept, state["encoder.layers.0.ffn1.w_1.weight"])
     with pytest.raises(ValueError, match="does not fit"):

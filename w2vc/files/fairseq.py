@@ -29,7 +29,7 @@ from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
 from .atomic import replace_folder
-from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
+from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, load_into, modern_name, read_dtype
 
 # %% auto #0
 __all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq", "convert_fairseq"]
@@ -669,7 +669,7 @@ def load_fairseq(
         model = Wav2Vec2ConformerForCTC(config) if ctc else Wav2Vec2ConformerForPreTraining(config)
     unused = {f"{BASE}.{name}": torch.empty(0) for name in checkpoint.unused}  # to be listed as unexpected
     tensors = checkpoint.tensors | unused
-    model.load_report = fill(model, tensors, device=device, strict=strict, source=checkpoint.source)
+    model.load_report = load_into(model, tensors, device=device, strict=strict, source=checkpoint.source)
     return model.to(device=device, dtype=dtype).eval()
 
 
