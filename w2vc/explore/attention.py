@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import refuse
-from ..data.audio import normalise
 from ..data.corpus import frame_labels
+from ..data.sound import normalise
 from ..files.pretrained import PreTrainedModel, eval_mode
 from ..model.attention import SelfAttention
 from ..model.fast import plain_forms

@@ -27,7 +27,7 @@ from w2vc.model.features import (
 )
 
 from .attention import SelfAttention
-from .conformer import ConformerEncoder
+from .conformer import ConformerEncoder, run_blocks
 from .convolution import ConvolutionModule
 
 # %% auto #0
@@ -250,7 +250,7 @@ class PackedConformerEncoder(ConformerEncoder):
         if isinstance(positions, tuple):  # rotary: each frame keeps its place, [T, K] -> [R, K]
             cos, sin = (packing.pack(x.expand(len(hidden), -1, -1))[0] for x in positions)
             positions = cos, sin
-        last, _, _ = self.run_blocks(packing.pack(hidden), cast(Tensor, packing), positions, False, False)
+        last, _, _ = run_blocks(self, packing.pack(hidden), cast(Tensor, packing), positions)
         return packing.unpack(last), None, None
 
     def zero_padding(self, hidden: Tensor, frame_mask: Any) -> Tensor:
