@@ -23,11 +23,10 @@ from w2vc import (
 )
 from w2vc.evaluation.measures import count_edits
 from w2vc.files.pretrained import BASE, demo_folder
-from w2vc.training import trainer
+from w2vc.training import distributed
 from w2vc.training.demo import demo_curves, demo_figures
-from w2vc.training.monitoring import compare_with_bands, stored_bands
+from w2vc.training.monitoring import compare_with_bands, read_metrics, stored_bands
 from w2vc.training.recipes import Recipe, recipe_folder
-from w2vc.training.trainer import read_metrics
 
 found = importlib.util.spec_from_file_location(
     "demo_card", Path(__file__).parents[2] / "tools" / "demo_card.py"
@@ -233,14 +232,14 @@ def test_a_shortened_pretraining_learns_as_the_recipe_did(
     plan = Recipe.load("demo_pretrain", overrides)
     plan.data.train = [source for source in plan.data.train if source.name in {"synthetic", "builtin"}]
 
-    def stop(state: trainer.TrainState) -> None:
+    def stop(state: distributed.Run) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        trainer, "save_state", stop
+        distributed, "save_state", stop
     )  # after 400 of 12,000 steps: the schedules stay as they are
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(plan, tmp_path, progress=False)
+        distributed.train(plan, tmp_path, progress=False)
     figures = read_metrics(tmp_path, "valid")[-1]
     assert figures["step"] == 400
     assert figures["accuracy"] >= 0.12

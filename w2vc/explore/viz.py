@@ -157,18 +157,22 @@ def show(fig: Figure | Axes, *, alt: str) -> None:
 
 
 def render(fig: Figure, alt: str) -> Picture:
-    """Draw a figure to PNG, in 256 well chosen colours where the eye sees no difference; equal figures give equal bytes."""
+    """Draw a figure to PNG in 256 well chosen colours, a heavy one in fewer.
+
+    Equal figures give equal bytes.
+    """
     from PIL import Image  # comes with matplotlib
 
-    buffer, small, large = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=144)  # sharp on dense screens, still small
-    image = Image.open(buffer).convert("RGB")
-    few = image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
-    error = np.abs(np.asarray(few.convert("RGB"), np.int16) - np.asarray(image)).mean()
-    few.save(small, "png", optimize=True)
-    image.save(large, "png", optimize=True)
-    best = small if error < 0.1 or large.tell() > 120_000 else large
-    return Picture(best.getvalue(), " ".join(alt.split()), round(fig.get_figwidth() * 100))
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=120)  # sharper than the page, still small
+    image = Image.open(drawn).convert("RGB")
+    for colours in (256, 128, 64):
+        few = image.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
+        packed = io.BytesIO()
+        few.save(packed, "png", optimize=True)
+        if packed.tell() < 30_000:
+            break
+    return Picture(packed.getvalue(), " ".join(alt.split()), round(fig.get_figwidth() * 100))
 
 
 # %% ../../nbs/appendix/drawing.ipynb #c4a34b9c
@@ -209,9 +213,12 @@ def plot_waveform(audio: Any, rate: int, ax: Axes | None = None, *, color: str =
 def plot_spectrogram(
     audio: Any, rate: int, ax: Axes | None = None, *, hop: float = 0.005, top_hz: float | None = None
 ) -> Axes:
-    """Draw how much of each frequency sounds when, in windows of 25 ms; bright is loud, 60 dB below the loudest is dark.
+    """Draw how much of each frequency sounds when, in windows of 25 ms.
 
-    Samples `[S]` come at `rate` per second, columns every `hop` seconds; frequencies are drawn up to `top_hz`, else to half
+    Bright is loud, 60 dB below the loudest is dark.
+
+    Samples `[S]` come at `rate` per second, columns every `hop` seconds; frequencies are drawn up to
+    `top_hz`, else to half
     the rate. Without `ax`, a new figure is made, as in all functions here.
     """
     audio, ax = _array(audio, 1, "audio").astype(np.float64), _axes(ax)
@@ -232,7 +239,7 @@ def plot_spectrogram(
 # %% ../../nbs/appendix/drawing.ipynb #2a8623af
 @dataclass(repr=False)
 class Sound:
-    """A clip as it stands in a page: 16-bit, one channel, samples per second, with a label."""
+    """A clip as it stands in a page: one channel, samples per second, with a label."""
 
     audio: np.ndarray
     rate: int
@@ -242,18 +249,23 @@ class Sound:
         return f"[sound: {self.label}, {self.audio.size / self.rate:.1f} s]"
 
     def encoded(self) -> tuple[str, bytes]:
-        """Return the media type and the bytes: FLAC (half the size) where soundfile is installed, else WAV."""
+        """Return the media type and the bytes.
+
+        MP3 (5 kB a second) where soundfile can write it, else 16-bit WAV.
+        """
         loudest, buffer = float(np.abs(self.audio).max(initial=0.0)), io.BytesIO()
         whole = np.round(self.audio / max(loudest, 1.0) * 32767).astype("<i2")
         try:
             import soundfile
-        except ImportError:
-            with wave.open(buffer, "wb") as file:
-                file.setparams((1, 2, self.rate, len(whole), "NONE", ""))
-                file.writeframes(whole.tobytes())
-            return "audio/wav", buffer.getvalue()
-        soundfile.write(buffer, whole, self.rate, format="FLAC", subtype="PCM_16")
-        return "audio/flac", buffer.getvalue()
+
+            soundfile.write(buffer, whole, self.rate, format="MP3")
+            return "audio/mpeg", buffer.getvalue()
+        except (ImportError, ValueError, RuntimeError):  # not installed, without MP3, or no rate for MP3
+            buffer = io.BytesIO()
+        with wave.open(buffer, "wb") as file:
+            file.setparams((1, 2, self.rate, len(whole), "NONE", ""))
+            file.writeframes(whole.tobytes())
+        return "audio/wav", buffer.getvalue()
 
     def _repr_html_(self) -> str:
         (kind, data), text = self.encoded(), html.escape(self.label, quote=True)
@@ -309,8 +321,10 @@ def plot_matrix(
         center: A real zero that positive and negative values lie around; it becomes white.
         title: Heading.
         colorbar: Show the scale; a string labels it.
-        values: Write each value into its cell (small matrices); a string is the number format, such as `".1f"`.
-        **image: Goes to `Axes.imshow`: `vmin`, `vmax`, `cmap`, and `extent` (left, right, bottom, top in units of the axes).
+        values: Write each value into its cell (small matrices); a string is the number format, such as
+            `".1f"`.
+        **image: Goes to `Axes.imshow`: `vmin`, `vmax`, `cmap`, and `extent` (left, right, bottom, top in
+            units of the axes).
     """
     matrix, ax = _array(matrix, 2, "matrix"), _axes(ax, height=3.0)
     numbers = matrix.astype(np.float64)
@@ -395,7 +409,10 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
 
 # %% ../../nbs/appendix/drawing.ipynb #286a7620
 def plot_segments(segments: Iterable[Any], ax: Axes | None = None, *, ylabel: str = "") -> Axes:
-    """Draw labelled stretches of time, such as words: things with `label`, `start` and `end` in seconds, or such tuples."""
+    """Draw labelled stretches of time, such as words.
+
+    Things with `label`, `start` and `end` in seconds, or such tuples.
+    """
     ax = _axes(ax, height=0.9)
     triples = [(s.label, s.start, s.end) if hasattr(s, "label") else tuple(s) for s in segments]
     if ax.get_xlim() == (0.0, 1.0):
@@ -420,7 +437,8 @@ class _FittedText(Text):
 
     def draw(self, renderer: Any) -> None:
         """Draw the label in the size that fits; only now is the width of the axes known."""
-        (left, _), (right, _) = self.axes.transData.transform([(0, 0), (self.room, 0)])  # type: ignore[union-attr]
+        assert self.axes is not None
+        (left, _), (right, _) = self.axes.transData.transform([(0, 0), (self.room, 0)])
         self.set_fontsize(9)
         size = min(9.0, 9 * 0.9 * abs(right - left) / max(self.get_window_extent(renderer).width, 1e-6))
         if size >= 5.5:
@@ -447,33 +465,43 @@ def plot_attention(attention: Any, ax: Axes | None = None, hop: float | None = 0
 
 
 # %% ../../nbs/appendix/drawing.ipynb #9a404231
+_TINTS = ("#9CCBE8", "#F3C28F", "#8FD1BA", "#F7DE8C", "#DDB3CB", "#C9E3F5", "#EFEAA0", "#C8C8C8")
+
+
 def plot_codes(
     codes: Any, ax: Axes | None = None, hop: float | None = 0.02, *, n_codes: int | None = None
 ) -> Axes:
-    """Draw which codes were chosen when: one row a group, equal neighbours joined, the code's number where it fits.
+    """Draw which codes were chosen when.
+
+    One row a group, equal neighbours joined, the code's number where it fits.
+
+    Eight tints take turns with the number of the code, so that neighbours differ; a tint has no other
+    meaning.
 
     Args:
-        codes: `[T, G]` (or `[T]`) whole numbers.
+        codes: `[T, G]` (or `[T]`) whole numbers from 0.
         ax: Where to draw.
         hop: Seconds from one frame to the next; None counts frames instead.
-        n_codes: Codes per group, for the colour scale; the largest seen by default.
-    """
-    from matplotlib import colormaps
+        n_codes: Codes per group; None: not known.
 
+    Raises:
+        ValueError: A code that is not one of `n_codes`.
+    """
     codes = np.atleast_2d(_array(codes, (1, 2), "codes").T).T  # [T, G]
     (n_frames, groups), step = codes.shape, hop or 1.0
     ax = _axes(ax, height=0.9 + 0.4 * groups)
     if ax.get_xlim() == (0.0, 1.0):
         _time_axis(ax, n_frames * step, "frame" if hop is None else "time (s)")
-    largest = max((n_codes or int(codes.max(initial=1)) + 1) - 1, 1)
+    if n_codes is not None and codes.size and not 0 <= codes.min() <= codes.max() < n_codes:
+        raise ValueError(f"codes from {codes.min()} to {codes.max()} must lie in 0..{n_codes - 1}")
     for g in range(groups):
         for start, stop in _runs(codes[:, g]):
-            tint, room = colormaps["cividis"](min(codes[start, g] / largest, 1.0)), (stop - start) * step
+            tint, room = _TINTS[int(codes[start, g]) % len(_TINTS)], (stop - start) * step
             corner = (start * step, g - 0.42)
             ax.add_patch(Rectangle(corner, room, 0.84, facecolor=tint, edgecolor="white", linewidth=0.4))
             if n_frames <= 40 or stop - start > 1:  # in a long row, numbers in narrow boxes only disturb
                 middle, text = (start + stop) / 2 * step, str(int(codes[start, g]))
-                ax.add_artist(_FittedText(middle, g, text, room, color=_ink_on(tint)))
+                ax.add_artist(_FittedText(middle, g, text, room, color=_INK))
     ax.set_ylim(groups - 0.5, -0.5)
     ax.set_yticks(range(groups), [f"group {g}" for g in range(groups)])
     return ax
@@ -535,7 +563,7 @@ def timeline(
         draw(ax)
         if height == 0.3:  # the mask
             ax.set_yticks([])
-            ax.set_ylabel("hidden", rotation=0, ha="right", va="center")
+            ax.set_ylabel("masked", rotation=0, ha="right", va="center")
         ax.set_xlabel("")
         ax.tick_params(labelbottom=ax is axes[-1], length=2)
     axes[-1].set(xlabel="time (s)", xlim=(0, end))
@@ -614,9 +642,8 @@ def draw_map(block: str | None = None, config: Any = None) -> tuple[Figure, str]
         ax.plot(xs, (128, 158), color="#8E6C96", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     for key, (x, y, w, h, title, kind) in _MAP["boxes"].items():
         lit, high = key.split("/")[0] == block, key in _MAP["signs"]  # room for a sign below the title
-        _panel(
-            ax, (x, y, w, h), "#FFC845" if lit else _MAP["tints"][kind], lit, edgecolor="#6B6B6B", zorder=3
-        )
+        tint = "#FFC845" if lit else _MAP["tints"][kind]
+        _panel(ax, (x, y, w, h), tint, lit, edgecolor="#6B6B6B", zorder=3)
         size = 9.2 if key == "features/projection" else 8.2 if "/" in key else 9.6
         look = {"fontsize": size, "weight": "bold" if lit else "normal", "color": _INK, "linespacing": 1.05}
         _note(ax, x + w / 2, y + h * (0.3 if high else 0.5), title, zorder=5, **look)
@@ -624,7 +651,8 @@ def draw_map(block: str | None = None, config: Any = None) -> tuple[Figure, str]
     for corners in _MAP["arrows"]:
         _arrow(ax, corners)
     sizes = {
-        "C": config.conv_dim[-1], "D": config.hidden_size, "L": config.num_hidden_layers, "d": config.codevector_dim,
+        "C": config.conv_dim[-1], "D": config.hidden_size,
+        "L": config.num_hidden_layers, "d": config.codevector_dim,
         "G": config.num_codevector_groups, "V": config.num_codevectors_per_group, "N": config.num_negatives,
         "hop": math.prod(config.conv_stride),
     }  # fmt: skip
