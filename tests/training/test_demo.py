@@ -56,7 +56,7 @@ def test_every_head_loads_whole_and_runs(head: str | None, tmp_path: Path) -> No
     assert model.dtype == torch.float32
     assert model.load_report is not None
     assert model.load_report.fits
-    assert not model.load_report.fresh
+    assert not model.load_report.newly_initialized
     speech = load_speech("builtin", "test")
     with torch.no_grad():
         out = model(torch.from_numpy(speech[0].audio)[None])
@@ -217,7 +217,7 @@ def test_pack_puts_a_head_on_the_packed_encoder(tmp_path: Path) -> None:
     joined = Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "demo" / "keyword")
     assert joined.load_report is not None
     assert joined.load_report.fits
-    assert not joined.load_report.fresh
+    assert not joined.load_report.newly_initialized
     curve = read_metrics(tmp_path / "demo" / "curves" / "keyword.jsonl")
     assert 30 <= len(curve) <= 60
     assert set(curve[0]) == {"kind", "step", "loss"}
