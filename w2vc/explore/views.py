@@ -623,8 +623,7 @@ def turns_view(model: Any, audio: Any) -> Explorer:
         ordered = found[:, order] if len(set(order)) == len(labels) else found
         facts = (
             f"Error rate {100 * rate.rate:.1f} % of {rate.total:.1f} s of speech: missed {rate.missed:.2f} "
-            "s, "
-            f"false alarm {rate.false_alarm:.2f} s, confused {rate.confusion:.2f} s."
+            f"s, false alarm {rate.false_alarm:.2f} s, confused {rate.confusion:.2f} s."
         )
         truths = [[t for t in known if t.label == name] for name in labels]
         above = [plain_track("" if i else "true", row) for i, row in enumerate(truths)]
@@ -682,8 +681,7 @@ def codes_view(model: Any, audio: Any, extractor: Any = None, *, reference: Spee
             said[t] += f"{',' if g else ':'} group {g} code {code} ({more})"
     alt = (
         f"The codes of {codes.shape[1]} groups over time under the sound of {u.text or u.id}: each code "
-        "lasts "
-        "one or a few frames, and below it stands the phone that uses it most."
+        "lasts one or a few frames, and below it stands the phone that uses it most."
     )
     facts = f"Phones of codes were counted on {reference.seconds / 60:.1f} minutes of other speech."
     said = [f"{text}." for text in said]
