@@ -24,7 +24,7 @@ help: ## what can be made
 	@echo "w2vc: Wav2Vec2-Conformer from scratch. Start with one of these:"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "w2vc needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.11")'
 	@echo "== Installing into .venv (about three minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -84,7 +84,7 @@ readme: executed ## write the measured run times into the chapter table of READM
 
 lock: ## resolve constraints.txt anew (needs uv)
 	@printf 'torch==2.13.0\n' > _build/pins.in
-	@uv pip compile setup.py --extra dev --universal --python-version 3.11 --no-header --no-annotate -c _build/pins.in -o constraints.txt
+	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate -c _build/pins.in -o constraints.txt
 
 clean: ## remove what was built (not .venv)
 	@rm -rf _build _book build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

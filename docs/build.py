@@ -31,6 +31,7 @@ import book
 from book import NBS, ROOT, heading
 
 DIRECTIVE = re.compile(r"^#\s*\|\s*(.+?)\s*\n?$")
+ANSWER = re.compile(r'^\s*reveal\("([^"]+)"', re.M)
 EXPLORER_BYTES = 2_000_000
 
 
@@ -42,7 +43,10 @@ def executed_folder() -> Path:
 
 def stage_cell(cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
     """Turn the directives of one cell into tags; None for a cell that no page shows."""
-    if cell.cell_type != "code":
+    if (
+        cell.cell_type != "code"
+    ):  # a badge is a picture from elsewhere; the site loads nothing, and has a link instead
+        cell.source = re.sub(r"\[!\[([^]]+)\]\(https://[^)]+\)\]\(", r"[\1](", cell.source)
         return cell
     lines = cell.source.splitlines(keepends=True)
     directives = [m.group(1) for m in map(DIRECTIVE.match, lines) if m]
@@ -51,6 +55,13 @@ def stage_cell(cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
     cell.source = "".join(line for line in lines if not DIRECTIVE.match(line)).lstrip("\n")
     tags = {"export" for d in directives if d.startswith("export")}
     tags |= {"remove-input" for d in directives if d.replace(" ", "") == "echo:false"}
+    if question := ANSWER.search(cell.source):  # folded until it is asked for
+        tags |= {"hide-output" if "remove-input" in tags else "hide-cell"}
+        prompts = {
+            f"code_prompt_{verb}": f"{verb.capitalize()} the answer to {question[1]}"
+            for verb in ("show", "hide")
+        }
+        cell.metadata["mystnb"] = prompts
     cell.metadata["tags"] = sorted(tags | set(cell.metadata.get("tags", [])))
     return cell
 
@@ -200,20 +211,30 @@ def inline(text: str) -> str:
 
 
 def cost(name: str) -> str:
-    """What running the chapter took when it was last executed."""
+    """What the chapter asks of a reader, and what running it took when it was last executed."""
     path = executed_folder() / f"{name}.json"
-    if not path.is_file():
-        return ""
-    measured = json.loads(path.read_text())
-    return f'<p class="cost">runs in {measured["seconds"]:.0f} s, {measured["megabytes"]} MB</p>'
+    said = f"{book.kind(name)} · {book.minutes(name)} min to read"
+    if path.is_file():
+        measured = json.loads(path.read_text())
+        said += f" · runs in {measured['seconds']:.0f} s, {measured['megabytes']} MB"
+    return said
 
 
 def card(name: str) -> str:
     """One chapter on the landing page: title, promise, cost. The whole card is one link."""
     title, promise = heading(name)
-    return (
-        f'<li class="card"><a href="{name}.html">{inline(title)}</a><p>{inline(promise)}</p>{cost(name)}</li>'
+    words = (
+        f'<a href="{name}.html">{inline(title)}</a><p>{inline(promise)}</p><p class="cost">{cost(name)}</p>'
     )
+    return f'<li class="card">{words}</li>'
+
+
+def add_facts(nb: nbformat.NotebookNode, name: str) -> None:
+    """Say under the title of a staged chapter where it stands in the path, and what it asks of a reader."""
+    names = [other for names in book.parts(book.kind(name)).values() for other in names]
+    kind, _, rest = cost(name).partition(" · ")
+    place = f"{kind.capitalize()}, chapter {names.index(name) + 1} of {len(names)}"
+    nb.cells[0].source += f'\n\n<p class="cost">{place} · {rest}</p>'
 
 
 def toctree(caption: str, entries: list[str]) -> str:
@@ -224,10 +245,26 @@ def toctree(caption: str, entries: list[str]) -> str:
 def part(caption: str, names: list[str]) -> str:
     """One part of the book: in the sidebar, and as cards on the page."""
     tree = [f"{heading(name)[0]} <{name}>" for name in names]
-    if caption == "Reference":
+    if caption == list(book.parts())[-1]:
         tree += ["Every class and function <api/index>", "Solutions <solutions/index>"]
     cards = ['<ul class="cards">', *map(card, names), "</ul>\n"]
-    return "\n".join([toctree(caption, tree), f"## {caption}\n", *cards])
+    sort = book.kind(names[0]).capitalize()
+    return "\n".join(
+        [toctree(f"{sort}: {caption[0].lower()}{caption[1:]}", tree), f"### {caption}\n", *cards]
+    )
+
+
+def chapter_list(kind: str) -> str:
+    """All parts of one kind under a heading that says how they are read."""
+    parts = book.parts(kind)
+    time = book.duration(sum(book.minutes(name) for names in parts.values() for name in names))
+    how = {
+        "spine": f"Read it from front to back, {time}. Each chapter needs only those before it.",
+        "library": f"Open a chapter when you need it; all of it would take {time}. It stands on the spine.",
+    }[kind]
+    return "\n".join(
+        [f"## The {kind}\n\n{how}\n", *(part(caption, names) for caption, names in parts.items())]
+    )
 
 
 def landing_map(static: Path) -> str:
@@ -284,8 +321,26 @@ def stage_landing(site: Path) -> None:
         (site / "explorer.html").write_text(shown, encoding="utf-8")
         text = text.replace("<!-- explorer", "").replace("end of explorer -->", "")
     text = text.replace("{map}", landing_map(site / "_static"))
-    parts = [part(caption, names) for caption, names in book.parts().items()]
-    (site / "index.md").write_text("\n".join([text, *parts]), encoding="utf-8")
+    (site / "index.md").write_text("\n".join([text, *map(chapter_list, book.KINDS)]), encoding="utf-8")
+
+
+def stage_llms(site: Path) -> None:
+    """Write llms.txt, the book's contents for programs that read: https://llmstxt.org."""
+    lines = [
+        "# w2vc",
+        "",
+        "> Wav2Vec2-Conformer from scratch: a book of notebooks that is also a library.",
+        "",
+    ]
+    lines += ["Read the spine from front to back; open the library when you need it.", ""]
+    for kind in book.KINDS:
+        lines += [f"## The {kind}", ""]
+        for names in book.parts(kind).values():
+            lines += [f"- [{heading(name)[0]}]({name}.html): {heading(name)[1]}" for name in names]
+        lines += [""]
+    lines += ["## Reference", "", "- [Every class and function](api/index.html): one page for each module"]
+    lines += ["- [Solutions](solutions/index.html): worked answers to the exercises", ""]
+    (site / "llms.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
 def stage_api(site: Path) -> None:
@@ -339,6 +394,7 @@ def stage(site: Path, *, stored: bool = False) -> None:
 
         def edit(nb: nbformat.NotebookNode, name: str = name) -> None:
             link_glossary(nb, name, words)
+            add_facts(nb, name)
             if users.get(name) and not name.startswith("appendix/"):
                 add_used_later(nb, name, users[name])
 
@@ -349,6 +405,7 @@ def stage(site: Path, *, stored: bool = False) -> None:
     for part_of_site in ("_static", "_templates"):
         shutil.copytree(ROOT / "docs" / part_of_site, site / part_of_site)
     stage_landing(site)
+    stage_llms(site)
     stage_api(site)
     stage_solutions(site, answers)
 

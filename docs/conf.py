@@ -19,6 +19,7 @@ extensions = [
 html_theme = "furo"
 html_title = "w2vc"
 html_static_path = ["_static"]
+html_extra_path = ["llms.txt"]
 templates_path = ["_templates"]
 html_css_files = ["w2vc.css"]
 html_js_files = ["w2vc.js"]
@@ -82,12 +83,12 @@ def skip(*event):
 
 
 def parameters(app, pagename, templatename, context, doctree):
-    """Long signatures: a line for each parameter, in elements that may stand in a term of a list."""
+    """Long signatures: a line for each parameter, in elements that may stand in a term of a list; folded answers by their own name."""
     pattern = re.compile(r'(<span class="sig-paren">\(</span>)\s*<dl>(.*?)</dl>', re.S)
     rows = {"<dd>": '<span class="param">', "</dd>": "</span>"}
     context["body"] = pattern.sub(
         lambda m: m[1] + re.sub("</?dd>", lambda tag: rows[tag[0]], m[2]), context.get("body", "")
-    )
+    ).replace('<summary aria-label="Toggle hidden content">', "<summary>")
 
 
 def setup(app):

@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md: the chapter table with run times measured just now, its picture, and the table of speed.
+"""Write the generated parts of README.md: the chapter tables with minutes to read and run times measured just now, the picture, and the table of speed.
 
 python docs/readme.py    (make readme executes what is stale first)
 """
@@ -29,22 +29,43 @@ SHOWN = (
     "utterance",
     "minutes-10",
 )  # the rest stands in the benchmark chapter
+README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "_static" / "start.png"
+
+
+def seconds(name: str) -> str:
+    """How long the chapter ran just now; where it did not, what README says."""
+    measured = ROOT / "_build" / "executed" / f"{name}.json"
+    if measured.is_file():
+        return f"{json.loads(measured.read_text())['seconds']:.0f} s"
+    said = re.search(
+        rf"^\| \[[^]]+\]\(nbs/{name}\.ipynb\).*?\| (\d+ s) \|", README.read_text(encoding="utf-8"), re.M
+    )
+    return said[1] if said else "–"
 
 
 def row(name: str) -> str:
     """One line of the table."""
-    cost = json.loads((ROOT / "_build" / "executed" / f"{name}.json").read_text())
     facts = book.card(name)
     needs = ", ".join(re.findall(r"\[([^]]+)\]", facts["Needs"])) or "–"
     able = re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", facts["You will be able to"]).rstrip(".")
-    return f"| [{name.rsplit('/', maxsplit=1)[-1]}](nbs/{name}.ipynb) | {able} | {cost['seconds']:.0f} s | {needs} |"
+    slug = name.rsplit("/", maxsplit=1)[-1]
+    return f"| [{slug}](nbs/{name}.ipynb) | {able} | {book.minutes(name)} min | {seconds(name)} | {needs} |"
 
 
-def table() -> str:
-    """The chapter table, part by part."""
-    head = "| chapter | you will be able to | run time | needs |\n| --- | --- | --- | --- |\n"
-    return head + "\n".join(row(name) for name in book.chapters())
+def table(kind: str) -> str:
+    """The chapters of the spine or of the library, part by part."""
+    parts = book.parts(kind)
+    time = book.duration(sum(book.minutes(name) for names in parts.values() for name in names))
+    how = {
+        "spine": f"**The spine**: read it from front to back ({time}). Each chapter needs only those before it.",
+        "library": f"**The library**: open a chapter when you need it ({time} for all). It stands on the spine.",
+    }[kind]
+    head = f"| {kind} | you will be able to | to read | to run | needs |\n| --- | --- | --- | --- | --- |"
+    rows = [
+        line for caption, names in parts.items() for line in (f"| **{caption}** | | | | |", *map(row, names))
+    ]
+    return "\n".join([how, "", head, *rows])
 
 
 def picture() -> bytes:
@@ -69,9 +90,8 @@ def fill(text: str, start: str, end: str, content: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(encoding="utf-8"), START, END, table())
+    text = fill(README.read_text(encoding="utf-8"), START, END, "\n\n".join(map(table, book.KINDS)) + "\n")
     text = fill(text, SPEED, SPEED_END, write_table(json.loads(FIGURES.read_text(encoding="utf-8")), SHOWN))
-    readme.write_text(text, encoding="utf-8")
+    README.write_text(text, encoding="utf-8")
     PICTURE.write_bytes(picture())
     print(f"README.md and {PICTURE.relative_to(ROOT)} are up to date")

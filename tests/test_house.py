@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import configparser
 import filecmp
 import importlib
 import importlib.metadata
@@ -13,9 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import w2vc
 
@@ -28,7 +31,7 @@ MODULES = sorted(
 )
 # From the ground up: a module imports what stands before it, or beside it in its own package.
 FLOORS = [
-    "files.atomic", "files.hub", "config", "exercises", "model.features", "checks", "files.pretrained", "model", "data", "text.tokenizer", "data.batches", "text",
+    "files.atomic", "files.hub", "config", "exercises", "model.features", "checks", "files.pretrained", "model", "data", "text.tokenizer", "data.batches", "text", "skeleton",
     "files", "evaluation.measures", "training", "evaluation", "explore", "cli",
 ]  # fmt: skip
 
@@ -97,7 +100,7 @@ def test_notebooks_are_clean(copy: Path) -> None:
 def test_ruff() -> None:
     out = run(BIN / "ruff", "check")
     assert out.returncode == 0, out.stdout
-    out = run(BIN / "ruff", "format", "--check", "w2vc", "tests", "docs", "tools", "benchmarks", "setup.py")
+    out = run(BIN / "ruff", "format", "--check", "w2vc", "tests", "docs", "tools", "benchmarks")
     assert out.returncode == 0, out.stdout
 
 
@@ -107,10 +110,75 @@ def test_mypy() -> None:
 
 
 def test_version_is_the_same_everywhere() -> None:
-    settings = configparser.ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini")
-    assert w2vc.__version__ == settings["DEFAULT"]["version"] == importlib.metadata.version("w2vc")
+    assert w2vc.__version__ == project()["version"] == importlib.metadata.version("w2vc")
     assert f"## {w2vc.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def project() -> dict[str, Any]:
+    """The metadata of the package."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def needs(extras: str) -> list[Requirement]:
+    """What the package and some of its extras need, with the extras that an extra names."""
+    optional, found, todo = project()["optional-dependencies"], project()["dependencies"], extras.split(",")
+    while todo:
+        for text in optional[todo.pop()]:
+            requirement = Requirement(text)
+            if requirement.name == "w2vc":
+                todo += requirement.extras
+            else:
+                found = [*found, text]
+    return [Requirement(text) for text in found]
+
+
+def test_metadata_can_be_read_without_running_anything() -> None:
+    known = project()
+    assert {"version", "readme", "license", "dependencies", "optional-dependencies", "scripts"} <= set(known)
+    assert "dynamic" not in known
+    assert not (ROOT / "setup.py").exists(), "one place for metadata"
+    assert not (ROOT / "settings.ini").exists(), "one place for metadata"
+    parts = "audio,viz,hub,data,synth,human,train,eval,cli"
+    assert {str(need) for need in needs("all")} == {str(need) for need in needs(parts)}
+    assert {str(need) for need in needs("dev")} >= {str(need) for need in needs("all,onnx,lab,site,test")}
+
+
+def test_colab_keeps_what_it_has_installed() -> None:
+    """What a chapter's first cell installs there adds packages and replaces none, but OmegaConf for the library's recipes."""
+    import colab
+
+    lines = (ROOT / "tests" / "fixtures" / "colab-versions.txt").read_text(encoding="utf-8").splitlines()
+    there = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert len(there) > 20
+    assert there["ipython"] == "7.34.0"
+    for kind, replaced in (("spine", set()), ("library", {"omegaconf"})):
+        found = {canonicalize_name(need.name): need for need in needs(colab.EXTRAS[kind])}
+        too_old = {
+            name for name, need in found.items() if name in there and there[name] not in need.specifier
+        }
+        assert too_old == replaced, f"{kind}: {too_old} would be replaced"
+    assert "2.3.0" not in Requirement("omegaconf>=2.4").specifier, "a bound above is noticed"
+
+
+def test_each_module_says_what_its_chapter_promises() -> None:
+    """The summary of a module is the promise under the title of its chapter: help(), the API pages and llms.txt say the same."""
+    import book
+
+    for module, name in book.modules().items():
+        promise = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", book.heading(name)[1])
+        assert (importlib.import_module(f"w2vc.{module}").__doc__ or "").strip() == promise, module
+
+
+def test_forkers_have_a_workflow() -> None:
+    import yaml
+
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    matrix = job["strategy"]["matrix"]
+    assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "macos"}
+    assert matrix["python"] == ["3.11", "3.12", "3.13"]
+    assert project()["requires-python"] == f">={matrix['python'][0]}"
+    assert any("make test-code" in step.get("run", "") for step in job["steps"])
 
 
 def imports_of(module: str) -> set[str]:

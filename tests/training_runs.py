@@ -19,19 +19,11 @@ from torch import Tensor, nn
 import w2vc.model.quantizer
 from w2vc.data.batches import data_loader
 from w2vc.data.corpus import Speech, load_speech
+from w2vc.training.distributed import Run, continue_run, evaluate, make_run, train, train_step
 from w2vc.training.monitoring import whole_tensor
 from w2vc.training.objectives import build
-from w2vc.training.recipes import Recipe
-from w2vc.training.trainer import (
-    Stream,
-    TrainState,
-    continue_run,
-    evaluate,
-    gather_speech,
-    make_state,
-    train,
-    train_step,
-)
+from w2vc.training.recipes import Recipe, gather_speech
+from w2vc.training.trainer import Batches
 
 CALM = {  # nothing random inside the model, so that cuts of a batch can be compared
     "hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "conformer_conv_dropout": 0.0,
@@ -64,7 +56,7 @@ def fixed_noise(logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).softmax(-1)
 
 
-def gradients_of_a_step(state: TrainState) -> dict[str, Tensor]:
+def gradients_of_a_step(state: Run) -> dict[str, Tensor]:
     """What the optimiser gets to see in one step, with batch norm in eval."""
     for module in state.model.modules():
         if isinstance(module, nn.BatchNorm1d):
@@ -79,10 +71,10 @@ def gradients_of_a_step(state: TrainState) -> dict[str, Tensor]:
 
 def state_for(
     plan: Recipe, speech: Speech, folder: Path, valid: Speech | None = None, *, double: bool = True
-) -> TrainState:
+) -> Run:
     """A run on speech of our choice; in double precision, rounding stays far below what is asserted."""
     objective, model = build(plan, speech)
-    return make_state(plan, folder, objective, model.double() if double else model, speech, valid)
+    return make_run(plan, folder, objective, model.double() if double else model, speech, valid)
 
 
 def cut_gradients(objective: str, cut: tuple[str, ...], folder: Path, **knobs: Any) -> dict[str, Tensor]:
@@ -186,7 +178,7 @@ def child_of_two(folder: Path, rank: int) -> None:
 IN_PIECES = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def poison(state: TrainState, bad: str) -> None:
+def poison(state: Run, bad: str) -> None:
     """Let the loss of every batch with the utterance `bad` be no number."""
     forward = state.objective.forward
 
@@ -206,7 +198,7 @@ def few_steps(objective: str, folder: Path, *cut: str) -> tuple[dict[str, Tensor
     speech = gather_speech(plan.data.train)[:8]
     state = state_for(plan, speech, folder, speech[:3])
     if state.processes.count == 1:  # the batches of two processes in turn
-        state.stream = Stream(data_loader(
+        state.batches = Batches(data_loader(
             speech, state.objective.collator(True), max_seconds=plan.data.batch_seconds, max_rows=plan.data.batch_rows,
             seed=plan.run.seed, processes=2, rank=None,
         ))  # fmt: skip

@@ -27,8 +27,8 @@ from w2vc.evaluation.reports import Measure, evaluate, model_class
 from w2vc.files.pretrained import demo_folder, save_head
 from w2vc.text.tokenizer import Wav2Vec2Processor
 from w2vc.training.demo import demo_curves, demo_figures
+from w2vc.training.monitoring import read_metrics
 from w2vc.training.recipes import Recipe
-from w2vc.training.trainer import read_metrics
 
 DEMO = demo_folder().parent
 VOICES, MORE_VOICES = "built-in, 8 unseen voices", "synthetic, 8 unseen voices"

@@ -32,15 +32,9 @@ __all__ = [
 ]
 
 
-# %% ../nbs/files/checks.ipynb #91a3eaf4
-def _check_audio(input_values: Any, width: int) -> None:
-    """Refuse audio of a wrong type, shape or dtype; reads no values."""
-    if not isinstance(input_values, Tensor):
-        raise ValueError(
-            f"input_values is a {type(input_values).__name__}; pass a float tensor [B, S], such as "
-            "Wav2Vec2FeatureExtractor(...)(audio, sampling_rate=16000, return_tensors='pt').input_values"
-        )
-    shape, dtype = tuple(input_values.shape), input_values.dtype
+# %% ../nbs/files/checks.ipynb #297e3f68
+def _check_shape(shape: tuple[int, ...]) -> None:
+    """Reject audio that is not `[B, S]`."""
     came = f"input_values has shape {shape}"
     if len(shape) == 1:
         raise ValueError(f"{came}: add the batch axis, input_values[None] -> (1, {shape[0]})")
@@ -52,6 +46,18 @@ def _check_audio(input_values: Any, width: int) -> None:
         )
     if len(shape) != 2:
         raise ValueError(f"{came}; it must be [B, S]: one row of samples per utterance")
+
+
+# %% ../nbs/files/checks.ipynb #578ec689
+def _check_audio(input_values: Any, width: int) -> None:
+    """Reject audio of a wrong type, shape or dtype; reads no values."""
+    if not isinstance(input_values, Tensor):
+        raise ValueError(
+            f"input_values is a {type(input_values).__name__}; pass a float tensor [B, S], such as "
+            "Wav2Vec2FeatureExtractor(...)(audio, sampling_rate=16000, return_tensors='pt').input_values"
+        )
+    shape, dtype = tuple(input_values.shape), input_values.dtype
+    _check_shape(shape)
     if not dtype.is_floating_point:
         advice = "it must be a floating dtype"
         if dtype in (torch.int16, torch.int32):  # the two widths of PCM that audio files hold
@@ -59,7 +65,9 @@ def _check_audio(input_values: Any, width: int) -> None:
             advice = f"this looks like PCM: scale it to -1..1 with input_values / {scale}"
         raise ValueError(f"input_values has dtype {dtype}; {advice}")
     if 0 in shape:
-        raise ValueError(f"{came}: it is empty; pass at least one row of {width} samples")
+        raise ValueError(
+            f"input_values has shape {shape}: it is empty; pass at least one row of {width} samples"
+        )
     if shape[1] < width:
         raise ValueError(
             f"input_values has {shape[1]} samples a row, fewer than the {width} that one latent frame sees: "
@@ -69,7 +77,7 @@ def _check_audio(input_values: Any, width: int) -> None:
 
 # %% ../nbs/files/checks.ipynb #05131e72
 def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
-    """Refuse an attention mask that does not belong to this audio; reads no values."""
+    """Reject an attention mask that does not belong to this audio; reads no values."""
     if not isinstance(attention_mask, Tensor):
         raise ValueError(
             f"attention_mask is a {type(attention_mask).__name__}; pass a tensor [B, S] of 0 and 1, or None"
@@ -99,7 +107,7 @@ def _list_some(texts: Sequence[str], comma: str = ", ") -> str:
     return comma.join(texts[:5]) + (f"{comma}…" if len(texts) > 5 else "")
 
 
-def _refuse_rows(invalid: Tensor, message: str) -> None:
+def _reject_rows(invalid: Tensor, message: str) -> None:
     """Name the rows that are True in `invalid` `[B]` in the place of {} in the message; reads values."""
     rows = [str(row) for row in invalid.nonzero()[:, 0].tolist()]
     if rows:
@@ -110,7 +118,7 @@ def _refuse_rows(invalid: Tensor, message: str) -> None:
 def check_inputs(
     input_values: Tensor, attention_mask: Tensor | None, config: Wav2Vec2ConformerConfig
 ) -> None:
-    """Refuse audio that the model would answer wrongly: the input contract of every head.
+    """Reject audio that the model would answer wrongly: the input contract of every head.
 
     Type, shape and dtype are checked always, values where they are `readable`.
 
@@ -127,18 +135,18 @@ def check_inputs(
     _check_audio(input_values, width)
     if readable(input_values):
         broken = ~torch.isfinite(input_values).all(-1)  # [B]
-        _refuse_rows(broken, "input_values holds NaN or Inf in {}: look at the audio of these rows")
+        _reject_rows(broken, "input_values holds NaN or Inf in {}: look at the audio of these rows")
     if attention_mask is None:
         return
     _check_mask(attention_mask, input_values)
     if readable(attention_mask):
         valid = attention_mask != 0  # [B, S]
         others = (valid & (attention_mask != 1)).any(-1)
-        _refuse_rows(others, "attention_mask holds values other than 0 and 1 in {}")
+        _reject_rows(others, "attention_mask holds values other than 0 and 1 in {}")
         left = (valid[:, 1:] & ~valid[:, :-1]).any(-1)
-        _refuse_rows(left, "attention_mask has a 1 after a 0 in {}: pad on the right, valid samples first")
+        _reject_rows(left, "attention_mask has a 1 after a 0 in {}: pad on the right, valid samples first")
         fewer = f"fewer than {width} valid samples in {{}} (one latent frame sees {width})"
-        _refuse_rows(
+        _reject_rows(
             valid.sum(-1) < width, f"attention_mask leaves {fewer}: drop them, or join them to others"
         )
 
@@ -150,7 +158,7 @@ def _holds_integers(values: Tensor) -> bool:
 
 
 def _check_integers(name: str, values: Any, shape: Sequence[int | None], form: str, what: str) -> None:
-    """Refuse what is no tensor of integers of this shape (None: any size), in words `form`."""
+    """Reject what is no tensor of integers of this shape (None: any size), in words `form`."""
     if not isinstance(values, Tensor):
         raise ValueError(f"{name} is a {type(values).__name__}, expected a tensor {form}")
     came = tuple(values.shape)
@@ -161,7 +169,7 @@ def _check_integers(name: str, values: Any, shape: Sequence[int | None], form: s
 
 
 # %% ../nbs/files/checks.ipynb #2cfcd453
-def _refuse_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> None:
+def _reject_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> None:
     """Name the first value that is invalid; one number is read from the device: whether there is any."""
     if invalid.any():
         place = invalid.nonzero()[0].tolist()
@@ -169,18 +177,18 @@ def _refuse_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> N
 
 
 def check_labels(labels: Tensor, n_rows: int, vocab_size: int) -> None:
-    """Refuse labels that the CTC loss cannot mean: not integers `[B, any]`, or outside the vocabulary.
+    """Reject labels that the CTC loss cannot mean: not integers `[B, any]`, or outside the vocabulary.
 
     One number is read, from a device and when compiled too: torch's CTC loss reads lengths there anyway.
     """
     form = f"(batch, labels) with batch = {n_rows}"
     _check_integers("labels", labels, (n_rows, None), form, "token ids")
     allowed = f"0..{vocab_size - 1} (vocab_size={vocab_size}), and -100 for places to ignore"
-    _refuse_first("labels", labels, ((labels < 0) & (labels != -100)) | (labels >= vocab_size), allowed)
+    _reject_first("labels", labels, ((labels < 0) & (labels != -100)) | (labels >= vocab_size), allowed)
 
 
 def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
-    """Refuse labels that name no speaker: not integers `[B]` or `[B, 1]`, or out of range.
+    """Reject labels that name no speaker: not integers `[B]` or `[B, 1]`, or out of range.
 
     One number is read from the device; while a graph is compiled, only shape and dtype are looked at.
     """
@@ -192,12 +200,12 @@ def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
     _check_integers("labels", labels, (n_rows,), form, "speaker numbers")
     if not torch.compiler.is_compiling():
         allowed = f"0..{n_speakers - 1} (num_labels={n_speakers})"
-        _refuse_first("labels", labels, (labels < 0) | (labels >= n_speakers), allowed)
+        _reject_first("labels", labels, (labels < 0) | (labels >= n_speakers), allowed)
 
 
 # %% ../nbs/files/checks.ipynb #53ecd18c
 def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
-    """Refuse rows whose frames are too few to spell their labels, all `[B]`; looked at on the CPU alone.
+    """Reject rows whose frames are too few to spell their labels, all `[B]`; looked at on the CPU alone.
 
     `needed` is the length of the shortest path of each row (`min_input_length`).
     """
@@ -217,9 +225,9 @@ def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
 
 
 def check_long_enough(samples: Tensor, width: int, least: int) -> None:
-    """Refuse utterances from which no frame is left behind the TDNN: fewer than `least` samples.
+    """Reject utterances from which no frame is left behind the TDNN: fewer than `least` samples.
 
-    The valid samples per row, `[B]`, are looked at where they are `readable`; `width`, with padding, anywhere.
+    The valid samples per row, `[B]`, are read where they are `readable`; `width`, with padding, anywhere.
     """
     if width >= least and not readable(samples):
         return
@@ -238,7 +246,7 @@ MANY_LABELS = "multi_label_classification"
 
 
 def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
-    """Check type and shape of labels against the shape of the logits, `[B, num_labels]` or `[B, T, num_labels]`.
+    """Check type and shape of labels against those of the logits, `[B, num_labels]` or `[B, T, num_labels]`.
 
     Returns:
         Class numbers in the shape of the logits without the last axis; all other labels in the whole shape of
@@ -282,24 +290,24 @@ def invalid_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, st
 
 
 def check_label_values(labels: Tensor, counted: Tensor, n_labels: int, kind: str) -> None:
-    """Refuse labels that count and cannot be meant.
+    """Reject labels that count and cannot be meant.
 
     One number is read from the device; while a graph is compiled, nothing is refused. `labels` come from
     `check_label_form`; `counted` says for each (for each frame, if one-hot) whether it enters the loss.
     """
     if not torch.compiler.is_compiling():
         invalid, allowed = invalid_labels(labels, n_labels, kind)
-        _refuse_first("labels", labels, invalid & counted, allowed)
+        _reject_first("labels", labels, invalid & counted, allowed)
 
 
 # %% ../nbs/files/checks.ipynb #404bf433
 def check_pretraining(
     mask: Tensor | None, negatives: Tensor, shape: Sequence[int], config: Wav2Vec2ConformerConfig
 ) -> None:
-    """Refuse a mask and negatives from which no loss of pre-training can be computed.
+    """Reject a mask and negatives from which no loss of pre-training can be computed.
 
-    They came as `mask_time_indices` and `sampled_negative_indices`; `shape` is (B, T). One number is read from the
-    device; while a graph is compiled, only shapes and dtypes are looked at.
+    They came as `mask_time_indices` and `sampled_negative_indices`; `shape` is (B, T). One number is read
+    from the device; while a graph is compiled, only shapes and dtypes are looked at.
     """
     B, T = shape
     if mask is None:
@@ -315,4 +323,4 @@ def check_pretraining(
     first = torch.arange(B, device=negatives.device)[:, None, None] * T  # the number of each row's frame 0
     strangers = (negatives < first) | (negatives >= first + T)
     allowed = f"row * {T} + 0..{T - 1}: frames of the utterance itself, as numbers in the flattened batch"
-    _refuse_first("sampled_negative_indices", negatives, strangers & (mask != 0)[..., None], allowed)
+    _reject_first("sampled_negative_indices", negatives, strangers & (mask != 0)[..., None], allowed)

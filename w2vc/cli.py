@@ -34,8 +34,8 @@ from .model.ctc import Wav2Vec2ConformerForCTC
 from .text.decoding import CTCDecoder
 from .text.tokenizer import Wav2Vec2Processor
 from .text.transcription import Transcript, transcribe
+from .training.distributed import train
 from .training.recipes import Recipe, recipe_folder
-from .training.trainer import train
 
 # %% auto #0
 __all__ = ["app", "main", "describe_checkpoint"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
+from collections.abc import Iterator
 
 import nbformat
 import pytest
@@ -14,6 +16,7 @@ NBS = book.NBS
 CHAPTERS, SOLUTIONS = book.chapters(), book.solutions()
 every = pytest.mark.parametrize("name", CHAPTERS + SOLUTIONS)
 chapters = pytest.mark.parametrize("name", CHAPTERS)
+spine = pytest.mark.parametrize("name", [name for name in CHAPTERS if book.kind(name) == "spine"])
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -40,6 +43,49 @@ def test_the_path_holds_every_chapter_once() -> None:
     assert set(SOLUTIONS) == there - set(CHAPTERS), "each solution belongs to a chapter"
 
 
+def test_the_spine_comes_first() -> None:
+    """So "needs only what comes before" means: a chapter of the spine needs the spine alone, one of the library both."""
+    kinds = [book.kind(name) for name in CHAPTERS]
+    assert set(kinds) == set(book.KINDS)
+    assert kinds == sorted(kinds, key=book.KINDS.index)
+    assert CHAPTERS[0] == "00_start"
+    assert book.kind("model/attention") == "spine"
+    assert book.kind("files/atomic") == "library"
+
+
+def test_the_rates_of_reading_fit_what_was_noted() -> None:
+    """Words and lines of 23 chapters of an earlier edition, and the minutes that a reader noted."""
+    table = (book.ROOT / "tests" / "fixtures" / "reading_times.csv").read_text(encoding="utf-8")
+    rows = [[int(n) for n in line.split(",")[1:]] for line in table.splitlines()[1:]]
+    noted = [minutes for *_, minutes in rows]
+    fitted = [words / book.WORDS + lines / book.LINES for words, lines, _ in rows]
+    gaps = [abs(a - b) for a, b in zip(noted, fitted, strict=True)]
+    mean = sum(noted) / len(noted)
+    unexplained = sum(gap**2 for gap in gaps) / sum((minutes - mean) ** 2 for minutes in noted)
+    assert abs(sum(fitted) / sum(noted) - 1) < 0.02
+    assert sum(gaps) / len(gaps) < 8.5
+    assert max(gaps) < 31
+    assert 1 - unexplained > 0.8
+
+
+def test_minutes_count_running_text_and_code_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("word " * 450 + "\n\n| a | table |\n|---|---|"),
+        nbformat.v4.new_code_cell("#| export\n" + "x = 1\n\n" * 350),
+        nbformat.v4.new_code_cell("#| hide\n" + "x = 1\n" * 999),
+    ]
+    for cached in (book.amount, book.texts):
+        cached.cache_clear()
+    monkeypatch.setattr(book.nbformat, "read", lambda *_, **__: nbformat.v4.new_notebook(cells=cells))
+    try:
+        assert book.amount("model/attention") == (450, 350)
+        assert book.minutes("model/attention") == 20
+    finally:
+        for cached in (book.amount, book.texts):
+            cached.cache_clear()
+    assert [book.duration(m) for m in (50, 130)] == ["about 50 minutes", "about 2 hours"]
+
+
 @every
 def test_opens_with_a_title_and_a_promise(name: str) -> None:
     title, promise = book.heading(name)
@@ -49,6 +95,7 @@ def test_opens_with_a_title_and_a_promise(name: str) -> None:
 
 @chapters
 def test_card_names_what_is_needed(name: str) -> None:
+    """Earlier chapters only; `python docs/links.py` leaves out the others."""
     card = book.card(name)
     assert card["You will be able to"]
     before = CHAPTERS[: CHAPTERS.index(name)]
@@ -110,6 +157,68 @@ def test_each_exercise_has_a_solution_that_checks_itself(name: str) -> None:
         assert solved.count("assert check") >= len(exercises), "a solution is asserted, not only shown"
 
 
+SCREEN, WIDTH = 40, 110  # lines of a cell, characters of a line
+
+
+def programs(name: str) -> Iterator[tuple[int, str]]:
+    """The code cells of a notebook, without the lines that speak to nbdev alone."""
+    for i, cell in enumerate(read(name).cells):
+        if cell.cell_type == "code" and not re.search(r"^#\s*\|\s*hide", cell.source, re.M):
+            lines = [line for line in cell.source.splitlines() if not re.match(r"#\s*\|", line)]
+            yield i, "\n".join(lines).strip("\n")
+
+
+@spine
+def test_a_cell_of_the_spine_fits_on_a_screen(name: str) -> None:
+    long = {i: len(source.splitlines()) for i, source in programs(name)}
+    assert {i: lines for i, lines in long.items() if lines > SCREEN} == {}, f"cells above {SCREEN} lines"
+
+
+@spine
+def test_lines_of_code_are_not_wider_than_the_page(name: str) -> None:
+    wide = {i: max(map(len, source.splitlines()), default=0) for i, source in programs(name)}
+    assert {i: width for i, width in wide.items() if width > WIDTH} == {}, f"lines above {WIDTH} characters"
+
+
+@every
+def test_guess_and_answer_stand_in_cells_of_their_own(name: str) -> None:
+    both = [
+        i for i, s in programs(name) if all(re.search(rf"^\s*{v}\(", s, re.M) for v in ("predict", "reveal"))
+    ]
+    assert both == [], "the answer is seen before anybody can guess"
+
+
+def unmeasured(source: str) -> list[str]:
+    """Alt texts of a cell that state a number which nothing in the cell asserts or fills in."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a cell with a magic
+        return []
+    if any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        return []
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    measured = [
+        call for call in calls if not isinstance(call.func, ast.Attribute)
+    ]  # `Schematic.show`: drawn, not measured
+    alts = [k.value for call in measured for k in call.keywords if k.arg == "alt"]
+    fixed = [alt.value for alt in alts if isinstance(alt, ast.Constant) and isinstance(alt.value, str)]
+    return [text for text in fixed if re.search(r"\d", text)]
+
+
+def test_a_stated_number_without_a_measurement_is_noticed() -> None:
+    assert unmeasured('show(fig, alt="a bar of 3 "\n "and more")') == ["a bar of 3 and more"]
+    assert unmeasured('show(fig, alt=f"a bar of {n}")') == []
+    assert unmeasured('show(fig, alt="bars")') == []
+    assert unmeasured('drawing.show(alt="frames 3 and 4")') == []
+    assert unmeasured('assert n == 3\nshow(fig, alt="a bar of 3")') == []
+
+
+@spine
+def test_numbers_of_alt_texts_are_asserted_or_filled_in(name: str) -> None:
+    found = {i: texts for i, source in programs(name) if (texts := unmeasured(source))}
+    assert found == {}, "assert what the alt text states, or write it as an f-string of what was measured"
+
+
 @chapters
 def test_each_sealed_guess_is_opened_later(name: str) -> None:
     cells = read(name).cells
@@ -151,6 +260,7 @@ def modules_behind(names: set[str]) -> set[str]:
 
 @chapters
 def test_next_is_the_next_chapter(name: str) -> None:
+    """As path.toml has it; `python docs/links.py` mends it."""
     text = book.texts(name)[-1]
     found = re.search(r"Next:.*?\]\(([^)#]+)\.ipynb\)", text, re.S)
     following = CHAPTERS[CHAPTERS.index(name) + 1 :]

@@ -84,10 +84,31 @@ def test_command_line_examples_run_as_printed(desk: Path) -> None:
         run(*program, name, *commands[name], "--dry-run", cwd=desk)
 
 
-def test_table_lists_every_chapter_with_a_measured_time() -> None:
-    rows = dict(re.findall(r"^\| \[[^]]+\]\(nbs/(\S+)\.ipynb\).*\| (\d+) s \|", README, re.M))
-    assert list(rows) == book.chapters()
-    assert all(0 < int(seconds) <= 60 for seconds in rows.values()), rows
+def test_tables_list_every_chapter_with_its_kind_its_minutes_and_a_measured_time() -> None:
+    found: list[str] = []
+    for kind in book.KINDS:
+        (rows,) = re.findall(rf"^\| {kind} \|.*\n\|[-| ]+\n((?:\|.*\n)+)", README, re.M)
+        times = re.findall(r"^\| \[[^]]+\]\(nbs/(\S+)\.ipynb\).*\| (\d+) min \| (\d+) s \|", rows, re.M)
+        assert [name for name, *_ in times] == [name for part in book.parts(kind).values() for name in part]
+        for name, minutes, seconds in times:
+            assert abs(int(minutes) - book.minutes(name)) <= 10, f"{name}: run make readme"
+            assert 0 < int(seconds) <= 60, name
+            found.append(name)
+        assert re.findall(r"^\| \*\*(.+?)\*\* \|", rows, re.M) == list(book.parts(kind))
+    assert found == book.chapters()
+
+
+def test_speed_has_five_rows_at_most() -> None:
+    (rows,) = re.findall(r"<!-- speed: make readme -->\n\|.*\n\|.*\n((?:\|.*\n)+)", README)
+    assert 1 <= len(rows.splitlines()) <= 5
+
+
+def test_readme_and_start_send_a_reader_the_same_way() -> None:
+    first, second = book.chapters()[:2]
+    assert f"Start with [{first}](nbs/{first}.ipynb) and follow *Next*" in README
+    assert "Read the spine; open the library when you need it." in README
+    last = book.texts(first)[-1]
+    assert re.findall(r"\]\(([^)]+)\.ipynb\)", last.partition("Next:")[2])[:1] == [second]
 
 
 def test_links_and_pictures_exist() -> None:

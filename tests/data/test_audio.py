@@ -1,4 +1,4 @@
-"""The audio chapter: sound from anywhere to one batch, equal to transformers where it is right, and right where it is not."""
+"""The audio chapter: sound from any file or array to one batch, equal to transformers where it is right, and right where it is not."""
 
 from __future__ import annotations
 
@@ -20,15 +20,8 @@ from hypothesis import strategies as st
 from transformers import Wav2Vec2FeatureExtractor as Peer
 
 from w2vc.data import audio as module
-from w2vc.data.audio import (
-    BatchFeature,
-    Wav2Vec2FeatureExtractor,
-    as_float,
-    load_audio,
-    normalise,
-    pad_rows,
-    resample,
-)
+from w2vc.data.audio import BatchFeature, Wav2Vec2FeatureExtractor, load_audio, pad_rows
+from w2vc.data.sound import normalise, resample
 
 RATE = 16_000
 quick = settings(max_examples=150, deadline=None)
@@ -410,27 +403,16 @@ def test_padding_value_none_is_refused_only_where_it_is_needed() -> None:
         extract([sound(9), sound(5)], True, sampling_rate=RATE)
 
 
-def test_knobs_are_checked() -> None:
-    for knobs, message in (
+def test_settings_are_checked() -> None:
+    for options, message in (
         ({"feature_size": 80}, "feature_size=80 must be 1"),
         ({"padding_side": "both"}, "padding_side='both'"),
         ({"sampling_rate": 0}, "sampling_rate=0"),
     ):
         with pytest.raises(ValueError, match=message):
-            Wav2Vec2FeatureExtractor(**knobs)
+            Wav2Vec2FeatureExtractor(**options)
     with pytest.raises(TypeError):
         Wav2Vec2FeatureExtractor(do_normalise=True)
-
-
-@quick
-@given(st.floats(0.1, 100), st.floats(-1, 1))
-def test_normalising_forgets_loudness_and_offset(gain: float, offset: float) -> None:
-    clip = sound(500, scale=0.5)
-    moved = (gain * clip.astype(np.float64) + gain * offset).astype(np.float32)
-    out = normalise(moved)
-    assert abs(out.mean()) < 1e-4
-    assert np.allclose(out, normalise(clip), atol=5e-3)
-    assert not normalise(np.zeros(5, np.float32)).any()
 
 
 @quick
@@ -594,16 +576,6 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- files, arrays, rates
 
 
-def test_pcm_scales_are_exact() -> None:
-    for kind, bits in ((np.int8, 7), (np.int16, 15), (np.int32, 31)):
-        edges = np.array([np.iinfo(kind).min, 0, np.iinfo(kind).max], kind)
-        assert np.array_equal(as_float(edges), (edges.astype(np.float64) / 2**bits).astype(np.float32))
-        assert as_float(edges)[0] == -1
-    assert as_float(np.array([0, 128, 192], np.uint8)).tolist() == [-1.0, 0.0, 0.5]
-    assert as_float([3, -2]).tolist() == [3.0, -2.0]  # a list does not say its width
-    assert as_float(torch.tensor([16384], dtype=torch.int16)).tolist() == [0.5]
-
-
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 def test_files_of_every_width_give_the_same_sound(subtype: str, tmp_path: Path) -> None:
     clip = sound(RATE // 2)
@@ -659,48 +631,12 @@ def test_rows_of_a_data_set() -> None:
         load_audio({"bytes": None, "path": None})
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [(48_000, 16_000), (44_100, 16_000), (8000, 16_000), (16_000, 22_050)]
-)
-def test_resampling_keeps_tones_below_the_limit_and_removes_those_above(old: int, new: int) -> None:
-    limit = min(old, new) / 2
-    kept = 0.2 * limit
-    audio = resample(tone(kept, old), old, new)
-    assert audio.shape == (new,)
-    assert np.abs(audio - tone(kept, new))[200:-200].max() < 2e-3
-    if old > new:
-        assert np.abs(resample(tone(1.2 * limit, old), old, new))[200:-200].max() < 2e-3
-    rows = resample(np.stack([tone(kept, old)] * 6).reshape(2, 3, -1), old, new)
-    assert rows.shape == (2, 3, new)
-    assert np.allclose(rows[1, 2], audio, atol=1e-6)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3000), st.sampled_from([8000, 11_025, 22_050, 44_100, 48_000]))
-def test_resampled_length_is_the_rounded_one(n: int, old: int) -> None:
-    exact = n * RATE / old
-    if exact < 0.5:
-        with pytest.raises(ValueError, match="less than one"):
-            resample(sound(n), old)
-    else:
-        assert abs(len(resample(sound(n), old)) - exact) <= 0.5 + 1e-9
-
-
-@pytest.mark.parametrize(
-    "rate", [0, -16_000, 99, 10**7, 44_100.5, float("nan"), float("inf"), "fast", None, True]
-)
-def test_impossible_rates(rate: Any) -> None:
-    with pytest.raises(ValueError, match="source_rate"):
-        resample(sound(100), rate)
+@pytest.mark.parametrize("rate", [0, 99, 44_100.5, float("nan"), "fast"])
+def test_impossible_rates_of_files_and_arrays(rate: Any) -> None:
     with pytest.raises(ValueError, match="source_rate"):
         load_audio(sound(100), source_rate=rate)
     with pytest.raises(ValueError, match="sampling_rate"):
         load_audio(sound(100), rate, source_rate=RATE)
-
-
-def test_whole_rates_of_other_types_are_fine() -> None:
-    for rate in (44_100.0, np.int64(44_100), np.float32(44_100)):
-        assert len(resample(sound(441), rate)) == 160
 
 
 @pytest.mark.parametrize(

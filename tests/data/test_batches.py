@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from helpers import tiny_config
-from w2vc.data.audio import Wav2Vec2FeatureExtractor, normalise
+from w2vc.data.audio import Wav2Vec2FeatureExtractor
 from w2vc.data.batches import (
     BucketSampler,
     Collator,
@@ -40,6 +40,7 @@ from w2vc.data.batches import (
     turn_order,
 )
 from w2vc.data.corpus import KEYWORDS, SAMPLING_RATE, Segment, Speech, Utterance, frame_labels, load_speech
+from w2vc.data.sound import normalise
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model.features import conv_output_lengths
 from w2vc.model.masking import compute_mask_indices

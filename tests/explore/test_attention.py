@@ -35,7 +35,7 @@ def maps() -> torch.Tensor:
 
 
 def test_maps_are_those_of_the_model(model: Wav2Vec2ConformerModel) -> None:
-    from w2vc.data.audio import normalise
+    from w2vc.data.sound import normalise
 
     audio = load_speech("builtin", "test")[2].audio[:8000]
     model.train()

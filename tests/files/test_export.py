@@ -92,7 +92,7 @@ def test_the_model_is_left_alone_and_weight_norms_are_folded() -> None:
     assert not any(p.requires_grad for p in stripped.parameters())
 
 
-def test_refusals() -> None:
+def test_wrong_arguments_are_errors() -> None:
     with pytest.raises(ValueError, match="Wav2Vec2ConformerModel"):
         export_model(tiny().wav2vec2_conformer)
     with pytest.raises(ValueError, match=r"seconds=0\.01.*0\.045"):

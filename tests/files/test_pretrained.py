@@ -318,7 +318,7 @@ def test_the_error_lists_what_is_missing_unexpected_and_misshaped(tmp_path: Path
     assert not report.fits
     assert report.missing == ["encoder.layers.0.ffn1.output_dense.bias"]
     assert report.unexpected == ["encoder.layers.0.ffn3.weight"]
-    assert len(report.misshaped) == 1
+    assert len(report.mismatched) == 1
     assert torch.equal(model.state_dict()["encoder.layers.0.ffn1.output_dense.bias"], torch.zeros(32))
     assert torch.equal(model.state_dict()["encoder.layer_norm.weight"], torch.ones(32))
 
@@ -337,7 +337,7 @@ def test_every_single_missing_tensor_is_noticed_and_can_be_started_afresh(name: 
                 pretrained.fill(shell, dict(rest))
         with pytest.warns(UserWarning, match="newly initialised"):
             report = pretrained.fill(shell, dict(rest), strict=False)
-        assert report.missing + report.fresh == [gone]
+        assert report.missing + report.newly_initialized == [gone]
         assert torch.isfinite(shell.state_dict()[gone]).all()
         assert sum(not torch.equal(t, tensors[key]) for key, t in shell.state_dict().items()) <= 1
 
@@ -357,7 +357,7 @@ def test_heads_absent_and_foreign(tmp_path: Path) -> None:
     assert same(other.wav2vec2_conformer, base)
     assert other.load_report is not None
     assert other.load_report.fits
-    assert len(other.load_report.fresh) == 7
+    assert len(other.load_report.newly_initialized) == 7
     assert 0 <= other.quantizer.codevectors.min() < other.quantizer.codevectors.max() <= 1
 
     base.save_pretrained(tmp_path / "base")  # a file without the prefix
@@ -618,7 +618,7 @@ def test_nothing_is_initialised_twice(tmp_path: Path) -> None:
         loaded = Wav2Vec2ConformerForPreTraining.from_pretrained(tmp_path)
     assert same(loaded.wav2vec2_conformer, base)
     assert loaded.load_report is not None
-    assert len(loaded.load_report.fresh) == 7  # the head's tensors alone
+    assert len(loaded.load_report.newly_initialized) == 7  # the head's tensors alone
 
 
 def test_a_tensor_without_a_rule_is_named(tmp_path: Path) -> None:

@@ -395,7 +395,7 @@ def test_save_and_load_both_ways(head: Head, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     again = head.cls.from_pretrained(tmp_path / "theirs", **PEER)
     assert again.load_report.fits
-    assert not again.load_report.fresh
+    assert not again.load_report.newly_initialized
     assert torch.equal(again(**inputs)[1], want[1])
     assert again.config.id2label == names
     assert again.config.label2id == {name: i for i, name in names.items()}

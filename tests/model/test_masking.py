@@ -36,8 +36,8 @@ def right_padded(lengths: list[int], n_frames: int) -> Tensor:
 
 
 def runs(row: Tensor) -> list[int]:
-    """Lengths of the hidden runs of one row."""
-    return [len(list(group)) for hidden, group in itertools.groupby(row.tolist()) if hidden]
+    """Lengths of the masked runs of one row."""
+    return [len(list(group)) for masked, group in itertools.groupby(row.tolist()) if masked]
 
 
 def mask_loop(noise: Tensor, counts: Tensor, lengths: Tensor, mask_length: int) -> Tensor:
@@ -92,7 +92,7 @@ def test_distribution_equals_transformers(case: str, padded: bool) -> None:
 
     agree(ours.astype(float), theirs.astype(float), "profile")
     agree(ours.mean((1, 2)), theirs.mean((1, 2)), "share")
-    agree(ours.sum(2).astype(float), theirs.sum(2).astype(float), "hidden frames per row")
+    agree(ours.sum(2).astype(float), theirs.sum(2).astype(float), "masked frames per row")
     agree(ours.sum(2).astype(float) ** 2, theirs.sum(2).astype(float) ** 2, "their spread")
     agree(ours.sum((1, 2)) ** 2.0, theirs.sum((1, 2)) ** 2.0, "spread of the whole batch")
 
@@ -105,7 +105,7 @@ def test_a_row_too_short_for_a_span_masks_padding_in_transformers_only() -> None
 
 
 def test_one_rounding_for_all_rows_of_a_call() -> None:
-    """Spans of one frame cannot overlap, so the hidden frames count the spans: 1.5 on average, equal in all rows."""
+    """Spans of one frame cannot overlap, so the masked frames count the spans: 1.5 on average, equal in all rows."""
     g = seeded()
     totals = []
     for _ in range(400):
@@ -182,7 +182,7 @@ def test_every_mask_is_made_of_whole_spans_of_real_frames(r: dict[str, Any]) -> 
     assert mask.shape == (len(lengths), r["n_frames"])
     most = max(math.floor(r["mask_prob"] * r["n_frames"] / r["mask_length"] + 1), r["min_masks"])
     for row, length in zip(mask, lengths, strict=True):
-        assert not row[length:].any(), "padding is hidden"
+        assert not row[length:].any(), "padding is masked"
         assert all(run >= r["mask_length"] for run in runs(row)), "a span is cut"
         assert row.sum() <= most * r["mask_length"]
         if r["min_masks"] and length >= r["mask_length"]:

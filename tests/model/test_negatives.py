@@ -132,7 +132,7 @@ def test_zero_one_and_two_masked_frames() -> None:
     ]
 
 
-def test_transformers_refuses_one_masked_frame() -> None:
+def test_transformers_rejects_one_masked_frame() -> None:
     with pytest.raises(ValueError, match="high <= 0"):
         peer((1, 4), 3, np.array([[0, 0, 1, 0]]))
 
@@ -174,7 +174,7 @@ def test_masks_of_any_type(dtype: torch.dtype) -> None:
         (((2, 4), 3, torch.ones(2, 4)), r"mask_time_indices is torch\.float32"),
     ],
 )
-def test_refusals(arguments: tuple[Any, ...], message: str) -> None:
+def test_wrong_arguments_are_errors(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample_negative_indices(*arguments)
 

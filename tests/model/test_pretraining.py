@@ -25,6 +25,7 @@ from w2vc.model.pretraining import (
     contrastive_logits,
     contrastive_loss,
     diversity_loss,
+    pretraining_losses,
 )
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
 
@@ -242,6 +243,20 @@ def test_diversity_loss_from_collapsed_to_uniform() -> None:
     assert diversity_loss(torch.tensor(2.0), mask * 0, 16).item() == 0
 
 
+def test_three_losses() -> None:
+    states, targets, negatives, mask, codes = toy()
+    config, used = PRETRAINING.config(diversity_loss_weight=0.3), torch.tensor(6.0)
+    whole, contrastive, diversity = pretraining_losses(states, targets, codes, used, mask, negatives, config)
+    temperature = config.contrastive_logits_temperature
+    wanted = contrastive_loss(states, targets, negatives, mask, codes, temperature=temperature)
+    assert torch.equal(contrastive, wanted)
+    assert torch.equal(diversity, diversity_loss(used, mask, 16))
+    assert torch.equal(whole, contrastive + 0.3 * diversity)
+    assert pretraining_losses(states, targets, codes, used, mask, None, config) == (None, None, None)
+    with pytest.raises(ValueError, match="without mask_time_indices"):
+        pretraining_losses(states, targets, codes, used, None, negatives, config)
+
+
 # ---- the whole head
 
 
@@ -301,8 +316,8 @@ def test_one_seed_gives_the_training_loss_of_transformers(
     positions: str, padded: bool, attention: str
 ) -> None:
     """Every dropout, LayerDrop and the Gumbel noise draw the same numbers in the same order."""
-    knobs = {**LOUD, "position_embeddings_type": positions, "attn_implementation": attention}
-    ours = PRETRAINING.build(training=True, padding_invariant=False, **knobs)
+    options = {**LOUD, "position_embeddings_type": positions, "attn_implementation": attention}
+    ours = PRETRAINING.build(training=True, padding_invariant=False, **options)
     theirs = helpers.twin(ours)
     inputs = PRETRAINING.batch(padded)
     losses, left_out = [], set()
@@ -326,8 +341,8 @@ def test_one_seed_gives_the_training_loss_of_transformers(
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 def test_one_seed_gives_the_training_states_of_transformers(positions: str, attention: str) -> None:
-    knobs = {**LOUD, "position_embeddings_type": positions, "attn_implementation": attention}
-    config = PRETRAINING.config(padding_invariant=False, **knobs)
+    options = {**LOUD, "position_embeddings_type": positions, "attn_implementation": attention}
+    config = PRETRAINING.config(padding_invariant=False, **options)
     torch.manual_seed(0)
     ours = Wav2Vec2ConformerModel(config).train()
     helpers.randomise_(ours)
@@ -385,22 +400,22 @@ def test_head_errors() -> None:
     inputs = PRETRAINING.batch()
     mask, negatives = inputs.pop("mask_time_indices"), inputs.pop("sampled_negative_indices")
 
-    def refused(match: str, negatives: Tensor, mask: Tensor | None, head: Any = model) -> None:
+    def rejected(match: str, negatives: Tensor, mask: Tensor | None, head: Any = model) -> None:
         with pytest.raises(ValueError, match=match):
             head(**inputs, mask_time_indices=mask, sampled_negative_indices=negatives)
 
-    refused("without mask_time_indices", negatives, None)
-    refused("sampled_negative_indices has shape", negatives[:, 1:], mask)
-    refused("sampled_negative_indices has shape", negatives[..., 0], mask)
-    refused(r"dtype torch\.bool", negatives > 0, mask)
-    refused(r"dtype torch\.float32", negatives.float(), mask)
+    rejected("without mask_time_indices", negatives, None)
+    rejected("sampled_negative_indices has shape", negatives[:, 1:], mask)
+    rejected("sampled_negative_indices has shape", negatives[..., 0], mask)
+    rejected(r"dtype torch\.bool", negatives > 0, mask)
+    rejected(r"dtype torch\.float32", negatives.float(), mask)
     T = mask.shape[1]
     row, frame = mask[1:].nonzero()[0].tolist()
     for wrong in (0, 2 * T, -1, 10_000):  # of another utterance, or of none
         some = negatives.clone()
         some[row + 1, frame, 3] = wrong
-        refused(rf"\[{row + 1}, {frame}, 3\] = {wrong} is refused: allowed are row \* {T}", some, mask)
-    refused("add_adapter", negatives, mask, PRETRAINING.build(add_adapter=True))
+        rejected(rf"\[{row + 1}, {frame}, 3\] = {wrong} is refused: allowed are row \* {T}", some, mask)
+    rejected("add_adapter", negatives, mask, PRETRAINING.build(add_adapter=True))
 
 
 def test_negatives_of_visible_frames_are_not_looked_at() -> None:

@@ -15,8 +15,10 @@ import helpers
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.model.quantizer import (
     GumbelVectorQuantizer,
+    choose_codes,
     codebook_perplexity,
     gumbel_relaxed,
+    read_codebooks,
     straight_through,
 )
 
@@ -122,10 +124,10 @@ def test_equals_the_one_hot_product(  # noqa: PLR0917
 
 
 @settings(max_examples=15, deadline=None)
-@given(F=st.integers(1, 9), G=st.integers(1, 3), V=st.integers(1, 400), tau=st.floats(0.3, 4.0))
-def test_one_seed_gives_the_noise_of_gumbel_softmax(F: int, G: int, V: int, tau: float) -> None:
+@given(frames=st.integers(1, 9), G=st.integers(1, 3), V=st.integers(1, 400), tau=st.floats(0.3, 4.0))
+def test_one_seed_gives_the_noise_of_gumbel_softmax(frames: int, G: int, V: int, tau: float) -> None:
     """Soft and hard, to the last bit; the hard one is exactly one-hot."""
-    logits = 3 * torch.randn(F, G, V, generator=torch.Generator().manual_seed(F + 10 * G + 100 * V))
+    logits = 3 * torch.randn(frames, G, V, generator=torch.Generator().manual_seed(frames + 10 * G + 100 * V))
     answers = {}
     for name, draw in (("ours", gumbel_relaxed), ("torch", gumbel_softmax)):
         torch.manual_seed(2)
@@ -134,8 +136,8 @@ def test_one_seed_gives_the_noise_of_gumbel_softmax(F: int, G: int, V: int, tau:
     torch.manual_seed(2)
     hard = straight_through(answers["ours"])
     assert torch.equal(hard, gumbel_softmax(logits, tau, hard=True))
-    assert torch.equal(hard.sort(-1).values[..., -1], torch.ones(F, G))
-    assert torch.equal(hard.sum(-1), torch.ones(F, G))
+    assert torch.equal(hard.sort(-1).values[..., -1], torch.ones(frames, G))
+    assert torch.equal(hard.sum(-1), torch.ones(frames, G))
 
 
 def test_gradients_against_finite_differences() -> None:
@@ -222,6 +224,40 @@ def test_perplexity_from_collapsed_to_uniform() -> None:
     half[:2, :, 0] = half[2:, :, 5] = 1
     assert math.isclose(codebook_perplexity(half).item(), 2, rel_tol=1e-6)
     assert codebook_perplexity(half, torch.tensor([1, 1, 0, 0])).item() == 1
+
+
+def test_a_batch_counts_as_its_frames_in_a_row_and_a_mask_must_fit() -> None:
+    probs, keep = torch.rand(3, 5, 2, 6).softmax(-1), torch.rand(3, 5) < 0.5
+    assert torch.equal(
+        codebook_perplexity(probs, keep), codebook_perplexity(probs.flatten(0, 1), keep.flatten())
+    )
+    with pytest.raises(ValueError, match=r"shape \(5, 3\), expected \(3, 5\)"):
+        codebook_perplexity(probs, keep.T)
+
+
+def test_choices_with_and_without_noise() -> None:
+    """With a temperature a draw that learns, counted by the softmax; without one the best score, counted as it is."""
+    logits = torch.randn(7, 2, 5, requires_grad=True)
+    torch.manual_seed(3)
+    choice, counted = choose_codes(logits, 0.7)
+    torch.manual_seed(3)
+    assert torch.equal(choice, gumbel_softmax(logits, tau=0.7, hard=True))
+    assert torch.equal(counted, logits.softmax(-1))
+    assert choice.requires_grad
+    best, same = choose_codes(logits, None)
+    assert torch.equal(best.argmax(-1), logits.argmax(-1))
+    assert best is same
+    assert not best.requires_grad
+
+
+def test_codebooks_are_read_row_by_row() -> None:
+    codes, book = torch.randint(5, (7, 2)), torch.randn(1, 10, 3)
+    choice = nn.functional.one_hot(codes, 5).float()
+    wanted = torch.cat([book[0, codes[:, 0]], book[0, 5 + codes[:, 1]]], dim=1)
+    assert torch.equal(read_codebooks(choice, book), wanted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(read_codebooks(choice, book), wanted)  # not rounded
+    assert read_codebooks(choice, book.half()).dtype == torch.float16
 
 
 def test_no_masked_frame_is_defined() -> None:

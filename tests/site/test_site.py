@@ -33,6 +33,7 @@ PHONE = {"width": 360, "height": 780}
 KINDS = [
     "index.html",
     "00_start.html",
+    "training/demo.html",
     "api/model.attention.html",
     "solutions/index.html",
     "search.html?q=quantizer",
@@ -116,9 +117,21 @@ def test_every_chapter_has_a_card(book: Path) -> None:
     for name in CHAPTERS:
         assert "<p>" in cards[name], f"{name}: no promise on its card"
         if (ROOT / "_build" / "executed" / f"{name}.json").is_file():
-            assert re.search(r'class="cost">runs in \d+ s, \d+ MB<', cards[name]), name
+            assert re.search(r"runs in \d+ s, \d+ MB</p>", cards[name]), name
+        assert f'class="cost">{nbs.kind(name)} · {nbs.minutes(name)} min to read' in cards[name]
     for caption in nbs.parts():
         assert re.search(rf">{re.escape(caption)}<", text), "the cards are grouped by the parts of the book"
+
+
+def test_each_page_says_where_it_stands_and_what_it_asks(book: Path) -> None:
+    for kind in nbs.KINDS:
+        names = [name for part in nbs.parts(kind).values() for name in part]
+        for k, name in enumerate(names, 1):
+            said = f"{kind.capitalize()}, chapter {k} of {len(names)} · {nbs.minutes(name)} min to read"
+            assert f'<p class="cost">{said}' in page(book / f"{name}.html").text, name
+        captions = [f"{kind.capitalize()}: {c[0].lower()}{c[1:]}" for c in nbs.parts(kind)]
+        sidebar = page(book / "model" / "masking.html").text
+        assert [c for c in captions if f">{c}<" not in sidebar] == []
 
 
 def test_map_leads_to_the_chapters(book: Path) -> None:
@@ -184,6 +197,37 @@ def test_words_of_other_chapters_are_linked_to_their_line(book: Path, builder: A
         links = [u for u in page(book / f"{name}.html").links if "notation.html#word-" in u]
         assert len(links) == len(set(links)), f"{name}: a word is linked twice"
         assert links or name.startswith("appendix/"), f"{name}: no word is linked"
+
+
+def answers(name: str) -> list[str]:
+    """The guesses whose answers a chapter shows."""
+    cells = [c.source for c in nbformat.read(nbs.path_of(name), as_version=4).cells if c.cell_type == "code"]
+    shown = [cell for cell in cells if not cell.startswith("#| export")]
+    return [found[1] for cell in shown if (found := re.search(r'^\s*reveal\("([^"]+)"', cell, re.M))]
+
+
+def test_answers_are_folded(book: Path) -> None:
+    """A cell with an answer, and what it prints, lie in a closed element that opens without JavaScript."""
+    assert answers("model/quantizer")[:3] == ["a", "b", "c"]
+    for name in CHAPTERS:
+        folded = re.findall(
+            r'<details class="admonition hide[^>]*>\s*<summary>(.*?)</summary>',
+            page(book / f"{name}.html").text,
+            re.S,
+        )
+        said = [re.findall(r"Show the answer to (\w+)", summary) for summary in folded]
+        assert said == [[question] for question in answers(name)], name
+        outside = re.sub(r"<details.*?</details>", "", page(book / f"{name}.html").text, flags=re.S)
+        assert 'class="n">reveal</span><span class="p">(' not in outside, name
+
+
+def test_contents_for_programs(book: Path) -> None:
+    """llms.txt: a title, a summary, and a link to every chapter, in order."""
+    text = (book / "llms.txt").read_text(encoding="utf-8")
+    assert re.match(r"# w2vc\n\n> .+\n", text)
+    links = re.findall(r"^- \[[^]]+\]\((\S+)\): \S", text, re.M)
+    assert links == [*(f"{name}.html" for name in CHAPTERS), "api/index.html", "solutions/index.html"]
+    assert all((book / link).is_file() for link in links)
 
 
 def test_exported_code_is_visible(book: Path) -> None:
@@ -426,6 +470,25 @@ def focused(tab: Any) -> dict[str, Any]:
         const outline = (x) => x && getComputedStyle(x).outlineStyle !== 'none' && parseFloat(getComputedStyle(x).outlineWidth) >= 2;
         return {tag: e.tagName, href: e.getAttribute('href'), id: e.id, cls: e.className, seen: Boolean(outline(e) || outline(c))}; }"""
     )
+
+
+@pytest.mark.browser
+def test_an_answer_opens_by_keyboard_and_without_javascript(book: Path, browser: Any) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(f"{book.as_uri()}/model/quantizer.html", wait_until="load")
+    fold = tab.locator("details.hide").first
+    inside = fold.locator(".highlight").first
+    shown = fold.locator(".cell_output")
+    assert not inside.is_visible()
+    assert not shown.is_visible()
+    fold.locator("summary").focus()
+    tab.keyboard.press("Enter")
+    inside.wait_for(state="visible")
+    assert "reveal(" in inside.inner_text()
+    assert shown.is_visible()
+    assert fold.locator("summary").inner_text().strip() == "Hide the answer to a"
+    context.close()
 
 
 @pytest.mark.browser

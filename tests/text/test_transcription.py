@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import helpers
 import w2vc
 from w2vc.config import Wav2Vec2ConformerConfig
-from w2vc.data.audio import Wav2Vec2FeatureExtractor, normalise
+from w2vc.data.audio import Wav2Vec2FeatureExtractor
 from w2vc.data.corpus import load_speech
+from w2vc.data.sound import normalise
 from w2vc.files.pretrained import PreTrainedModel
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model.features import FeatureEncoder, FrameClock, conv_output_lengths, frame_mask, valid_lengths

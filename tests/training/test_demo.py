@@ -23,11 +23,10 @@ from w2vc import (
 )
 from w2vc.evaluation.measures import count_edits
 from w2vc.files.pretrained import BASE, demo_folder
-from w2vc.training import trainer
+from w2vc.training import distributed
 from w2vc.training.demo import demo_curves, demo_figures
-from w2vc.training.monitoring import compare_with_bands, stored_bands
+from w2vc.training.monitoring import compare_with_bands, read_metrics, stored_bands
 from w2vc.training.recipes import Recipe, recipe_folder
-from w2vc.training.trainer import read_metrics
 
 found = importlib.util.spec_from_file_location(
     "demo_card", Path(__file__).parents[2] / "tools" / "demo_card.py"
@@ -57,7 +56,7 @@ def test_every_head_loads_whole_and_runs(head: str | None, tmp_path: Path) -> No
     assert model.dtype == torch.float32
     assert model.load_report is not None
     assert model.load_report.fits
-    assert not model.load_report.fresh
+    assert not model.load_report.newly_initialized
     speech = load_speech("builtin", "test")
     with torch.no_grad():
         out = model(torch.from_numpy(speech[0].audio)[None])
@@ -218,7 +217,7 @@ def test_pack_puts_a_head_on_the_packed_encoder(tmp_path: Path) -> None:
     joined = Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "demo" / "keyword")
     assert joined.load_report is not None
     assert joined.load_report.fits
-    assert not joined.load_report.fresh
+    assert not joined.load_report.newly_initialized
     curve = read_metrics(tmp_path / "demo" / "curves" / "keyword.jsonl")
     assert 30 <= len(curve) <= 60
     assert set(curve[0]) == {"kind", "step", "loss"}
@@ -233,14 +232,14 @@ def test_a_shortened_pretraining_learns_as_the_recipe_did(
     plan = Recipe.load("demo_pretrain", overrides)
     plan.data.train = [source for source in plan.data.train if source.name in {"synthetic", "builtin"}]
 
-    def stop(state: trainer.TrainState) -> None:
+    def stop(state: distributed.Run) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        trainer, "save_state", stop
+        distributed, "save_state", stop
     )  # after 400 of 12,000 steps: the schedules stay as they are
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(plan, tmp_path, progress=False)
+        distributed.train(plan, tmp_path, progress=False)
     figures = read_metrics(tmp_path, "valid")[-1]
     assert figures["step"] == 400
     assert figures["accuracy"] >= 0.12

@@ -28,9 +28,10 @@ from training_runs import (
 )
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
-from w2vc.training.distributed import find_processes
+from w2vc.training.distributed import find_processes, train
+from w2vc.training.monitoring import read_metrics
 from w2vc.training.objectives import build
-from w2vc.training.trainer import gather_speech, read_metrics, train
+from w2vc.training.recipes import gather_speech
 
 SETTINGS = Path(w2vc.__file__).parent / "assets" / "scale"  # for `accelerate launch`
 

@@ -11,8 +11,8 @@ import torch
 import w2vc.model.quantizer
 from training_runs import cut_gradients, fixed_noise, largest_gap, make_recipe, state_for
 from w2vc.data.corpus import Speech, Utterance
-from w2vc.training.objectives import build, outputs_of
-from w2vc.training.trainer import gather_speech, keep_usable
+from w2vc.training.objectives import build, keep_usable, outputs_of
+from w2vc.training.recipes import gather_speech
 
 
 @pytest.mark.parametrize("objective", ["pretraining", "ctc", "sequence", "frame"])
@@ -28,7 +28,7 @@ def test_the_model_gets_both_masks(objective: str, tmp_path: Path) -> None:
     """An attention mask only where something is padded; the collator's time mask reaches the base model."""
     plan = make_recipe(objective, "data.batch_seconds=40", "data.label=speaker", mask_time_prob=0.5)
     state = state_for(plan, gather_speech(plan.data.train), tmp_path, double=False)
-    model, batch = state.model.train(), next(state.stream)
+    model, batch = state.model.train(), next(state.batches)
     assert len(set(batch["lengths"])) > 1
     given: list[Any] = []
     model.base_model.encoder.register_forward_pre_hook(lambda module, args: given.append(args[0]))

@@ -16,27 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 import w2vc.cli
+import w2vc.training.distributed
 import w2vc.training.monitoring
-import w2vc.training.trainer
 from training_runs import in_child, make_recipe, state_for
 from w2vc.model.conformer import ConformerEncoder
 from w2vc.model.ctc import Wav2Vec2ConformerForCTC
 from w2vc.model.fast import PackedConformerEncoder
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 from w2vc.text.tokenizer import AutoProcessor
-from w2vc.training.monitoring import healthy_bands, stored_bands
+from w2vc.training.distributed import Run, continue_run, start_run, train, train_step
+from w2vc.training.monitoring import healthy_bands, read_metrics, stored_bands
 from w2vc.training.objectives import build
-from w2vc.training.recipes import SourceConfig
-from w2vc.training.trainer import (
-    TrainState,
-    continue_run,
-    gather_speech,
-    make_optimizer,
-    read_metrics,
-    start_run,
-    train,
-    train_step,
-)
+from w2vc.training.recipes import SourceConfig, gather_speech, make_optimizer
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -47,15 +38,15 @@ def curve(folder: Path) -> list[tuple[Any, ...]]:
     return [(r["kind"], r["step"], r.get("loss"), r.get("gradient")) for r in read_metrics(folder)]
 
 
-def watch_steps(monkeypatch: pytest.MonkeyPatch, look: Callable[[TrainState], None]) -> None:
+def watch_steps(monkeypatch: pytest.MonkeyPatch, look: Callable[[Run], None]) -> None:
     """Have a look at a run after each of its steps."""
 
-    def watched(state: TrainState) -> Any:
+    def watched(state: Run) -> Any:
         line = train_step(state)
         look(state)
         return line
 
-    monkeypatch.setattr(w2vc.training.trainer, "train_step", watched)
+    monkeypatch.setattr(w2vc.training.distributed, "train_step", watched)
 
 
 def small(folder: Path, objective: str = "pretraining", *overrides: str, **knobs: Any) -> Any:
@@ -169,7 +160,7 @@ def test_a_loss_without_a_value_never_reaches_the_optimiser(
             loss = loss * math.nan
         return loss, result
 
-    def watched(state: TrainState) -> Any:
+    def watched(state: Run) -> Any:
         before = {k: v.clone() for k, v in state.model.state_dict().items()}
         skipped = state.skipped
         line = train_step(state)
@@ -180,7 +171,7 @@ def test_a_loss_without_a_value_never_reaches_the_optimiser(
         return line
 
     state.objective.forward = poisoned
-    monkeypatch.setattr(w2vc.training.trainer, "train_step", watched)
+    monkeypatch.setattr(w2vc.training.distributed, "train_step", watched)
     outcome = continue_run(state)
     assert outcome.finished
     skips = read_metrics(tmp_path, "skip")
@@ -213,7 +204,7 @@ def test_base_frozen_at_first_and_feature_encoder_frozen_always(
     start = {n: p.detach().clone() for n, p in state.model.named_parameters()}
     moved: list[set[str]] = []
 
-    def look(state: TrainState) -> None:
+    def look(state: Run) -> None:
         moved.append({n for n, p in state.model.named_parameters() if not torch.equal(p, start[n])})
 
     watch_steps(monkeypatch, look)
@@ -289,7 +280,7 @@ def test_metrics_after_a_kill_hold_no_step_twice(tmp_path: Path, monkeypatch: py
     plan = make_recipe("ctc", "run.steps=6", "run.save_every=4")
     train(plan, tmp_path / "whole", progress=False)
 
-    def die(state: TrainState) -> None:
+    def die(state: Run) -> None:
         if state.step == 5:
             raise KeyboardInterrupt
 
@@ -367,10 +358,10 @@ def test_vocabulary_and_labels_of_a_run_are_never_derived_again(
     train(plan, tmp_path, max_minutes=0, progress=False)
     before = (tmp_path / "last" / "vocab.json").read_text()
     speech = gather_speech(plan.data.train, 0.5, 8.0)
-    monkeypatch.setattr(w2vc.training.trainer, "gather_speech", lambda *options: speech)
+    monkeypatch.setattr(w2vc.training.distributed, "gather_speech", lambda *options: speech)
     speech[0].text = speech[0].text + "q"
     assert build(plan, speech)[1].config.vocab_size == len(json.loads(before)) + 1
-    monkeypatch.setattr(w2vc.training.trainer, "keep_usable", lambda speech, *options: speech)
+    monkeypatch.setattr(w2vc.training.distributed, "keep_usable", lambda speech, *options: speech)
     state = start_run(plan, tmp_path, progress=False)
     assert state.step == 1
     assert state.objective.processor.tokenizer.get_vocab() == json.loads(before)

@@ -22,8 +22,9 @@ from ..model.features import conv_output_lengths, frame_mask, receptive_field
 from ..model.masking import span_counts, spans_from_noise
 from ..model.negatives import negatives_from_noise
 from ..text.tokenizer import Wav2Vec2CTCTokenizer
-from .audio import BatchFeature, Samples, Wav2Vec2FeatureExtractor
+from .audio import BatchFeature, Wav2Vec2FeatureExtractor
 from .corpus import SAMPLING_RATE, Segment, Speech, Utterance, frame_activity
+from .sound import Samples
 
 # %% auto #0
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Example",
     "SpeechDataset",
     "add_noise",
+    "split_usable",
     "Collator",
     "model_inputs",
     "find_problems",
@@ -53,8 +55,9 @@ __all__ = [
 def sample_rng(seed: int, epoch: int, name: str, purpose: str) -> np.random.Generator:
     """A generator whose numbers follow from (seed, epoch, utterance, purpose) and from nothing else.
 
-    The four are hashed (BLAKE2) to the key of Philox, a counter-based generator (Salmon et al., 2011, "Parallel random
-    numbers: as easy as 1, 2, 3"). Who asks, when, and in which order plays no part.
+    The four are hashed (BLAKE2) to the key of Philox, a counter-based generator (Salmon et al., 2011,
+    "Parallel random
+    numbers: as easy as 1, 2, 3"). When, where and in which order they are drawn plays no part.
     """
     facts = repr((int(seed), int(epoch), name, purpose))
     digest = hashlib.blake2b(facts.encode(), digest_size=16).digest()
@@ -93,15 +96,18 @@ def bucket_batches(
         max_rows: bound of the rows.
         seed: None sorts, the longest batch first; else the groups and their order vary from epoch to epoch.
         epoch: how often the data has been gone through.
-        multiple_of: bring the number of batches to a multiple of this, the number of processes, by cutting large ones in two.
-        jitter: with a seed, lengths grow at random by up to this share before they are sorted: more mixes better, and pads more.
+        multiple_of: bring the number of batches to a multiple of this, the number of processes, by cutting
+            large ones in two.
+        jitter: with a seed, lengths grow at random by up to this share before they are sorted: more mixes
+            better, and pads more.
 
     Returns:
-        Batches of numbers of utterances, each in exactly one. (Where all batches have one row and there is nothing to
-        cut, up to `multiple_of - 1` are left out, others in each epoch.)
+        Batches of numbers of utterances, each in exactly one. (Where all batches have one row and there is
+        nothing to cut, up to `multiple_of - 1` are left out, others in each epoch.)
 
     Raises:
-        ValueError: an utterance that is empty or too long (which one), bounds below 1, or too few for `multiple_of`.
+        ValueError: an utterance that is empty or too long (which one), bounds below 1, or too few for
+            `multiple_of`.
     """
     if max_samples < 1 or (max_rows is not None and max_rows < 1):
         raise ValueError(f"{max_samples=} and {max_rows=} must be at least 1")
@@ -188,7 +194,7 @@ class BucketSampler(Sampler[list[SampleRequest]]):
             yield [SampleRequest(epoch, i) for i in batch]
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on here, or at a position that the training loop knows (workers ask ahead)."""
+        """What `load_state_dict` needs to go on here, or at a position that the training loop knows (workers read ahead)."""
         here = self.position if position is None else position
         data = hashlib.blake2b(repr(self.facts).encode(), digest_size=8).hexdigest()
         return {"epoch": self.epoch, "position": here, "data": data}
@@ -197,12 +203,14 @@ class BucketSampler(Sampler[list[SampleRequest]]):
         """Go where the state was saved.
 
         Raises:
-            ValueError: in the middle of an epoch, with other data, bounds, seed or number of processes than then.
+            ValueError: in the middle of an epoch, with other data, bounds, seed or number of processes than
+                then.
         """
         if state["position"] and state["data"] != self.state_dict()["data"]:
             raise ValueError(
-                f"the state was saved at batch {state['position']} of an epoch with other utterances, bounds, seed or "
-                f"number of processes; set its position to 0 to start epoch {state['epoch']} anew"
+                f"the state was saved at batch {state['position']} of an epoch with other utterances, "
+                f"bounds, seed or number of processes; set its position to 0 to start epoch {state['epoch']} "
+                "anew"
             )
         self.set_epoch(int(state["epoch"]), int(state["position"]))
 
@@ -257,12 +265,12 @@ class Example:
 
     utterance: Utterance
     audio: Samples  # [S] float32
-    epoch: int = 0  # in which it was asked for
+    epoch: int = 0  # for which it was decoded
     problem: str = ""  # why it cannot be used; "" = nothing wrong so far
 
 
 class SpeechDataset(Dataset[Example]):
-    """Decode utterances when they are asked for, in whichever process asks; `preload` decodes all now and keeps them."""
+    """Decode an utterance at its turn, in whichever process needs it; `preload` decodes all now."""
 
     def __init__(self, speech: Speech, *, preload: bool = False) -> None:
         self.speech = speech
@@ -302,6 +310,25 @@ def add_noise(rng: np.random.Generator, audio: Samples, snr_db: tuple[float, flo
 
 
 # %% ../../nbs/data/batches.ipynb #2e580dcd
+def split_usable(
+    examples: Sequence[Example], problems: Sequence[str], bad: str
+) -> tuple[list[Example], list[str]]:
+    """Part examples into those without a problem and descriptions of the others.
+
+    Raises:
+        ValueError: `bad` is "raise" and one has a problem, or all have.
+    """
+    good = [e for e, why in zip(examples, problems, strict=True) if not why]
+    others = [f"{e.utterance.id!r}: {why}" for e, why in zip(examples, problems, strict=True) if why]
+    if others and (bad == "raise" or not good):
+        raise ValueError(
+            f"{len(others)} of {len(examples)} utterances cannot be used ({'; '.join(others[:3])}): repair "
+            "them or leave them out (find_problems lists them, bad='drop' drops them)"
+        )
+    return good, others
+
+
+# %% ../../nbs/data/batches.ipynb #d1b22712
 @dataclass
 class Collator:
     """Make a batch of examples: leave out the broken, crop, add noise, normalise, pad, count.
@@ -309,8 +336,8 @@ class Collator:
     Everything random follows from (seed, epoch, utterance). A subclass adds what its objective needs.
 
     Raises:
-        ValueError: an option that is not known, a crop shorter than one frame, an extractor that pads on the left; when
-            called, utterances that cannot be used (which ones, and why).
+        ValueError: an option that is not known, a crop shorter than one frame, an extractor that pads on the
+            left; when called, utterances that cannot be used (which ones, and why).
     """
 
     config: Wav2Vec2ConformerConfig  # the model's, for the sizes of its convolutions
@@ -367,17 +394,20 @@ class Collator:
         """Make the batch.
 
         Returns:
-            For the model (see `model_inputs`): `input_values` `[B, S]` float32 and `attention_mask` `[B, S]` bool, and
-            what the objective adds. For the host: `ids` (names), `epoch`, `lengths` (samples) and `n_frames` of each row
-            as plain numbers, and `dropped`.
+            For the model (see `model_inputs`): `input_values` `[B, S]` float32 and `attention_mask` `[B, S]`
+            bool, and what the objective adds. For the host: `ids` (names), `epoch`, `lengths` (samples) and
+            `n_frames` of each row as plain numbers, and `dropped`.
         """
-        examples, dropped = self._usable(examples)
+        problems = [e.problem or self.problem(e.utterance, len(e.audio)) for e in examples]
+        examples, dropped = split_usable(examples, problems, self.bad)
         batch = BatchFeature(ids=[e.utterance.id for e in examples], epoch=examples[0].epoch, dropped=dropped)
         lengths = [self.row_samples(len(e.audio)) for e in examples]
         if self.crop == "shortest":
             lengths = [min(lengths)] * len(lengths)
-        triples = zip(self.rngs(batch, "crop"), examples, lengths, strict=True)
-        starts = [crop_start(rng, len(e.audio), n) for rng, e, n in triples]
+        starts = [
+            crop_start(rng, len(e.audio), n)
+            for rng, e, n in zip(self.rngs(batch, "crop"), examples, lengths, strict=True)
+        ]
         rows = [e.audio[a : a + n] for e, a, n in zip(examples, starts, lengths, strict=True)]
         if self.noise_db is not None:
             pairs = zip(self.rngs(batch, "noise"), rows, strict=True)
@@ -398,27 +428,15 @@ class Collator:
         self.add(batch, examples, starts)
         return batch
 
-    def _usable(self, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
-        """Part the examples into usable ones and descriptions of the others."""
-        problems = [e.problem or self.problem(e.utterance, len(e.audio)) for e in examples]
-        good = [e for e, why in zip(examples, problems, strict=True) if not why]
-        bad = [f"{e.utterance.id!r}: {why}" for e, why in zip(examples, problems, strict=True) if why]
-        if bad and (self.bad == "raise" or not good):
-            raise ValueError(
-                f"{len(bad)} of {len(examples)} utterances cannot be used ({'; '.join(bad[:3])}): repair them or leave "
-                "them out (find_problems lists them, bad='drop' drops them)"
-            )
-        return good, bad
 
-
-# %% ../../nbs/data/batches.ipynb #6dc3267c
+# %% ../../nbs/data/batches.ipynb #0c3b077e
 def model_inputs(batch: BatchFeature) -> dict[str, Tensor]:
     """Take from a batch what a model's forward is given, the tensors; the rest are facts for the host."""
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 def find_problems(speech: Speech, collator: Collator) -> dict[str, str]:
-    """Decode a whole set once and list what a collator would refuse: name of the utterance -> why."""
+    """Decode a whole set once and list what a collator would reject: name of the utterance -> why."""
     examples = SpeechDataset(speech)
     found = {u.id: examples[i].problem or collator.problem(u, u.n_samples) for i, u in enumerate(speech)}
     return {name: why for name, why in found.items() if why}
@@ -499,8 +517,8 @@ def turn_order(utterance: Utterance) -> list[Segment]:
 class LabelCollator(Collator):
     """Batches with labels: one for each utterance (what, who), or one for each frame.
 
-    The config's `label2id` numbers the labels. With its `problem_type="multi_label_classification"` there may be several at
-    once, with "regression" they are numbers.
+    The config's `label2id` numbers the labels. With its `problem_type="multi_label_classification"` there may
+    be several at once, with "regression" they are numbers.
     """
 
     target: str | Callable[[Utterance], Any]  # "speaker", "text", … or a function; for frames, segments
@@ -559,8 +577,9 @@ class LabelCollator(Collator):
     def add(self, batch: BatchFeature, examples: Sequence[Example], starts: Sequence[int]) -> None:
         """Add `labels` and their number `n_labels`.
 
-        `labels` is `[B]` int64, or float32 for regression, or `[B, num_labels]` float32 of 0 and 1; for frames `[B, T]` int64 or
-        `[B, T, num_labels]` float32, with -100 for padding and for frames without a label.
+        `labels` is `[B]` int64, or float32 for regression, or `[B, num_labels]` float32 of 0 and 1; for
+        frames `[B, T]` int64 or `[B, T, num_labels]` float32, with -100 for padding and for frames without a
+        label.
         """
         triples = zip(examples, starts, batch["n_frames"], strict=True)
         rows = [self.label(e.utterance, start, n) for e, start, n in triples]
@@ -586,7 +605,8 @@ def data_loader(
 ) -> DataLoader[Example]:
     """Join a set, a collator and a bucket sampler to a loader of batches.
 
-    The batches do not depend on the number of workers, nor does drawing them touch torch's global random state.
+    The batches do not depend on the number of workers, nor does drawing them touch torch's global random
+    state.
     `loader.batch_sampler.set_epoch(epoch, position)` says which ones come next.
 
     Args:
@@ -597,12 +617,13 @@ def data_loader(
         seed: for the order; None = the longest first, for evaluation.
         workers: processes that decode ahead; they stay alive from epoch to epoch. 0 = decode here.
         processes: training processes that share the data; each gets equally many batches.
-        rank: which of them this is; None if Accelerate's `prepare` deals the batches out (with `even_batches=False`).
+        rank: which of them this is; None if Accelerate's `prepare` deals the batches out (with
+            `even_batches=False`).
         preload: keep all audio decoded in memory.
 
     Raises:
-        ValueError: an utterance that is too short for a frame or too long for a batch (which one). With the collator's
-            `bad="drop"` it is left out and named in `loader.dataset.left_out`.
+        ValueError: an utterance that is too short for a frame or too long for a batch (which one). With the
+            collator's `bad="drop"` it is left out and named in `loader.dataset.left_out`.
     """
     most = max_seconds * collator.feature_extractor.sampling_rate
     kept, left_out = [], []
@@ -613,8 +634,9 @@ def data_loader(
             left_out.append(f"{u.id!r} ({u.seconds:.2f} s)")
     if left_out and collator.bad == "raise":
         raise ValueError(
-            f"{len(left_out)} of {len(speech)} utterances are shorter than a frame or longer than {max_seconds=}, such as "
-            f"{', '.join(left_out[:3])}: filter or crop them, or give the collator bad='drop'"
+            f"{len(left_out)} of {len(speech)} utterances are shorter than a frame or longer than "
+            f"{max_seconds=}, such as {', '.join(left_out[:3])}: filter or crop them, or give the collator "
+            "bad='drop'"
         )
     dataset = SpeechDataset(Speech(kept, speech.name, speech.split, speech.about), preload=preload)
     dataset.left_out = left_out

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files.atomic import read_json, replace_folder
-from .audio import Samples, load_audio
+from .audio import load_audio
+from .sound import Samples
 
 # %% auto #0
 __all__ = [
@@ -63,7 +64,7 @@ SILENCE = "sil"  # label of a pause among the phones
 
 
 class Segment(NamedTuple):
-    """A labelled stretch of time: a word, a phone or a speaker's turn. Unpacks as `label, start, end`."""
+    """A labelled interval of time: a word, a phone or a speaker's turn. Unpacks as `label, start, end`."""
 
     label: str
     start: float  # seconds
@@ -226,14 +227,14 @@ def _decode_whole(path: Path, changed: int) -> NDArray[np.int16]:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A stretch of a packed file."""
+    """A part of a packed file."""
 
     path: Path
     start: int
     n_samples: int
 
     def read(self) -> Samples:
-        """Decode the stretch: FLAC jumps to a sample exactly; Vorbis does not everywhere, so decode it whole."""
+        """Decode the part: FLAC jumps to a sample exactly; Vorbis does not everywhere, so decode it whole."""
         end = self.start + self.n_samples
         if self.path.suffix == ".flac":
             wave = _soundfile().read(self.path, start=self.start, stop=end, dtype="int16")[0]

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .audio import Samples, load_audio
+from .audio import load_audio
 from .corpus import DIGITS, SAMPLING_RATE, SOURCES, Speech, SpeechUnavailableError, Utterance
+from .sound import Samples
 
 # isort: split
 from .corpus import load_packed, save_speech, speech_cache

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .audio import resample
 from .corpus import DIGITS, KEYWORDS, SAMPLING_RATE, SILENCE, SOURCES, Segment, Speech, Utterance
+from .sound import resample
 
 # isort: split
 from .corpus import load_packed, load_speech, mix_splits, save_speech, speech_cache

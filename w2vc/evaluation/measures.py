@@ -117,7 +117,8 @@ def count_edits(
         references: What was said; may be empty.
         hypotheses: What was written, one for each reference.
         unit: "word" or "char"; the space between two words is a character.
-        normalise: Applied to both sides, such as `plain_text`; None compares as written, but for the number of spaces.
+        normalise: Applied to both sides, such as `plain_text`; None compares as written, but for the number
+            of spaces.
     """
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references and {len(hypotheses)} hypotheses must be pairs")
@@ -194,8 +195,8 @@ def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[_Floats, _Floats, _
         same: Whether it is one voice.
 
     Returns:
-        Thresholds, rising: every score that occurs, and infinity; the share of same pairs that are missed; the share of
-        different pairs that raise a false alarm.
+        Thresholds, rising: every score that occurs, and infinity; the share of same pairs that are missed;
+        the share of different pairs that raise a false alarm.
 
     Raises:
         ValueError: NaN, another number of answers, or only one kind of pairs.
@@ -333,7 +334,8 @@ def diarization_error_rate(
     Args:
         reference: The true turns.
         hypothesis: The turns found; names need not agree with the reference.
-        collar: Seconds left out on each side of every boundary of the reference (0.25 in NIST's runs; 0 is strict).
+        collar: Seconds left out on each side of every boundary of the reference (0.25 in NIST's runs; 0 is
+            strict).
         overlap: False leaves out the time in which several speak in the reference.
     """
     edges = [t for turn in reference for t in (turn.start, turn.end)]
@@ -383,12 +385,13 @@ def bootstrap(
     Args:
         values: One row for each utterance.
         statistic: Computes the figure from rows; draws whose figure is NaN do not count.
-        groups: Whom each row belongs to, such as its speaker: groups are drawn as a whole. None: rows are drawn.
+        groups: Whom each row belongs to, such as its speaker: groups are drawn as a whole. None: rows are
+            drawn.
         n: Draws.
         seed: For the draws.
         level: Share of the draws inside the interval.
-        centred: Move the interval so that the mean of the draws is the figure: for figures that rise or fall whenever
-            rows repeat, such as an entropy of counts.
+        centred: Move the interval so that the mean of the draws is the figure: for figures that rise or fall
+            whenever rows repeat, such as an entropy of counts.
 
     Returns:
         The figure and its interval, which is NaN where there is only one row or group.

@@ -176,12 +176,14 @@ def code_phone_report(
     Args:
         codes: `[frames, G]`.
         phones: The phone of each frame, a name or number.
-        features: `[frames, bands]` for k-means, such as log-mel bands, fitted on these very frames; None leaves it out.
+        features: `[frames, bands]` for k-means, such as log-mel bands, fitted on these very frames; None
+            leaves it out.
         n_codes: V, codes per group; by default the largest number of codes used.
         seed: For shuffles and starts.
 
     Returns:
-        Name -> measures. Compare rows of like counts: with more codes everything but `code_purity` rises by itself.
+        Name -> measures. Compare rows of like counts: with more codes everything but `code_purity` rises by
+        itself.
     """
     table, numbers = np.asarray(codes), np.unique(np.asarray(phones), return_inverse=True)[1]
     if table.ndim != 2 or len(table) != len(numbers) or not len(table):
@@ -349,7 +351,7 @@ class PhoneProbe:
     Attributes:
         layers: Names: the latent frames, the encoder's input, the output of every block.
         right: `[layers, utterances]`, frames that are right.
-        frames: `[utterances]`, frames that were asked.
+        frames: `[utterances]`, frames on which it was tested.
         ids: Of the utterances.
         majority: Share of the commonest phone, which is what guessing reaches.
     """
@@ -375,10 +377,10 @@ class PhoneProbe:
 def _classify(layer: Tensor, phones: NDArray[np.str_], learn: NDArray[np.bool_]) -> NDArray[np.str_]:
     """Fit a linear classifier on some frames, and name the phones of the others."""
     names, numbers = np.unique(phones[learn], return_inverse=True)
-    known, asked = layer[torch.from_numpy(learn)], layer[torch.from_numpy(~learn)]
+    known, tested = layer[torch.from_numpy(learn)], layer[torch.from_numpy(~learn)]
     mean, scale = known.mean(0), known.std(0) + 1e-6
     weights = fit_softmax((known - mean) / scale, torch.from_numpy(numbers).to(layer.device), len(names))
-    scores = (asked - mean) / scale @ weights[:, :-1].T + weights[:, -1]
+    scores = (tested - mean) / scale @ weights[:, :-1].T + weights[:, -1]
     return np.asarray(names[scores.argmax(1).cpu().numpy()])
 
 
@@ -399,7 +401,8 @@ def phone_probe(
     Args:
         model: Any model of the family; its weights stay as they are.
         speech: What to test on, with phones and speakers.
-        train: What the classifiers learn on: other speakers. None: half of the speakers of `speech`, then the other half.
+        train: What the classifiers learn on: other speakers. None: half of the speakers of `speech`, then the
+            other half.
         extractor: The model's feature extractor.
         max_frames: Longer sets are thinned to every second, third, … frame.
         batch_seconds: Padded audio in a batch.
@@ -412,7 +415,7 @@ def phone_probe(
         problem = (
             f"{sorted(shared)[:3]} speak in both sets" if shared else f"{len(speech.speakers)} speaker(s)"
         )
-        raise ValueError(f"the probe must learn on some speakers and be asked about others: {problem}")
+        raise ValueError(f"the probe must learn on some speakers and be tested on others: {problem}")
     base: Any = model.base_model
     n_blocks, step = model.config.num_hidden_layers, FrameClock.of(model.config).step
 
@@ -427,7 +430,7 @@ def phone_probe(
         return _known_frames(model, speech, extractor, read, every=every, batch_seconds=batch_seconds)
 
     layers, phones, ids = collect(speech)
-    asked = np.ones(len(phones), bool)
+    tested = np.ones(len(phones), bool)
     if train is None:
         # A B B A B A A B …: names often alternate in something, such as an accent
         side = {name: i.bit_count() % 2 == 1 for i, name in enumerate(speech.speakers)}
@@ -437,14 +440,14 @@ def phone_probe(
         others, more, _ = collect(train)
         layers = [torch.cat(pair) for pair in zip(layers, others, strict=True)]
         folds = [np.arange(len(phones) + len(more)) >= len(phones)]
-        phones, asked = np.append(phones, more), ~folds[0]
+        phones, tested = np.append(phones, more), ~folds[0]
     right = np.zeros((len(layers), len(phones)), bool)
     for learn in folds:
         for i, layer in enumerate(layers):
             said = _classify(layer.float().to(model.device), phones, learn)
             right[i, ~learn] = said == phones[~learn]
     names, owner = np.unique(ids, return_inverse=True)
-    counts = np.stack([np.bincount(owner, row, len(names)) for row in right[:, asked]]).astype(np.int64)
+    counts = np.stack([np.bincount(owner, row, len(names)) for row in right[:, tested]]).astype(np.int64)
     titles = ("latent frames", "encoder input", *(f"block {i}" for i in range(1, n_blocks + 1)))
-    majority = np.unique(phones[asked], return_counts=True)[1].max() / asked.sum()
+    majority = np.unique(phones[tested], return_counts=True)[1].max() / tested.sum()
     return PhoneProbe(titles, counts, np.bincount(owner), tuple(names.tolist()), float(majority))

@@ -264,7 +264,8 @@ def evaluate_ctc(
 def evaluate_sequences(context: EvalContext, target: str | None = None) -> Metrics:
     """Share of utterances that get the right label, and which is taken for which.
 
-    `target` is the attribute of the utterances that the labels stand for; None: the one that has most of them.
+    `target` is the attribute of the utterances that the labels stand for; None: the one that has most of
+    them.
     """
     config, labels = context.model.config, context.model.config.label2id
     if (kind := resolve_problem_type(config)) != ONE_LABEL:
@@ -274,12 +275,15 @@ def evaluate_sequences(context: EvalContext, target: str | None = None) -> Metri
     name = target or max(hits, key=hits.__getitem__)
     missing = f"no {name} that is a label of the model is known (target says what its labels stand for)"
     known = context.select(lambda u: getattr(u, name) in labels, missing)
-    asked, logits = zip(*context.outputs(known, "logits"), strict=True)
-    truth, said = np.array([labels[getattr(u, name)] for u in asked]), torch.stack(logits).argmax(1).numpy()
+    utterances, logits = zip(*context.outputs(known, "logits"), strict=True)
+    truth, said = (
+        np.array([labels[getattr(u, name)] for u in utterances]),
+        torch.stack(logits).argmax(1).numpy(),
+    )
     table, right = cross_table(truth, said, (len(labels), len(labels))), truth == said
     common = table.sum(1).max() / table.sum()
     note = f"{right.sum():,} of {len(right):,} by {name}; the commonest label alone: {100 * common:.1f} %"
-    figure = context.measure([u.id for u in asked], right, np.mean, note)
+    figure = context.measure([u.id for u in utterances], right, np.mean, note)
     names = [config.id2label[i] for i in range(config.num_labels)]
     return {"accuracy": figure}, {"labels": names, "confusion": table, "target": name}
 
@@ -288,7 +292,8 @@ def evaluate_sequences(context: EvalContext, target: str | None = None) -> Metri
 def evaluate_frames(context: EvalContext, target: str | None = None) -> Metrics:
     """Share of right frames; for a model of turns, the diarization error rate too.
 
-    `target` is the attribute of the utterances that the labels stand for; None: "turns" for "speaker 1" and so on, else "phones".
+    `target` is the attribute of the utterances that the labels stand for; None: "turns" for "speaker 1" and
+    so on, else "phones".
     """
     config = context.model.config
     labels = [config.id2label[i] for i in range(config.num_labels)]
@@ -333,9 +338,9 @@ def evaluate_speakers(context: EvalContext) -> Metrics:
         lambda u: u.speaker != "" and "+" not in u.speaker and u.n_samples >= least,
         f"no one speaker is known, or less than {least / SAMPLING_RATE:.2f} s of sound",
     )
-    asked, vectors = zip(*context.outputs(known, "embeddings"), strict=True)
-    scores, same = measures.score_pairs(torch.stack(vectors), [u.speaker for u in asked])
-    everyone, upper = np.arange(len(asked)), np.triu_indices(len(asked), 1)
+    utterances, vectors = zip(*context.outputs(known, "embeddings"), strict=True)
+    scores, same = measures.score_pairs(torch.stack(vectors), [u.speaker for u in utterances])
+    everyone, upper = np.arange(len(utterances)), np.triu_indices(len(utterances), 1)
     n_pairs, n_same = len(upper[0]), int(same[upper].sum())
     if not 0 < n_same < n_pairs:
         raise ValueError(f"{n_same} of {n_pairs} pairs are of one speaker; both kinds are needed")
@@ -350,7 +355,7 @@ def evaluate_speakers(context: EvalContext) -> Metrics:
 
     note = f"{n_same:,} pairs of one speaker, {n_pairs - n_same:,} of two"
     draws = min(context.draws["n"], max(100, 10**7 // n_pairs))
-    figures = {"EER": context.measure([u.id for u in asked], everyone, judge, note, n=draws)}
+    figures = {"EER": context.measure([u.id for u in utterances], everyone, judge, note, n=draws)}
     for p in (0.01, 0.05):
         cost = judge(everyone, measures.min_dcf, p_target=p)
         figures[f"minDCF {p}"] = Measure(cost, note="1 = as good as one answer for all", percent=False)
@@ -368,9 +373,11 @@ def contrastive_sums(
 
     Args:
         model: Its config says how many negatives.
-        speech: What is heard; masks and negatives follow from the names of the utterances and the recipe's seed.
+        speech: The set; masks and negatives follow from the names of the utterances and the recipe's
+            seed.
         extractor: The model's feature extractor.
-        recipe: Says how much is masked, and in what crops and batches; None: the usual shares, whole utterances.
+        recipe: Says how much is masked, and in what crops and batches; None: the usual shares, whole
+            utterances.
 
     Returns:
         Name -> sums of `monitoring.code_sums` and `monitoring.choice_sums`.
@@ -435,7 +442,8 @@ def _contrastive_metrics(
     perplexities = ", ".join(f"{p:.1f}" for p in total["hard_perplexity_groups"])
     notes = (
         f"of {questions:,.0f} masked frames, {n} negatives; chance {100 / (1 + n):.1f} %",
-        f"hard perplexity {perplexities} of {config.num_codevectors_per_group}; {total['dead_codes']} codes never best",
+        f"hard perplexity {perplexities} of {config.num_codevectors_per_group}; {total['dead_codes']} codes "
+        f"never best",
         "negatives that are identical to the positive",
     )
     figures = {
@@ -605,7 +613,8 @@ def evaluate(
     Args:
         model: A model, or the folder or hub id of one.
         speech: A set, or a name for `open_speech`.
-        processor: Feature extractor, for CTC with its tokenizer; None: what lies where the model was loaded from.
+        processor: Feature extractor, for CTC with its tokenizer; None: what lies where the model was loaded
+            from.
         split: For `open_speech`.
         limit: For `open_speech`.
         device: Where a model that is loaded here goes.

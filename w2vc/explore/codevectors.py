@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from ..data.audio import Samples, Wav2Vec2FeatureExtractor
+from ..data.audio import Wav2Vec2FeatureExtractor
 from ..data.corpus import SAMPLING_RATE, Segment, Speech, frame_labels
+from ..data.sound import Samples
 from ..evaluation.probes import CodeMeasures, code_phone_report, cross_table, log_mel_frames
 from ..files.pretrained import eval_mode
 from ..model.fast import plain_forms

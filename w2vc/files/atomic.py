@@ -32,7 +32,7 @@ def _flush(path: Path) -> None:
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file, and the folders on the way to it; cut at any instant, it holds the old or the new content."""
+    """Write a file, and the folders on the way to it; cut at any instant, it holds old or new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     finish_saves(path.parent)
@@ -57,7 +57,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-# %% ../../nbs/files/atomic.ipynb #ad5c6ac6
+# %% ../../nbs/files/atomic.ipynb #19e4711e
 _SAVES = ".save"  # in a folder that is being written: a folder *.new or *.done for each save
 _OLD = ".old.json"  # in such a folder: the files that must go, and which ones they were
 
@@ -70,22 +70,9 @@ def _identity(path: Path) -> list[int]:
         return []
 
 
-@contextmanager
-def replace_folder(target: str | os.PathLike[str], remove: Iterable[str] = ()) -> Iterator[Path]:
-    """Write several files of a folder as one: cut at any instant, `target` loads as before, or with all new files.
-
-    `with replace_folder(target) as fresh:` gives an empty folder to write to. When the block ends, its files take the
-    places of those in `target`; other files stay. If the block raises, nothing has changed.
-
-    Args:
-        target: Made if needed.
-        remove: Patterns such as "model-*.safetensors": old files that go when the new ones come.
-    """
-    target = Path(target)
-    made = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    finish_saves(target)
-    saves = target / _SAVES
+# %% ../../nbs/files/atomic.ipynb #a868c5c6
+def _new_save(saves: Path) -> Path:
+    """Make an empty folder *.new for the files of one save."""
     for left in saves.glob("*.new"):  # of a save that was killed, if nobody wrote to it for an hour
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
@@ -93,18 +80,44 @@ def replace_folder(target: str | os.PathLike[str], remove: Iterable[str] = ()) -
     while not fresh.exists():
         with suppress(FileNotFoundError):  # somebody has just finished another save, and tidied up
             fresh.mkdir(parents=True)
+    return fresh
+
+
+# %% ../../nbs/files/atomic.ipynb #83269c4e
+def _commit(fresh: Path, target: Path, remove: Iterable[str]) -> None:
+    """Let the save in `fresh` happen: write the list of old files, and rename the folder to *.done."""
+    usual = fresh.stat().st_mode & 0o666  # what this system lets others do; some writers are stricter
+    for path in (new := [path for path in fresh.rglob("*") if path.is_file()]):
+        path.chmod(usual)
+        _flush(path)
+    names = {str(path.relative_to(fresh)) for path in new}
+    old = [path for pattern in remove for path in target.glob(pattern) if path.is_file()]
+    names |= {str(path.relative_to(target)) for path in old}
+    write_file(fresh / _OLD, json.dumps({name: _identity(target / name) for name in sorted(names)}))
+    _flush(target)
+    os.rename(fresh, fresh.with_suffix(".done"))  # from this instant the save has happened
+
+
+# %% ../../nbs/files/atomic.ipynb #f6f074b2
+@contextmanager
+def replace_folder(target: str | os.PathLike[str], remove: Iterable[str] = ()) -> Iterator[Path]:
+    """Write several files of a folder as one: cut at any instant, `target` is as before, or all new.
+
+    `with replace_folder(target) as fresh:` gives an empty folder to write to. When the block ends, its files
+    take the places of those in `target`; other files stay. If the block raises, nothing has changed.
+
+    Args:
+        target: Made if needed.
+        remove: Patterns such as "model-*.safetensors": old files that go when the new ones come.
+    """
+    target = Path(target)
+    made, saves = not target.exists(), target / _SAVES
+    target.mkdir(parents=True, exist_ok=True)
+    finish_saves(target)
+    fresh = _new_save(saves)
     try:
         yield fresh
-        usual = fresh.stat().st_mode & 0o666  # what this system lets others do; some writers are stricter
-        for path in (new := [path for path in fresh.rglob("*") if path.is_file()]):
-            path.chmod(usual)
-            _flush(path)
-        names = {str(path.relative_to(fresh)) for path in new}
-        old = [path for pattern in remove for path in target.glob(pattern) if path.is_file()]
-        names |= {str(path.relative_to(target)) for path in old}
-        write_file(fresh / _OLD, json.dumps({name: _identity(target / name) for name in sorted(names)}))
-        _flush(target)
-        os.rename(fresh, fresh.with_suffix(".done"))  # from this instant the save has happened
+        _commit(fresh, target, remove)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         with suppress(OSError):  # others are at work there
@@ -173,14 +186,14 @@ _Result = TypeVar("_Result")
 
 
 def _state(folder: Path) -> tuple[int, list[tuple[str, int]]]:
-    """What changes with every save: the time at which a name in the folder last came or went, and the files."""
+    """What changes with every save: when a name in the folder last came or went, and the files."""
     if not folder.is_dir():
         return 0, []
     return folder.stat().st_mtime_ns, sorted((entry.name, entry.inode()) for entry in os.scandir(folder))
 
 
 def read_folder(folder: str | os.PathLike[str], read: Callable[[Path], _Result]) -> _Result:
-    """Return `read(folder)`, read again as long as a save came in between: never a mixture of old and new files.
+    """Return `read(folder)`, read again if a save came in between: never a mixture of old and new files.
 
     Raises:
         OSError: The folder changed at each of ten attempts; and whatever `read` raises.

@@ -31,7 +31,7 @@ __all__ = ["export_model", "export_onnx", "onnx_session", "onnx_difference"]
 
 # %% ../../nbs/files/export.ipynb #a74c0de2
 class _ExportedSelfAttention(SelfAttention):
-    """Attention by the readable path, its scores picked out by index: operations that every runtime has."""
+    """Attention in single steps, its scores picked out by index: operations that every runtime has."""
 
     def mix(  # noqa: PLR0917
         self,
@@ -57,10 +57,11 @@ class _ExportedSelfAttention(SelfAttention):
 
 # %% ../../nbs/files/export.ipynb #40c1791a
 class _CTCProgram(nn.Module):
-    """What is exported of a CTC model: waveforms `[B, S]` and mask `[B, S]` in, logits `[B, T, V]` out.
+    """What is exported of a CTC model: waveforms `[B, S]` and mask `[B, S]` in, logits `[B, T, A]` out.
 
-    The model is copied, moved to the CPU in float32 and put into eval mode. The dead convolutional positions are left out,
-    weight norms anywhere else are folded into plain weights, and attention takes the form above.
+    The model is copied, moved to the CPU in float32 and put into eval mode. The convolutional positions,
+    which never run, are left out, weight norms are folded into plain weights, and attention takes the form
+    above.
     """
 
     def __init__(self, model: Wav2Vec2ConformerForCTC) -> None:
@@ -88,9 +89,9 @@ def export_model(
 ) -> torch.export.ExportedProgram:
     """Write a CTC model down as one graph; `torch.export.save` writes it to a file.
 
-    The program takes `input_values` `[B, S]` and, with a mask, `attention_mask` `[B, S]` int64 (1 = real sample, padding on the
-    right), and gives logits `[B, T, V]`; those of padded frames mean nothing, and padding changes no real frame's. The shortest
-    input makes two frames (720 samples in the released models).
+    The program takes `input_values` `[B, S]` and, with a mask, `attention_mask` `[B, S]` int64 (1 = real
+    sample, padding on the right), and gives logits `[B, T, A]`; those of padded frames mean nothing, and
+    padding changes no real frame's. The shortest input makes two frames (720 samples in the released models).
 
     Args:
         model: With a CTC head; it is copied, not changed.
@@ -110,9 +111,9 @@ def export_model(
     mask = torch.ones(2, samples, dtype=torch.int64)
     mask[1, 3 * samples // 4 :] = 0
     inputs = (audio, mask) if with_mask else (audio,)
-    letters = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=width + hop)}
-    shapes = tuple(letters for _ in inputs) if dynamic else None
-    # sizes count as unknown: else torch writes down what is true of the example's, such as "more than one row"
+    symbols = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=width + hop)}
+    shapes = tuple(symbols for _ in inputs) if dynamic else None
+    # sizes count as unknown: else torch writes down what is true of the example, "more than one row"
     unknown = torch.fx.experimental._config.patch(backed_size_oblivious=dynamic)  # type: ignore[attr-defined]
     with torch.no_grad(), unknown:
         return torch.export.export(
@@ -134,9 +135,9 @@ def export_onnx(
     seconds: float = 1.0,
     with_mask: bool = True,
 ) -> Path:
-    """Write a CTC model as an ONNX file for any batch and any length, with the inputs and the output of `export_model`.
+    """Write a CTC model as an ONNX file for any batch and any length; inputs and output of `export_model`.
 
-    The weights of a large model stand beside it in `NAME.data`. Old files are replaced only when the new ones are complete.
+    The weights of a large model stand beside it in `NAME.data`. Old files are replaced by complete new ones.
 
     Args:
         model: With a CTC head.
@@ -170,8 +171,8 @@ def export_onnx(
         facts["vocabulary"] = json.dumps(sorted(tokens, key=tokens.__getitem__))
     converted.model.metadata_props.update(facts)
     large = sum(p.nbytes for p in program.parameters()) > _LARGEST_FILE
-    with replace_folder(path.parent) as fresh:
-        converted.save(fresh / path.name, external_data=large)
+    with replace_folder(path.parent) as folder:
+        converted.save(folder / path.name, external_data=large)
     return path
 
 

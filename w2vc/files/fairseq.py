@@ -29,7 +29,7 @@ from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
 from .atomic import replace_folder
-from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, fill, modern_name, read_dtype
+from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, load_into, modern_name, read_dtype
 
 # %% auto #0
 __all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq", "convert_fairseq"]
@@ -37,9 +37,9 @@ __all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq
 
 # %% ../../nbs/files/fairseq.ipynb #433c9660
 class _Stub:
-    """What stands for a class, a function or an object of a pickle: name and content, and no code of the file."""
+    """Stands for a class, a function or an object of a pickle: name and content, no code of the file."""
 
-    name = ""  # module and name of what the pickle asks for
+    name = ""  # module and name of what the pickle imports
     args: tuple[Any, ...] = ()  # what it would have been called with
     state: Any = None  # what the object would have been given as its attributes
 
@@ -80,22 +80,24 @@ class _Storage(NamedTuple):
 
 
 _STORAGE_TYPES: dict[str, torch.dtype] = {
-    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
     "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }  # fmt: skip
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's reader of pickles, which gets a stub for every name: it has nothing to import and nothing to call."""
+    """Python's reader of pickles, with a stub for every name: nothing to import and nothing to call."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Stand in for a class or function; always by a new class, so that a pickle has nothing of ours to change."""
+        """Stand in for a class or function, by a new class: a pickle has nothing of ours to change."""
         if (module, name) in {("collections", "OrderedDict"), ("collections", "defaultdict")}:
             return type("PlainDict", (_PlainDict,), {})
         return type("Stub", (_Stub,), {"name": f"{module}.{name}"})
@@ -113,7 +115,7 @@ class _Unpickler(pickle.Unpickler):
 
 # %% ../../nbs/files/fairseq.ipynb #750c039b
 def _check_program(file: IO[bytes], n_bytes: int) -> None:
-    """Refuse a pickle that reaches outside its file, memorises more than it has bytes, or hashes for ever."""
+    """Reject a pickle that reaches outside its file, memorises more than it has bytes, or hashes for ever."""
     stack: list[int] = []  # for each thing: how many values it stands for when it is hashed; 0 is a mark
     memo: dict[Any, int] = {}
     for opcode, arg, _ in pickletools.genops(file):
@@ -138,7 +140,7 @@ def _check_program(file: IO[bytes], n_bytes: int) -> None:
 
 
 def _read_pickle(file: IO[bytes], n_bytes: int) -> tuple[Any, dict[str, _Storage]]:
-    """Read the next pickle of a file of `n_bytes`: its content, with stubs, and the storages that it names."""
+    """Read the next pickle of a file of `n_bytes`: its content, with stubs, and its storages."""
     start = file.tell()
     _check_program(file, n_bytes)
     file.seek(start)
@@ -168,7 +170,7 @@ def _open_zip(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], 
 
 
 def _open_legacy(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], bytes]]:
-    """Open torch's format before 1.6: five pickles, then each storage, its length in 8 bytes and its numbers."""
+    """Open torch's format before 1.6: five pickles, then each storage: length in 8 bytes, numbers."""
     if _read_pickle(file, n_bytes)[0] != 0x1950A86A20F9469CFC6C:
         raise ValueError("it is a bare pickle, no torch checkpoint")
     _, (system, _), (content, storages), (keys, _) = (_read_pickle(file, n_bytes) for _ in range(4))
@@ -190,7 +192,7 @@ def _open_legacy(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage
 def _read_tensors(
     stubs: Mapping[str, Any], read: Callable[[_Storage], bytes], n_bytes: int
 ) -> dict[str, Tensor]:
-    """Read the tensors that stubs describe, each into its own memory; the calls that would rebuild them are not made."""
+    """Read the tensors that stubs describe, each into its own memory; the calls in them are not made."""
     tensors, left = {}, 2 * n_bytes  # storages can be shared, so a small file could grow large: it may double
     for name, stub in stubs.items():
         if isinstance(stub, _Stub) and stub.name == "torch._utils._rebuild_parameter":
@@ -225,7 +227,7 @@ def _read_tensors(
 def read_torch_file(
     path: str | os.PathLike[str], part: str = "model"
 ) -> tuple[dict[Any, Any], dict[str, Tensor]]:
-    """Read a checkpoint of `torch.save`, in its format of today or before 1.6, without running anything in it.
+    """Read a checkpoint of `torch.save`, of today or before torch 1.6, without running anything in it.
 
     Args:
         path: The file.
@@ -255,15 +257,15 @@ def read_torch_file(
                 raise ValueError(f"the names in {part!r} are no plain text")
             return content, _read_tensors(stubs, read, n_bytes)
     except ValueError as error:
-        raise ValueError(f"{path} is refused: {error}") from None
+        raise ValueError(f"{path} is rejected: {error}") from None
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is refused: it is damaged or cut short ({why})") from None
+        raise ValueError(f"{path} is rejected: it is damaged or cut short ({why})") from None
 
 
 # %% ../../nbs/files/fairseq.ipynb #d3848711
 def _contents(stub: _Stub) -> Any:
-    """What a stub holds: the content of an OmegaConf node, an object's public attributes, or its arguments."""
+    """What a stub holds: content of an OmegaConf node, an object's public attributes, or its arguments."""
     states = stub.state if isinstance(stub.state, tuple) else (stub.state,)  # a pair, if there are slots
     attributes = {key: value for state in states if isinstance(state, dict) for key, value in state.items()}
     for key in ("_content", "_val"):  # OmegaConf: of a dict or a list, of a single value
@@ -296,7 +298,7 @@ def _plain_data(value: Any) -> Any:
 
 # %% ../../nbs/files/fairseq.ipynb #269a4152
 def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
-    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4": lists of (channels, kernel, stride), `+` and `*`, and no `eval`."""
+    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4", lists of (channels, kernel, stride), without `eval`."""
 
     def read(node: ast.AST) -> list[Any]:
         match node:
@@ -321,9 +323,11 @@ def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
 
 # %% ../../nbs/files/fairseq.ipynb #014916d1
 _SAME = (
-    "self_attn_layer_norm", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v", "self_attn.linear_out",
+    "self_attn_layer_norm", "self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v",
+    "self_attn.linear_out",
     "self_attn.linear_pos", "self_attn.pos_bias_u", "self_attn.pos_bias_v", "conv_module.layer_norm",
-    "conv_module.pointwise_conv1", "conv_module.depthwise_conv", "conv_module.batch_norm", "conv_module.pointwise_conv2",
+    "conv_module.pointwise_conv1", "conv_module.depthwise_conv", "conv_module.batch_norm",
+    "conv_module.pointwise_conv2",
     "final_layer_norm",
 )  # fmt: skip
 _FFN = {"layer_norm": "_layer_norm", "w_1": ".intermediate_dense", "w_2": ".output_dense"}
@@ -395,11 +399,14 @@ def _convert_state_dict(
 
 # %% ../../nbs/files/fairseq.ipynb #bc4ff478
 _SAME_MEANING: dict[str, str] = {  # fairseq's setting -> our option
-    "conv_bias": "conv_bias", "dropout_input": "feat_proj_dropout", "dropout_features": "feat_quantizer_dropout",
-    "encoder_embed_dim": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_layerdrop": "layerdrop",
+    "conv_bias": "conv_bias", "dropout_input": "feat_proj_dropout",
+    "dropout_features": "feat_quantizer_dropout",
+    "encoder_embed_dim": "hidden_size", "encoder_layers": "num_hidden_layers",
+    "encoder_layerdrop": "layerdrop",
     "encoder_ffn_embed_dim": "intermediate_size", "encoder_attention_heads": "num_attention_heads",
     "depthwise_conv_kernel_size": "conv_depthwise_kernel_size", "conv_pos": "num_conv_pos_embeddings",
-    "conv_pos_groups": "num_conv_pos_embedding_groups", "mask_prob": "mask_time_prob", "mask_length": "mask_time_length",
+    "conv_pos_groups": "num_conv_pos_embedding_groups", "mask_prob": "mask_time_prob",
+    "mask_length": "mask_time_length",
     "mask_channel_prob": "mask_feature_prob", "mask_channel_length": "mask_feature_length",
     "latent_vars": "num_codevectors_per_group", "latent_groups": "num_codevector_groups",
     "num_negatives": "num_negatives", "logit_temp": "contrastive_logits_temperature",
@@ -408,21 +415,28 @@ _DEFAULTS: dict[str, Any] = {  # what fairseq takes for a setting that a file do
     "layer_type": "transformer", "attn_type": "", "pos_enc_type": "abs", "layer_norm_first": False,
     "extractor_mode": "default", "conv_bias": False,
     "conv_feature_layers": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
-    "encoder_layers": 12, "encoder_embed_dim": 768, "encoder_ffn_embed_dim": 3072, "encoder_attention_heads": 12,
+    "encoder_layers": 12, "encoder_embed_dim": 768, "encoder_ffn_embed_dim": 3072,
+    "encoder_attention_heads": 12,
     "depthwise_conv_kernel_size": 31, "conv_pos": 128, "conv_pos_groups": 16, "crop_seq_to_multiple": 1,
-    "dropout": 0.1, "dropout_input": 0.0, "dropout_features": 0.0, "encoder_layerdrop": 0.0, "final_dropout": 0.0,
-    "quantize_targets": False, "quantize_input": False, "target_glu": False, "quantizer_depth": 1, "blank_weight": 0.0,
-    "final_dim": 0, "latent_vars": 320, "latent_groups": 2, "latent_dim": 0, "num_negatives": 100, "logit_temp": 0.1,
+    "dropout": 0.1, "dropout_input": 0.0, "dropout_features": 0.0, "encoder_layerdrop": 0.0,
+    "final_dropout": 0.0,
+    "quantize_targets": False, "quantize_input": False, "target_glu": False, "quantizer_depth": 1,
+    "blank_weight": 0.0,
+    "final_dim": 0, "latent_vars": 320, "latent_groups": 2, "latent_dim": 0, "num_negatives": 100,
+    "logit_temp": 0.1,
     "apply_mask": False, "mask_prob": 0.65, "mask_length": 10, "mask_selection": "static", "mask_other": 0.0,
     "no_mask_overlap": False, "mask_dropout": 0.0, "mask_channel_prob": 0.0, "mask_channel_length": 10,
     "mask_channel_selection": "static", "mask_channel_other": 0.0, "no_mask_channel_overlap": False,
     "mask_channel_before": False, "feature_grad_mult": 1.0, "negatives_from_everywhere": False,
-    "cross_sample_negatives": 0, "codebook_negatives": 0, "normalize": False, "zero_infinity": False, "loss_weights": [],
+    "cross_sample_negatives": 0, "codebook_negatives": 0, "normalize": False, "zero_infinity": False,
+    "loss_weights": [],
 }  # fmt: skip
 _TUNED = (  # what fine-tuning replaces
     "dropout", "dropout_input", "mask_length", "mask_prob", "mask_selection", "mask_other", "no_mask_overlap",
-    "mask_channel_length", "mask_channel_prob", "mask_channel_before", "mask_channel_selection", "mask_channel_other",
-    "no_mask_channel_overlap", "mask_dropout", "feature_grad_mult", "final_dropout", "apply_mask", "blank_weight",
+    "mask_channel_length", "mask_channel_prob", "mask_channel_before", "mask_channel_selection",
+    "mask_channel_other",
+    "no_mask_channel_overlap", "mask_dropout", "feature_grad_mult", "final_dropout", "apply_mask",
+    "blank_weight",
 )  # fmt: skip
 
 
@@ -463,7 +477,8 @@ def _read_settings(cfg: Mapping[str, Any], kind: str, errors: list[str]) -> dict
 _NEEDED: list[tuple[str, str, tuple[Any, ...], str]] = [  # kind, setting, what it must be, and why
     ("", "layer_type", ("conformer",), "other layers are another model"),
     ("", "attn_type", ("espnet",), "fairseq's other attention has other weights"),
-    ("", "pos_enc_type", ("rel_pos", "rope"), "with 'abs' the convolutional positions are used, which nothing here runs"),
+    ("", "pos_enc_type", ("rel_pos", "rope"),
+    "with 'abs' the convolutional positions are used, which nothing here runs"),
     ("", "layer_norm_first", (True,), "False puts the encoder's last norm before the layers"),
     ("", "extractor_mode", ("default", "layer_norm"), "there are no other norms"),
     ("", "quantize_input", (False,), "the encoder would read codes"),
@@ -474,7 +489,9 @@ _NEEDED: list[tuple[str, str, tuple[Any, ...], str]] = [  # kind, setting, what 
     ("ctc", "blank_weight", (0,), "it is added to the blank's score after the model"),
 ]  # fmt: skip
 _TRAINING_ONLY = {  # settings whose default is what we do; others change training, not the outputs
-    "feature_grad_mult": "gradients of the feature encoder are not scaled here; for 0 call freeze_feature_encoder()",
+    "feature_grad_mult": (
+        "gradients of the feature encoder are not scaled here; for 0 call freeze_feature_encoder()"
+    ),
     **dict.fromkeys(("mask_selection", "mask_other"), "time spans have one length here"),
     **dict.fromkeys(("mask_channel_selection", "mask_channel_other"), "feature spans have one length here"),
     **dict.fromkeys(("no_mask_overlap", "no_mask_channel_overlap"), "spans may overlap here"),
@@ -489,7 +506,7 @@ _TRAINING_ONLY = {  # settings whose default is what we do; others change traini
 def _check_settings(
     settings: Mapping[str, Any], kind: str, names: Iterable[str], errors: list[str]
 ) -> list[str]:
-    """Add to `errors` what cannot be carried over or contradicts the tensors; return what changes training alone."""
+    """Add to `errors` what cannot be carried over; return what changes training alone."""
     text = "\n".join(names)
     if re.search(r"^(decoder|encoder\.w2v_model)\.", text, re.M):
         errors.append("it has a decoder: only models with a CTC layer can be carried over")
@@ -517,7 +534,7 @@ def _check_settings(
 def _convert_config(
     s: Mapping[str, Any], kind: str, vocab_size: int | None, errors: list[str]
 ) -> Wav2Vec2ConformerConfig:
-    """Translate settings to our config; all that it refuses, not just the first, joins `errors`."""
+    """Translate settings to our config; all that it rejects, not just the first, joins `errors`."""
     final = s["final_dim"] if s["final_dim"] > 0 else s["encoder_embed_dim"]
     options = {option: s[name] for name, option in _SAME_MEANING.items()} | {
         "mask_time_min_masks": 2, "hidden_act": "swish",  # whatever activation_fn says
@@ -531,7 +548,8 @@ def _convert_config(
         options["diversity_loss_weight"] = s["loss_weights"][0] if s["loss_weights"] else 0.0
     else:
         options |= {
-            "vocab_size": vocab_size, "final_dropout": s["final_dropout"], "apply_spec_augment": s["apply_mask"],
+            "vocab_size": vocab_size, "final_dropout": s["final_dropout"],
+            "apply_spec_augment": s["apply_mask"],
             "ctc_zero_infinity": s["zero_infinity"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
         }  # fmt: skip
     try:
@@ -576,14 +594,15 @@ class FairseqCheckpoint:
 
 # %% ../../nbs/files/fairseq.ipynb #39c4af7e
 def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
-    """Read a Wav2Vec2-Conformer checkpoint of fairseq, pre-trained or fine-tuned with CTC. Nothing in it is run.
+    """Read a Wav2Vec2-Conformer of fairseq, pre-trained or fine-tuned with CTC. Nothing in it is run.
 
     Args:
         path: The `.pt` file.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is damaged, or no such checkpoint; or its model cannot be carried over, with all reasons.
+        ValueError: The file is damaged, or no such checkpoint; or its model cannot be carried over (all
+            reasons are named).
     """
     content, theirs = read_torch_file(path, "model")
     path = os.fspath(path)
@@ -591,9 +610,9 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
     try:
         cfg = _plain_data(content.get("cfg") or content.get("args"))
     except ValueError as error:
-        raise ValueError(f"{path} is refused: {error}") from None
+        raise ValueError(f"{path} is rejected: {error}") from None
     if not isinstance(cfg, dict) or not cfg:
-        raise ValueError(f"{path} is refused: it holds no settings, neither 'cfg' nor 'args'")
+        raise ValueError(f"{path} is rejected: it holds no settings, neither 'cfg' nor 'args'")
     kind = "ctc" if any(name.startswith("w2v_encoder.") for name in theirs) else "pretraining"
     settings = _read_settings(cfg, kind, errors)
     notes = _check_settings(settings, kind, theirs, errors)
@@ -650,13 +669,13 @@ def load_fairseq(
         model = Wav2Vec2ConformerForCTC(config) if ctc else Wav2Vec2ConformerForPreTraining(config)
     unused = {f"{BASE}.{name}": torch.empty(0) for name in checkpoint.unused}  # to be listed as unexpected
     tensors = checkpoint.tensors | unused
-    model.load_report = fill(model, tensors, device=device, strict=strict, source=checkpoint.source)
+    model.load_report = load_into(model, tensors, device=device, strict=strict, source=checkpoint.source)
     return model.to(device=device, dtype=dtype).eval()
 
 
 # %% ../../nbs/files/fairseq.ipynb #ccec698b
 def _read_dictionary(path: str | os.PathLike[str]) -> list[str]:
-    """Read the symbols of a fairseq dictionary, `dict.ltr.txt`, in the order of the outputs: special ones first."""
+    """Read the symbols of a fairseq dictionary, `dict.ltr.txt`, in the order of the outputs."""
     symbols = ["<s>", "<pad>", "</s>", "<unk>"]
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         found = re.fullmatch(r"(.+) -?\d+(?: #fairseq:overwrite)?\s*", line)
@@ -674,8 +693,8 @@ def _read_dictionary(path: str | os.PathLike[str]) -> list[str]:
 def _make_tokenizer(symbols: Sequence[str], vocab_size: int) -> Wav2Vec2CTCTokenizer:
     """Make the tokenizer of a fairseq CTC model.
 
-    Its blank is output 0, which fairseq calls `<s>`. Here, and in transformers, the blank is the padding: the names
-    of outputs 0 and 1 change places. No weight moves.
+    Its blank is output 0, which fairseq calls `<s>`. Here, and in transformers, the blank is the padding:
+    the names of outputs 0 and 1 change places. No weight moves.
     """
     if len(symbols) != vocab_size:
         raise ValueError(
@@ -699,7 +718,7 @@ def convert_fairseq(
     max_shard_bytes: int = 5_000_000_000,
     **config_overrides: Any,
 ) -> PreTrainedModel:
-    """Write a fairseq checkpoint as a folder that we and transformers load: all its files appear at once, or none.
+    """Write a fairseq checkpoint as a folder that we and transformers load, all at once or not at all.
 
     Args:
         path: The `.pt` file.
@@ -731,7 +750,7 @@ def convert_fairseq(
         "tokenizer_config.json",
         "processor_config.json",
     )
-    with replace_folder(out, remove=[*OLD_WEIGHTS, *older]) as fresh:
-        model.save_pretrained(fresh, max_shard_bytes=max_shard_bytes)
-        processor.save_pretrained(fresh)
+    with replace_folder(out, remove=[*OLD_WEIGHTS, *older]) as folder:
+        model.save_pretrained(folder, max_shard_bytes=max_shard_bytes)
+        processor.save_pretrained(folder)
     return model

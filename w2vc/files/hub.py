@@ -18,7 +18,7 @@ __all__ = ["missing_file", "find_folder"]
 
 # %% ../../nbs/files/hub.ipynb #983df23d
 def missing_file(name_or_folder: str | os.PathLike[str], what: str) -> FileNotFoundError:
-    """The error for a checkpoint without a file; it knows the looks of fairseq's checkpoints, which are files."""
+    """The error for a checkpoint without a file; it recognises fairseq's checkpoints, which are files."""
     path = Path(name_or_folder)
     pickles = [path] if path.is_file() else sorted(path.glob("*.pt")) if path.is_dir() else []
     cached = re.fullmatch(r".*models--(.+)/snapshots/[0-9a-f]{40}", path.as_posix())
@@ -30,7 +30,9 @@ def missing_file(name_or_folder: str | os.PathLike[str], what: str) -> FileNotFo
 
 
 def find_folder(
-    name_or_folder: str | os.PathLike[str], revision: str | None = None, patterns: Sequence[str] = ("*.json",)
+    name_or_folder: str | os.PathLike[str],
+    revision: str | None = None,
+    patterns: Sequence[str] = ("*.json",),
 ) -> Path:
     """Find the folder of a checkpoint; from the hub, what is not in the cache yet is fetched first.
 
@@ -40,13 +42,13 @@ def find_folder(
         patterns: Which files of a repository are wanted.
 
     Returns:
-        The folder. That of a hub id is named by the commit, whose content never changes: pass it as `revision` to
-        fetch more of the same state.
+        The folder. That of a hub id is named by the commit, whose content never changes: pass the name as
+        `revision` to fetch more of the same state.
 
     Raises:
         FileNotFoundError: Neither a folder nor a hub id.
         ImportError: A hub id, and huggingface_hub is not installed.
-        OSError: What huggingface_hub says: unknown, private or gated repository, unknown revision, no network.
+        OSError: From huggingface_hub: unknown, private or gated repository, unknown revision, no network.
     """
     folder, name = Path(name_or_folder), os.fspath(name_or_folder)
     if folder.is_file():

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Wav2Vec2ConformerConfig, refuse
+from ..model.features import frame_mask, valid_lengths
 from .atomic import read_folder, read_json, replace_folder, write_file
 from .hub import find_folder, missing_file
 
@@ -38,7 +39,7 @@ __all__ = [
     "read_checkpoint",
     "LoadReport",
     "match_names",
-    "fill",
+    "load_into",
     "read_dtype",
     "PreTrainedModel",
     "eval_mode",
@@ -54,8 +55,8 @@ def _frequencies(width: int, base: float) -> Tensor:
 
 
 @torch.no_grad()
-def _first_values(name: str, tensor: Tensor, module: Any, deviation: float) -> bool:
-    """Give a tensor of a layer its first values, in place; False if there is no rule. `deviation` is linear weights'."""
+def _initial_values(name: str, tensor: Tensor, module: Any, deviation: float) -> bool:
+    """Give a tensor its initial values; False if there is no rule. `deviation` is that of linear weights."""
     own, weight = name.rpartition(".")[2], name.endswith((".weight", ".running_var"))
     if own in ("masked_spec_embed", "codevectors"):
         tensor.uniform_(0, 1)
@@ -100,7 +101,7 @@ def _list_some(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
-# %% ../../nbs/files/pretrained.ipynb #428d258b
+# %% ../../nbs/files/pretrained.ipynb #a9b24cc4
 WINDOW = 64_000_000  # bytes of a file that are looked at before its map is closed and opened anew
 _Place = Callable[[str, Tensor], Tensor]  # (name, tensor of a file): the tensor where and as it will live
 
@@ -108,7 +109,7 @@ _Place = Callable[[str, Tensor], Tensor]  # (name, tensor of a file): the tensor
 def _place(
     name: str, tensor: Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Copy a tensor of a file to a type and a device; rotary frequencies and whole numbers keep their type."""
+    """Copy a tensor of a file to a type and a device; rotary frequencies and integers keep their type."""
     keeps = dtype is None or not tensor.is_floating_point() or name.endswith("inv_freq")
     return tensor.to(device=device or "cpu", dtype=tensor.dtype if keeps else dtype)
 
@@ -116,8 +117,8 @@ def _place(
 def _read_safetensors(path: Path, place: _Place) -> dict[str, Tensor]:
     """Read a file through a memory map: each tensor is copied once, from the file to its place.
 
-    The pages of a map count as used memory until it is closed, hence the `WINDOW`. Nothing that is returned hangs on
-    the file: it may change or go.
+    The pages of a map count as used memory until it is closed, hence the `WINDOW`. Nothing that is returned
+    depends on the file any more: it may change or go.
     """
     with safetensors.safe_open(path, framework="pt") as file:
         names = list(file.keys())
@@ -135,6 +136,7 @@ def _read_safetensors(path: Path, place: _Place) -> dict[str, Tensor]:
     return tensors
 
 
+# %% ../../nbs/files/pretrained.ipynb #54b50137
 def _read_tensors(path: Path, place: _Place) -> dict[str, Tensor]:
     """Read one weight file, and nothing but tensors; a damaged or hostile one is a ValueError."""
     try:
@@ -144,12 +146,9 @@ def _read_tensors(path: Path, place: _Place) -> dict[str, Tensor]:
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))  # what a pickle names to be called
-        why = (
-            f"it wants to run {code[1]}"
-            if code
-            else f"it is damaged or cut short ({str(error).split('. ')[0]})"
-        )
+        why = f"it is damaged or cut short ({str(error).split('. ')[0]})"
+        if code := re.search(r"GLOBAL (\S+)", str(error)):  # what a pickle names to be called
+            why = f"it wants to run {code[1]}"
         raise ValueError(f"{path} is refused: {why}") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is refused: it must hold a dict of tensors by name")
@@ -157,7 +156,20 @@ def _read_tensors(path: Path, place: _Place) -> dict[str, Tensor]:
     return {name: place(name, tensors.pop(name)) for name in list(tensors)}
 
 
-# %% ../../nbs/files/pretrained.ipynb #580bd4c7
+# %% ../../nbs/files/pretrained.ipynb #fd70cf7a
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor -> shard, from an index; a damaged one, or one that leads out of its folder, is a ValueError."""
+    try:
+        places: dict[str, str] = read_json(index)["weight_map"]
+        inside = all(Path(shard).name == shard for shard in places.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        why = "it must be JSON with a weight_map from tensor to file"
+        raise ValueError(f"{index} is damaged: {why}") from None
+    if not inside:
+        raise ValueError(f"{index} is refused: it names files outside its folder")
+    return places
+
+
 def _read_weights(folder: Path, name: str, place: _Place) -> dict[str, Tensor] | None:
     """Read a weight file of a folder, or the shards that its index lists; None if there is neither."""
     index = folder / f"{name}.index.json"
@@ -165,18 +177,9 @@ def _read_weights(folder: Path, name: str, place: _Place) -> dict[str, Tensor] |
         return _read_tensors(folder / name, place)
     if not index.is_file():
         return None
-    try:
-        places: dict[str, str] = read_json(index)["weight_map"]
-        shards = sorted(set(places.values()))
-        plain = all(Path(shard).name == shard for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{index} is damaged: it must be JSON with a weight_map from tensor to file"
-        ) from None
-    if not plain:
-        raise ValueError(f"{index} is refused: it names files outside its folder")
+    places = _read_index(index)
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in sorted(set(places.values())):
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{os.fspath(folder)!r} lacks {shard}, which its index lists")
         found = _read_tensors(folder / shard, place)
@@ -186,6 +189,7 @@ def _read_weights(folder: Path, name: str, place: _Place) -> dict[str, Tensor] |
     return tensors
 
 
+# %% ../../nbs/files/pretrained.ipynb #3ffc4626
 def read_checkpoint(
     name_or_path: str | os.PathLike[str],
     *,
@@ -193,7 +197,7 @@ def read_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Read all weights of a folder or hub id, by today's names (see `modern_name`); safetensors are preferred.
+    """Read all weights of a folder or hub id, by today's names (see `modern_name`).
 
     Args:
         name_or_path: A folder or a hub id.
@@ -206,22 +210,16 @@ def read_checkpoint(
         ValueError: A file is damaged, names a tensor twice, or does not hold what its index says.
     """
     place = partial(_place, dtype=dtype, device=device)
-    for name, pattern in (
-        ("model.safetensors", "model*.safetensors"),
-        ("pytorch_model.bin", "pytorch_model*.bin"),
-    ):
+    files = {"model.safetensors": "model*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}
+    for name, pattern in files.items():
         folder = find_folder(name_or_path, revision, ("*.json", pattern))
         tensors = read_folder(folder, partial(_read_weights, name=name, place=place))
         if tensors is not None:
             twice = [name for name in tensors if modern_name(name) != name and modern_name(name) in tensors]
             if twice:
-                raise ValueError(
-                    f"{folder} names tensors twice, in the old and in the new way: {_list_some(twice)}"
-                )
+                raise ValueError(f"{folder} names tensors twice, by old and new names: {_list_some(twice)}")
             return {modern_name(name): tensor for name, tensor in tensors.items()}
-    raise missing_file(
-        name_or_path, "weights: no model.safetensors, no pytorch_model.bin, no index of shards"
-    )
+    raise missing_file(name_or_path, "weights: no model.safetensors, pytorch_model.bin or index of shards")
 
 
 # %% ../../nbs/files/pretrained.ipynb #7a64da32
@@ -234,33 +232,37 @@ class LoadReport:
     """What went where when weights were loaded; tensor names as in the model."""
 
     loaded: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)  # of parts wholly absent from the file: newly initialised
+    newly_initialized: list[str] = field(default_factory=list)  # of parts that the file does not have at all
     ignored: list[str] = field(default_factory=list)  # of parts that the model does not have
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    misshaped: list[str] = field(default_factory=list)  # with both shapes
+    mismatched: list[str] = field(default_factory=list)  # with both shapes
 
     @property
     def fits(self) -> bool:
         """True if every part that file and model share matches completely."""
-        return not (self.missing or self.unexpected or self.misshaped)
+        return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
         """The lists that make a file unfit, one a line."""
-        lists = {"missing": self.missing, "unexpected": self.unexpected, "mis-shaped": self.misshaped}
-        return "\n".join(
-            f"  {kind} ({len(names)}): {_list_some(names)}" for kind, names in lists.items() if names
-        )
+        lists = {"missing": self.missing, "unexpected": self.unexpected, "mis-shaped": self.mismatched}
+        filled = {kind: names for kind, names in lists.items() if names}
+        return "\n".join(f"  {kind} ({len(names)}): {_list_some(names)}" for kind, names in filled.items())
 
 
 # %% ../../nbs/files/pretrained.ipynb #5a6e10e3
 def match_names(
     model: Mapping[str, Tensor], file: Mapping[str, Tensor], *, is_base: bool
 ) -> tuple[LoadReport, dict[str, str]]:
-    """Account for every tensor of a model (its state dict) and of a file (with or without the base model's prefix).
+    """Account for every tensor of a model (its state dict) and of a file (with or without the prefix).
 
-    Returns the report, and for each tensor to load: model name -> file name. `is_base`: the model's own names carry no
-    prefix.
+    Args:
+        model: Tensors by name.
+        file: Tensors by name; those of the base model may carry the prefix of a head's.
+        is_base: Whether the model's own names carry no prefix.
+
+    Returns:
+        The report, and for each tensor to load: model name -> file name.
     """
     prefix = f"{BASE}."
     bare = not any(name.startswith(prefix) for name in file)  # a file of the base model alone
@@ -279,10 +281,10 @@ def match_names(
     report, pairs = LoadReport(), {}
     for full, name in ours.items():
         if full not in theirs:
-            (report.missing if part(full) in in_file else report.fresh).append(name)
+            (report.missing if part(full) in in_file else report.newly_initialized).append(name)
         elif model[name].shape != file[theirs[full]].shape:
             shapes = tuple(file[theirs[full]].shape), tuple(model[name].shape)
-            report.misshaped.append(f"{name} (file {shapes[0]}, model {shapes[1]})")
+            report.mismatched.append(f"{name} (file {shapes[0]}, model {shapes[1]})")
         else:
             report.loaded.append(name)
             pairs[name] = theirs[full]
@@ -292,58 +294,11 @@ def match_names(
     return report, pairs
 
 
-# %% ../../nbs/files/pretrained.ipynb #f8a7a70e
-def fill(
-    model: PreTrainedModel,
-    tensors: dict[str, Tensor],
-    *,
-    device: torch.device | str | None = None,
-    strict: bool = True,
-    source: str = "the file",
-) -> LoadReport:
-    """Put a checkpoint's tensors (the dict is emptied) into a model that was built on the meta device.
-
-    What is absent gets first values, with a warning; `source` is what messages call the file.
-
-    Raises:
-        ValueError: With `strict`, the lists of what does not fit; always, rotary frequencies of another base.
-    """
-    expected, base = model.state_dict(), model.config.rotary_embedding_base
-    report, pairs = match_names(expected, tensors, is_base=model.base_model is model)
-    if strict and not report.fits:
-        advice = "strict=False loads what fits, starts the rest afresh, and lists it in load_report."
-        raise ValueError(f"{source} does not fit {type(model).__name__}:\n{report}\n{advice}")
-    loaded = {name: tensors.pop(theirs).to(device=device) for name, theirs in pairs.items()}
-    tensors.clear()
-    for name, found in loaded.items():  # a hundredth off is 16-bit rounding
-        if name.endswith("inv_freq") and not torch.allclose(
-            found.float().cpu(), _frequencies(2 * len(found), base), rtol=0.01
-        ):
-            raise refuse(
-                "rotary_embedding_base", base, f"that of {source}, whose {name} holds other frequencies"
-            )
-    model.load_state_dict(loaded, strict=False, assign=True)
-    if absent := [name for name in expected if name not in loaded]:
-        usual = next((t.dtype for t in loaded.values() if t.is_floating_point()), torch.get_default_dtype())
-        _materialise(model, absent, usual, device or "cpu")
-        modules = {name.removeprefix(f"{BASE}.") for name in absent}
-        modules = {
-            name if name.startswith(("encoder.", "feature_")) else name.split(".")[0] for name in modules
-        }
-        warnings.warn(
-            f"{source} lacks {_list_some(sorted(modules))}: newly initialised, to be trained", stacklevel=3
-        )
-    if left := [
-        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta
-    ]:
-        raise RuntimeError(f"{type(model).__name__} keeps tensors that no file can hold: {_list_some(left)}")
-    return report
-
-
+# %% ../../nbs/files/pretrained.ipynb #756ad0cf
 def _materialise(
     model: PreTrainedModel, names: list[str], dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Turn some meta tensors of a model into real ones with first values."""
+    """Turn some meta tensors of a model into real ones with initial values."""
     for name in names:
         path, _, key = name.rpartition(".")
         home = model.get_submodule(path)
@@ -355,12 +310,75 @@ def _materialise(
     model.init_weights(names)
 
 
-# %% ../../nbs/files/pretrained.ipynb #36cd03ba
-OLD_WEIGHTS = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-)  # go when new ones come
+def _check_rotary(loaded: Mapping[str, Tensor], base: float, source: str) -> None:
+    """Reject rotary frequencies of another base; a hundredth off is 16-bit rounding."""
+    for name, found in loaded.items():
+        if name.endswith("inv_freq"):
+            wanted = _frequencies(2 * len(found), base)
+            if not torch.allclose(found.float().cpu(), wanted, rtol=0.01):
+                allowed = f"that of {source}, whose {name} holds other frequencies"
+                raise refuse("rotary_embedding_base", base, allowed)
+
+
+# %% ../../nbs/files/pretrained.ipynb #0fb3a056
+def load_into(
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    *,
+    device: torch.device | str | None = None,
+    strict: bool = True,
+    source: str = "the file",
+) -> LoadReport:
+    """Put a checkpoint's tensors (the dict is emptied) into a model that was built on the meta device.
+
+    What is absent gets initial values, with a warning; `source` is what messages call the file.
+
+    Raises:
+        ValueError: With `strict`, the lists of what does not fit; always, rotary frequencies of another base.
+    """
+    expected = model.state_dict()
+    report, pairs = match_names(expected, tensors, is_base=model.base_model is model)
+    if strict and not report.fits:
+        advice = "strict=False loads what fits, initialises the rest, and lists it in load_report."
+        raise ValueError(f"{source} does not fit {type(model).__name__}:\n{report}\n{advice}")
+    loaded = {name: tensors.pop(theirs).to(device=device) for name, theirs in pairs.items()}
+    tensors.clear()
+    _check_rotary(loaded, model.config.rotary_embedding_base, source)
+    model.load_state_dict(loaded, strict=False, assign=True)
+    if absent := [name for name in expected if name not in loaded]:
+        usual = next((t.dtype for t in loaded.values() if t.is_floating_point()), torch.get_default_dtype())
+        _materialise(model, absent, usual, device or "cpu")
+        parts = {name.removeprefix(f"{BASE}.") for name in absent}
+        parts = {n if n.startswith(("encoder.", "feature_")) else n.split(".")[0] for n in parts}
+        text = f"{source} lacks {_list_some(sorted(parts))}: newly initialised, to be trained"
+        warnings.warn(text, stacklevel=3)
+    everything = dict(model.named_parameters()) | dict(model.named_buffers())
+    if left := [name for name, tensor in everything.items() if tensor.is_meta]:
+        raise RuntimeError(f"{type(model).__name__} keeps tensors that no file can hold: {_list_some(left)}")
+    return report
+
+
+# %% ../../nbs/files/pretrained.ipynb #cee57953
+def _initialise(model: PreTrainedModel, names: Collection[str] | None) -> None:
+    """Give the tensors of a model their initial values: its own ones, or those that are named."""
+    parts = [child for child in model.modules() if child is not model and isinstance(child, PreTrainedModel)]
+    done = {id(module) for child in parts for module in child.modules()} if names is None else set()
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(prefix, recurse=False)) if id(module) not in done else {}
+        if names is not None:
+            own |= dict(module.named_buffers(prefix, recurse=False))
+            own = {name: tensor for name, tensor in own.items() if name in names}
+        for name in sorted(own, reverse=True):  # original1 before original0, which is computed from it
+            if own[name].is_meta:  # a shape and no values: it waits for a file
+                continue
+            known = _initial_values(name, own[name], module, model.config.initializer_range)
+            if names is not None and not known:
+                raise RuntimeError(f"{name} is not in the file; there is no rule for its initial values")
+
+
+# %% ../../nbs/files/pretrained.ipynb #8e43a847
+# old weights, which go when new ones come
+OLD_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
 def _save_weights(tensors: Mapping[str, Tensor], folder: Path, most_bytes: int) -> None:
@@ -383,6 +401,45 @@ def _save_weights(tensors: Mapping[str, Tensor], folder: Path, most_bytes: int) 
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
 
 
+# %% ../../nbs/files/pretrained.ipynb #3074cbc3
+def _save(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    most_bytes: int = 5_000_000_000,
+    **keys: str,
+) -> None:
+    """Write some tensors of a model, and its config with more keys."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():  # rounded in a model that was cast, and other programs read them
+        if name.endswith("inv_freq"):
+            tensors[name] = _frequencies(2 * len(tensor), model.config.rotary_embedding_base)
+    config, dtype = copy.deepcopy(model.config), str(model.dtype).removeprefix("torch.")
+    config.extra_keys |= {"architectures": [type(model).__name__], "dtype": dtype, **keys}
+    if "torch_dtype" in config.extra_keys:  # the older name of the same key
+        config.extra_keys["torch_dtype"] = dtype
+    with replace_folder(folder, OLD_WEIGHTS) as fresh:
+        config.save_pretrained(fresh)
+        _save_weights(tensors, fresh, most_bytes)
+
+
+# %% ../../nbs/files/pretrained.ipynb #10522492
+ENCODER = "encoder_folder"  # key of config.json beside a head alone: where its base model is, seen from there
+
+
+def _join_head(
+    head: dict[str, Tensor], encoder: Mapping[str, Tensor], source: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    """Put a head and the base model of another checkpoint together, each tensor from one place only."""
+    prefix, name = f"{BASE}.", repr(os.fspath(source))
+    if double := [name for name in head if name.startswith(prefix)]:
+        raise ValueError(f"{name} names an encoder's folder and has an encoder itself: {_list_some(double)}")
+    base = {name: tensor for name, tensor in encoder.items() if name.startswith(prefix)}
+    if not base:
+        raise ValueError(f"{name}: the folder that its {ENCODER} names holds no tensor {prefix}*")
+    return {**base, **head}
+
+
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A floating torch type from its name; None and "auto" stay None."""
     if isinstance(dtype, str) and dtype != "auto":
@@ -390,21 +447,55 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise refuse(
-            "dtype", dtype, "a floating type such as torch.bfloat16 or 'bfloat16', or None for the file's"
-        )
+        allowed = "a floating type such as torch.bfloat16 or 'bfloat16', or None for the file's"
+        raise refuse("dtype", dtype, allowed)
     return dtype
 
 
-# %% ../../nbs/files/pretrained.ipynb #bebbf57b
+# %% ../../nbs/files/pretrained.ipynb #1eb9551c
+_Model = TypeVar("_Model", bound="PreTrainedModel")
+
+
+def _load(  # noqa: PLR0917
+    cls: type[_Model],
+    name_or_path: str | os.PathLike[str],
+    revision: str | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    strict: bool,
+    overrides: dict[str, Any],
+) -> _Model:
+    """Do what `PreTrainedModel.from_pretrained` promises."""
+    where: dict[str, Any] = {"dtype": read_dtype(dtype), "device": device}
+    folder = find_folder(name_or_path, revision)
+    local = os.path.isdir(name_or_path)
+    revision = revision if local else folder.name  # the commit: all files are of one state
+
+    def read(_: Path) -> tuple[_Model, dict[str, Tensor]]:
+        config = Wav2Vec2ConformerConfig.from_pretrained(name_or_path, revision=revision, **overrides)
+        with torch.device("meta"):  # shapes without memory: nothing is initialised twice
+            model = cls(config)
+        tensors = read_checkpoint(name_or_path, revision=revision, **where)
+        if encoder := config.extra_keys.pop(ENCODER, None):
+            other = read_checkpoint(os.path.normpath(Path(name_or_path) / encoder), **where)
+            tensors = _join_head(tensors, other, name_or_path)
+        return model, tensors
+
+    model, tensors = read_folder(folder, read)
+    source = repr(os.fspath(name_or_path))
+    model.load_report = load_into(model, tensors, device=device, strict=strict, source=source)
+    # a local path in full, for a program that later works in another folder
+    model.name_or_path = os.path.abspath(name_or_path) if local else os.fspath(name_or_path)
+    model.revision = revision
+    return model.to(device=device).eval()  # the tensors were read in their dtype
+
+
+# %% ../../nbs/files/pretrained.ipynb #a65ef80f
 class PreTrainedModel(nn.Module):
-    """What every model here is: a checked config, first values, and files to go to and come back from.
+    """What every model here is: a checked config, initial values, and files to go to and come back from.
 
-    A subclass builds its modules and calls `init_weights()` at the end of its constructor. A head holds the base
+    A subclass builds its modules and calls `init_weights()` at the end of its constructor. A head has the base
     model as `self.wav2vec2_conformer`. Every tensor that a module needs is a parameter or a saved buffer.
-
-    Args:
-        config: The sizes; validated here, kept as `self.config`.
     """
 
     base_model_prefix: ClassVar[str] = BASE
@@ -418,58 +509,17 @@ class PreTrainedModel(nn.Module):
         self.config = config
 
     def init_weights(self, names: Collection[str] | None = None) -> None:
-        """Give parameters their first values, as transformers does; parts that are models of their own have theirs.
+        """Give parameters their initial values, as transformers does; `names`: these tensors alone."""
+        _initialise(self, names)
 
-        `names` asks for these parameters and buffers alone; one that has no rule is a RuntimeError.
-        """
-        inner = [
-            child for child in self.modules() if child is not self and isinstance(child, PreTrainedModel)
-        ]
-        done = {id(part) for child in inner for part in child.modules()} if names is None else set()
-        for prefix, module in self.named_modules():
-            own = dict(module.named_parameters(prefix, recurse=False)) if id(module) not in done else {}
-            if names is not None:
-                own = {
-                    n: t
-                    for n, t in (*own.items(), *module.named_buffers(prefix, recurse=False))
-                    if n in names
-                }
-            for name in sorted(own, reverse=True):  # original1 before original0, which is computed from it
-                # a meta tensor has a shape and no values: it waits for a file
-                known = own[name].is_meta or _first_values(
-                    name, own[name], module, self.config.initializer_range
-                )
-                if names is not None and not known:
-                    raise RuntimeError(
-                        f"{name} is not in the file, and there is no rule for its first values"
-                    )
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
-    ) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write config.json and model.safetensors, for us and for transformers; never half of them.
 
         Args:
             folder: Made if needed; its other files stay.
             max_shard_bytes: Larger weights are split into several files with an index.
         """
-        self._save(folder, self.state_dict(), max_shard_bytes)
-
-    def _save(
-        self, folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], most_bytes: int, **keys: str
-    ) -> None:
-        """Write some tensors, and the config with more keys."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():  # rounded in a model that was cast, and other programs read them
-            if name.endswith("inv_freq"):
-                tensors[name] = _frequencies(2 * len(tensor), self.config.rotary_embedding_base)
-        config, dtype = copy.deepcopy(self.config), str(self.dtype).removeprefix("torch.")
-        config.extra_keys |= {"architectures": [type(self).__name__], "dtype": dtype, **keys}
-        if "torch_dtype" in config.extra_keys:  # the older name of the same key
-            config.extra_keys["torch_dtype"] = dtype
-        with replace_folder(folder, OLD_WEIGHTS) as fresh:
-            config.save_pretrained(fresh)
-            _save_weights(tensors, fresh, most_bytes)
+        _save(self, folder, self.state_dict(), max_shard_bytes)
 
     @classmethod
     def from_pretrained(
@@ -484,47 +534,22 @@ class PreTrainedModel(nn.Module):
     ) -> Self:
         """Load a model from a folder or from the hub; it comes back in eval mode.
 
-        The base model and a head that the file has must match completely. A head, adapter or mask vector that is
-        wholly absent from the file gets first values, with a warning; one that the model does not have is ignored.
+        The base model and a head that the file has must match completely. A head, adapter or mask vector that
+        the file lacks gets initial values, with a warning; one that the model lacks is ignored.
 
         Args:
             name_or_path: A folder or a hub id.
             dtype: Type of the weights, such as torch.bfloat16 or "bfloat16"; None: as in the file.
             device: Where to; None: the CPU.
             revision: Branch, tag or commit on the hub.
-            strict: False loads what fits, gives the rest first values, and keeps the lists in `model.load_report`.
+            strict: False loads what fits, initialises the rest, and keeps the lists in `model.load_report`.
             config_overrides: Options that win over the file's config.
 
         Raises:
             FileNotFoundError: No such folder or checkpoint, or no weights in it.
-            ValueError: A file is damaged or holds code; a folder that names its encoder holds one, too; or, if
-                `strict`, tensors are missing, unexpected, mis-shaped.
+            ValueError: A file is damaged or holds code; or, if `strict`, tensors do not fit the model.
         """
-        where: dict[str, Any] = {"dtype": read_dtype(dtype), "device": device}
-        folder = find_folder(name_or_path, revision)
-        local = os.path.isdir(name_or_path)
-        revision = revision if local else folder.name  # the commit: all files are of one state
-
-        def read(_: Path) -> tuple[Any, dict[str, Tensor]]:
-            found = Wav2Vec2ConformerConfig.from_pretrained(
-                name_or_path, revision=revision, **config_overrides
-            )
-            with torch.device("meta"):  # shapes without memory: nothing is initialised twice
-                model = cls(found)
-            tensors = read_checkpoint(name_or_path, revision=revision, **where)
-            if encoder := found.extra_keys.pop(ENCODER, None):
-                other = read_checkpoint(os.path.normpath(Path(name_or_path) / encoder), **where)
-                tensors = _join_head(tensors, other, name_or_path)
-            return model, tensors
-
-        model: Self
-        model, tensors = read_folder(folder, read)
-        source = repr(os.fspath(name_or_path))
-        model.load_report = fill(model, tensors, device=device, strict=strict, source=source)
-        # a local path in full, for a program that later works in another folder
-        model.name_or_path = os.path.abspath(name_or_path) if local else os.fspath(name_or_path)
-        model.revision = revision
-        return model.to(device=device).eval()  # the tensors were read in their dtype
+        return _load(cls, name_or_path, revision, dtype, device, strict, config_overrides)
 
     @property
     def base_model(self) -> nn.Module:
@@ -563,9 +588,7 @@ class PreTrainedModel(nn.Module):
         """Store what the blocks compute in forward."""
         self.gradient_checkpointing_enable(False)
 
-    def _get_feat_extract_output_lengths(
-        self, input_lengths: Tensor | int, add_adapter: bool | None = None
-    ) -> Tensor:
+    def _get_feat_extract_output_lengths(self, input_lengths: Any, add_adapter: bool | None = None) -> Tensor:
         """Count the frames that come out for `input_lengths` samples; the base model knows."""
         base: Any = self.base_model
         return base._get_feat_extract_output_lengths(input_lengths, add_adapter)
@@ -573,9 +596,9 @@ class PreTrainedModel(nn.Module):
     def _get_feature_vector_attention_mask(
         self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
     ) -> Tensor:
-        """Turn a mask over samples `[B, S]` into one over frames `[B, T]`, True = real; the base model knows."""
-        base: Any = self.base_model
-        return base._get_feature_vector_attention_mask(feature_vector_length, attention_mask, add_adapter)
+        """Turn a mask over samples `[B, S]` into one over frames `[B, T]`, True = real."""
+        lengths = self._get_feat_extract_output_lengths(valid_lengths(attention_mask), add_adapter)
+        return frame_mask(lengths, feature_vector_length)
 
 
 # %% ../../nbs/files/pretrained.ipynb #a23d2747
@@ -592,30 +615,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-# %% ../../nbs/files/pretrained.ipynb #6d14b752
-ENCODER = "encoder_folder"  # key of config.json in a folder of head tensors: where the base model is, seen from there
-
-
-def _join_head(
-    head: dict[str, Tensor], encoder: Mapping[str, Tensor], source: str | os.PathLike[str]
-) -> dict[str, Tensor]:
-    """Put the tensors of a head and the base model of another checkpoint together, each from one place only."""
-    prefix, name = f"{BASE}.", repr(os.fspath(source))
-    if double := [name for name in head if name.startswith(prefix)]:
-        raise ValueError(
-            f"{name} names an encoder's folder and holds an encoder itself: {_list_some(double)}"
-        )
-    base = {name: tensor for name, tensor in encoder.items() if name.startswith(prefix)}
-    if not base:
-        raise ValueError(f"{name}: the folder that its {ENCODER} names holds no tensor {prefix}*")
-    return {**base, **head}
-
-
+# %% ../../nbs/files/pretrained.ipynb #caec1584
 def save_head(model: PreTrainedModel, folder: str | os.PathLike[str], encoder: str) -> None:
     """Write a head without its encoder; `from_pretrained` puts them together again.
 
     Args:
-        model: Its encoder must be the one in `encoder`, unchanged, or it is a ValueError: only the rest is written.
+        model: Its encoder must be the one in `encoder`, unchanged, or it is a ValueError.
         folder: Made if needed.
         encoder: Folder of a checkpoint with the same base model, seen from `folder`, such as "../pretrained".
     """
@@ -628,11 +633,11 @@ def save_head(model: PreTrainedModel, folder: str | os.PathLike[str], encoder: s
             changed.append(name)
     if changed:
         raise ValueError(f"encoder={encoder!r} differs from the model's: {_list_some(changed)}")
-    model._save(folder, head, 5_000_000_000, **{ENCODER: encoder})
+    _save(model, folder, head, **{ENCODER: encoder})
 
 
 def demo_folder(head: str | None = None) -> Path:
-    """The folder of the demo checkpoint in the package: of a head ("ctc", "keyword", "speaker", "frame"), or None."""
+    """The folder of a demo checkpoint in the package: "ctc", "keyword", "speaker", "frame", or None."""
     heads = ("ctc", "keyword", "speaker", "frame")
     if head is not None and head not in heads:
         raise refuse("head", head, f"one of {', '.join(heads)}, or None for the pre-trained model")

@@ -15,7 +15,15 @@ from ..config import Wav2Vec2ConformerConfig
 from .positions import Positions, apply_rotary, relative_shift
 
 # %% auto #0
-__all__ = ["attend", "split_heads", "position_scores", "hide_padding", "SelfAttention"]
+__all__ = [
+    "attend",
+    "split_heads",
+    "position_scores",
+    "hide_padding",
+    "attend_fused",
+    "turn_frames",
+    "SelfAttention",
+]
 
 
 # %% ../../nbs/model/attention.ipynb #e323204b
@@ -61,7 +69,7 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
     Args:
         query: `[B, H, T, K]`.
         distance_keys: `[H, 2T-1, K]`, the projected table of `RelativePositions`.
-        bias_v: `[H, K]`, what every frame asks of a distance.
+        bias_v: `[H, K]`, stands in for the query where a distance is good or bad for every frame.
 
     Returns:
         `[B, H, T, T]`.
@@ -93,85 +101,59 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
 
 
+# %% ../../nbs/model/attention.ipynb #26f2be76
+def attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: nn.Dropout
+) -> tuple[Tensor, None]:
+    """Do what `attend` does, by torch's fused kernel: the mixed values `[B, H, T, K]`, and no weights."""
+    p = dropout.p if dropout.training else 0.0
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p), None
+
+
 # %% ../../nbs/model/attention.ipynb #6657443a
+def turn_frames(hidden: Tensor, positions: Positions, heads: int) -> Tensor:
+    """Turn frames `[B, T, D]`, head by head, by the `(cos, sin)` of `RotaryPositions`, `[T, K]` each."""
+    cos, sin = cast("tuple[Tensor, Tensor]", positions)
+    return apply_rotary(hidden.view(*hidden.shape[:2], heads, -1), cos, sin).flatten(2)
+
+
+# %% ../../nbs/model/attention.ipynb #2382a48b
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with relative, rotary or no positions.
-
-    `config.attn_implementation` is read at each call and chooses the kernel, never the result: "sdpa" is
-    torch's fused attention, "eager" the readable path. A call that asks for maps takes the readable path,
-    which has them.
-
-    Source: Vaswani et al. (2017), section 3.2; Transformer-XL (Dai et al., 2019), section 3.3.
-
-    Args:
-        config: Reads `hidden_size`, `num_attention_heads`, `attention_dropout`, `position_embeddings_type`.
-    """
+    """Multi-head self-attention (Transformer-XL, 2019, section 3.3); the config says with which positions."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
-        self.config = config
-        width, self.heads = config.hidden_size, config.num_attention_heads
-        self.linear_q = nn.Linear(width, width)
-        self.linear_k = nn.Linear(width, width)
-        self.linear_v = nn.Linear(width, width)
-        self.linear_out = nn.Linear(width, width)
+        self.config, D, self.heads = config, config.hidden_size, config.num_attention_heads
+        self.linear_q, self.linear_k, self.linear_v, self.linear_out = (nn.Linear(D, D) for _ in range(4))
         self.dropout = nn.Dropout(config.attention_dropout)
         if config.position_embeddings_type == "relative":
-            self.linear_pos = nn.Linear(width, width, bias=False)
-            self.pos_bias_u = nn.Parameter(torch.zeros(self.heads, width // self.heads))
-            self.pos_bias_v = nn.Parameter(torch.zeros(self.heads, width // self.heads))
+            self.linear_pos = nn.Linear(D, D, bias=False)
+            u, v = torch.zeros(self.heads, D // self.heads), torch.zeros(self.heads, D // self.heads)
+            self.pos_bias_u, self.pos_bias_v = nn.Parameter(u), nn.Parameter(v)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        frame_mask: Tensor | None = None,
-        positions: Positions = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Let every frame mix in what it finds in the others.
+    def forward(self, hidden: Tensor, frame_mask: Tensor | None = None, positions: Positions = None,
+                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Give the update `[B, T, D]` of frames `[B, T, D]`, and the weights `[B, H, T, T]` or None.
 
-        Args:
-            hidden: `[B, T, D]`, already normalised by the block.
-            frame_mask: `[B, T]` bool, True = real frame; padded frames are never attended to.
-            positions: The table `[2T-1, D]` for relative, `(cos, sin)` for rotary, None for none.
-            output_attentions: Return the weights too, as they were used (after dropout, in training).
-
-        Returns:
-            The update `[B, T, D]`, and the weights `[B, H, T, T]` or None.
+        `frame_mask` is `[B, T]` bool, True = real frame; `positions` come from what `make_positions` builds.
         """
-        kind, rotated, distance_keys = self.config.position_embeddings_type, hidden, None
-        if kind == "rotary":  # the released checkpoints rotate the input of linear_q and linear_k
-            cos, sin = cast("tuple[Tensor, Tensor]", positions)
-            rotated = apply_rotary(hidden.view(*hidden.shape[:2], self.heads, -1), cos, sin).flatten(2)
-        elif kind == "relative":
-            distance_keys = split_heads(self.linear_pos(positions), self.heads)  # [H, 2T-1, K]
-        query, key, value = self.linear_q(rotated), self.linear_k(rotated), self.linear_v(hidden)
-        query, key, value = (split_heads(x, self.heads) for x in (query, key, value))  # each [B, H, T, K]
+        kind = self.config.position_embeddings_type
+        turned = turn_frames(hidden, positions, self.heads) if kind == "rotary" else hidden
+        distance_keys = split_heads(self.linear_pos(positions), self.heads) if kind == "relative" else None
+        projected = self.linear_q(turned), self.linear_k(turned), self.linear_v(hidden)
+        query, key, value = (split_heads(x, self.heads) for x in projected)  # each [B, H, T, K]
         mixed, weights = self.mix(query, key, value, frame_mask, distance_keys, output_attentions)
-        return self.linear_out(mixed.transpose(1, 2).flatten(2)), weights  # heads side by side: [B, T, D]
+        return self.linear_out(mixed.transpose(1, 2).flatten(2)), weights
 
-    def mix(  # noqa: PLR0917
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        frame_mask: Tensor | None,
-        distance_keys: Tensor | None,
-        output_attentions: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mix values by content, distance and padding: all work that grows with the square of the length.
-
-        Query, key and value are `[B, H, T, K]`, and `distance_keys` is `[H, 2T-1, K]` for relative positions.
-        Gives the mixed values `[B, H, T, K]`, and the weights `[B, H, T, T]` if they are wanted.
-        """
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Tensor | None,  # noqa: PLR0917
+        distance_keys: Tensor | None, output_attentions: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Mix values by content, distance and padding: all work that grows with the square of the length."""
         bias = None
         if distance_keys is not None:
-            bias = position_scores(query, distance_keys, self.pos_bias_v)
-            query = query + self.pos_bias_u[:, None]
+            bias = position_scores(query, distance_keys, self.pos_bias_v)  # (b) + (d)
+            query = query + self.pos_bias_u[:, None]  # (a) + (c)
         if frame_mask is not None:
             bias = hide_padding(bias, frame_mask, query.dtype)
-        if output_attentions or self.config.attn_implementation == "eager":
-            mixed, weights = attend(query, key, value, bias, self.dropout)
-            return mixed, weights if output_attentions else None
-        p = self.dropout.p if self.training else 0.0
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p), None
+        eager = output_attentions or self.config.attn_implementation == "eager"
+        mixed, weights = (attend if eager else attend_fused)(query, key, value, bias, self.dropout)
+        return mixed, weights if output_attentions else None

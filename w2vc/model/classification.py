@@ -66,7 +66,8 @@ def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -
     """
     if len(hidden_states) != len(layer_weights):
         raise ValueError(
-            f"hidden_states: got {len(hidden_states)} for {len(layer_weights)} layer_weights, one for each is needed"
+            f"hidden_states: got {len(hidden_states)} for {len(layer_weights)} layer_weights, "
+            "one for each is needed"
         )
     wide = torch.promote_types(hidden_states[0].dtype, torch.float32)
     total = torch.zeros_like(hidden_states[0], dtype=wide)
@@ -77,7 +78,7 @@ def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -
 
 # %% ../../nbs/model/classification.ipynb #5d057590
 def resolve_problem_type(config: Wav2Vec2ConformerConfig) -> str:
-    """Which question the labels answer: `problem_type`, or by `num_labels` "regression" of one, else "single_label_classification"."""
+    """Which question the labels answer: `problem_type`; None: a regression if one label, else which one."""
     return config.problem_type or (REGRESSION if config.num_labels == 1 else ONE_LABEL)
 
 
@@ -137,11 +138,7 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor 
 
 # %% ../../nbs/model/classification.ipynb #8bd0afd3
 class BaseClassifier(PreTrainedModel):
-    """What classifiers share: the base model, and with `use_weighted_layer_sum` a learned mixture of its layers.
-
-    Args:
-        config: Every size and switch.
-    """
+    """What classifiers share: the model, and by `use_weighted_layer_sum` a learned mixture of its layers."""
 
     adapts_mixture = True  # with an adapter, the mixture is sent through it
 
@@ -160,20 +157,17 @@ class BaseClassifier(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> tuple[Wav2Vec2BaseModelOutput, Tensor, Tensor]:
-        """Run the base model, and pick the frames that a head reads: the last ones, or the mixture.
-
-        The arguments are those of `Wav2Vec2ConformerModel`.
+        """Run the base model (its arguments), and pick the frames that a head reads: the last, or a mixture.
 
         Returns:
-            The base model's output; the frames `[B, T, D]`, shortened by an adapter; how many are real, `[B]`.
+            The base model's output; the frames `[B, T, D]`, behind an adapter; how many are real, `[B]`.
         """
         config, model = self.config, self.wav2vec2_conformer
         wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         scores = self.layer_weights if config.use_weighted_layer_sum else None
         if config.use_weighted_layer_sum and scores is None:
-            raise refuse(
-                "use_weighted_layer_sum", True, "set when the model is built: it has no layer_weights"
-            )
+            allowed = "set when the model is built: it has no layer_weights"
+            raise refuse("use_weighted_layer_sum", True, allowed)
         keep = wanted or scores is not None
         output = model(input_values, attention_mask, mask_time_indices, output_attentions, keep, True)
         frames, (B, S) = output.last_hidden_state, input_values.shape
@@ -196,8 +190,8 @@ class SequenceClassifierOutput(ModelOutput):
     Attributes:
         loss: Scalar in fp32; None without labels.
         logits: `[B, num_labels]`, scores before softmax or sigmoid; the numbers themselves in a regression.
-        hidden_states: L + 1 tensors `[B, T, D]`, if asked for.
-        attentions: L maps `[B, H, T, T]`, if asked for.
+        hidden_states: L + 1 tensors `[B, T, D]`, if requested.
+        attentions: L maps `[B, H, T, T]`, if requested.
     """
 
     loss: Tensor | None = None
@@ -208,7 +202,7 @@ class SequenceClassifierOutput(ModelOutput):
 
 @model_output
 class TokenClassifierOutput(SequenceClassifierOutput):
-    """What the classifier of frames returns: the same fields, with logits `[B, T, num_labels]`, T behind an adapter."""
+    """What the classifier of frames returns: the same fields; logits are `[B, T, num_labels]`."""
 
 
 # %% ../../nbs/model/classification.ipynb #63cc2170
@@ -216,9 +210,6 @@ class Wav2Vec2ConformerForSequenceClassification(BaseClassifier):
     """One answer for each utterance: project the frames, average the real ones, classify the mean.
 
     Mean pooling and linear layers, as in SUPERB (Yang et al., 2021); the loss as `resolve_problem_type` says.
-
-    Args:
-        config: `num_labels` or `id2label`, `classifier_proj_size`, `use_weighted_layer_sum`, `add_adapter`.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -238,16 +229,10 @@ class Wav2Vec2ConformerForSequenceClassification(BaseClassifier):
         labels: Tensor | None = None,
         mask_time_indices: Tensor | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """Score the classes of each utterance; with labels, also say how far off the scores are.
+        """Score the classes of each utterance; with labels, also return the loss.
 
-        Args:
-            input_values: `[B, S]` waveforms.
-            attention_mask: `[B, S]`, 1 = real sample, padding on the right.
-            output_attentions: Return the attention maps; None reads the config, as the next two do.
-            output_hidden_states: Return the hidden states.
-            return_dict: False returns a tuple of the filled fields.
+        Args, beside those of `Wav2Vec2ConformerModel`:
             labels: Class numbers `[B]`; numbers `[B]` in a regression of one label; else `[B, num_labels]`.
-            mask_time_indices: `[B, T]`, frames to mask, counted before an adapter; None: drawn in training.
 
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.
@@ -271,9 +256,6 @@ class Wav2Vec2ConformerForAudioFrameClassification(BaseClassifier):
 
     The loss is the one that `resolve_problem_type` says. Frames of padding do not count, unless
     `config.padding_invariant` is off.
-
-    Args:
-        config: `num_labels` or `id2label`, `use_weighted_layer_sum`, `add_adapter`.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -292,17 +274,11 @@ class Wav2Vec2ConformerForAudioFrameClassification(BaseClassifier):
         return_dict: bool | None = None,
         mask_time_indices: Tensor | None = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """Score the classes of each frame; with labels, also say how far off the scores are.
+        """Score the classes of each frame; with labels, also return the loss.
 
-        Args:
-            input_values: `[B, S]` waveforms.
-            attention_mask: `[B, S]`, 1 = real sample, padding on the right.
+        Args, beside those of `Wav2Vec2ConformerModel`:
             labels: Class numbers `[B, T]`, or one-hot, yes-or-no or regression labels `[B, T, num_labels]`;
-                T as in the logits, -100 = ignore.
-            output_attentions: Return the attention maps; None reads the config, as the next two do.
-            output_hidden_states: Return the hidden states.
-            return_dict: False returns a tuple of the filled fields.
-            mask_time_indices: `[B, T]`, frames to mask, counted before an adapter; None: drawn in training.
+                T as in the logits (behind an adapter), -100 = ignore.
 
         Raises:
             ValueError: Labels of a wrong shape, dtype or value.

@@ -25,6 +25,8 @@ __all__ = [
     "skip_layer",
     "KeepBuffers",
     "recompute_contexts",
+    "run_block",
+    "run_blocks",
     "ConformerEncoder",
 ]
 
@@ -54,14 +56,11 @@ class FeedForward(nn.Module):
         return self.output_dropout(self.output_dense(wide))  # [B, T, D]
 
 
-# %% ../../nbs/model/conformer.ipynb #55c74797
+# %% ../../nbs/model/conformer.ipynb #cac42786
 class ConformerBlock(nn.Module):
-    """One block: half feed-forward, attention, convolution, half feed-forward, norm.
+    """Half feed-forward, attention, convolution, half feed-forward, norm (Conformer, section 2.4 and Eq. 1).
 
-    Each sub-layer reads a normalised copy of the residual stream and adds its update to the stream.
     The norms inside a block use torch's default epsilon; `layer_norm_eps` is not meant for them.
-
-    Source: Conformer (Gulati et al., 2020), section 2.4 and Eq. 1.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -70,8 +69,7 @@ class ConformerBlock(nn.Module):
         self.ffn1 = FeedForward(config)
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
         self.self_attn = SelfAttention(config)
-        # attention_dropout acts twice: on the maps (inside self_attn) and here, on the attention's output
-        self.self_attn_dropout = nn.Dropout(config.attention_dropout)
+        self.self_attn_dropout = nn.Dropout(config.attention_dropout)  # it acts inside self_attn, too
         self.conv_module = ConvolutionModule(config)  # it brings its own layer norm
         self.ffn2_layer_norm = nn.LayerNorm(config.hidden_size)
         self.ffn2 = FeedForward(config)
@@ -84,28 +82,24 @@ class ConformerBlock(nn.Module):
         positions: Positions = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add four updates to the stream and normalise it.
+        """Add four updates to the stream, `[B, T, D]`, and normalise it.
 
         Args:
             hidden: Residual stream `[B, T, D]`.
             frame_mask: `[B, T]` bool, True for a real frame; None when all frames are real.
             positions: What `make_positions(config)` returned for T frames, or None.
-            output_attentions: Whether to return the attention maps.
-
-        Returns:
-            The stream `[B, T, D]`, and the maps `[B, H, T, T]` or None.
+            output_attentions: Whether to return the attention maps `[B, H, T, T]`, too; else None.
         """
         hidden = hidden + 0.5 * self.ffn1(self.ffn1_layer_norm(hidden))
-        update, maps = self.self_attn(
-            self.self_attn_layer_norm(hidden), frame_mask, positions, output_attentions
-        )
+        normed = self.self_attn_layer_norm(hidden)
+        update, maps = self.self_attn(normed, frame_mask, positions, output_attentions)
         hidden = hidden + self.self_attn_dropout(update)
         hidden = hidden + self.conv_module(hidden, frame_mask)
         hidden = hidden + 0.5 * self.ffn2(self.ffn2_layer_norm(hidden))
         return self.final_layer_norm(hidden), maps
 
 
-# %% ../../nbs/model/conformer.ipynb #3551450d
+# %% ../../nbs/model/conformer.ipynb #3128d056
 def skip_layer(layerdrop: float, training: bool) -> bool:
     """Decide whether LayerDrop skips the next layer (Fan et al., 2020).
 
@@ -115,7 +109,7 @@ def skip_layer(layerdrop: float, training: bool) -> bool:
     return training and layerdrop > 0 and bool(torch.rand([], device="cpu") < layerdrop)
 
 
-# %% ../../nbs/model/conformer.ipynb #1b48bda4
+# %% ../../nbs/model/conformer.ipynb #c1e88a4f
 class KeepBuffers:
     """A context in which a module writes into copies of its buffers; the real ones stay as they are.
 
@@ -136,25 +130,64 @@ class KeepBuffers:
             setattr(module, name, buffer)
 
 
+# %% ../../nbs/model/conformer.ipynb #69d0b6b9
 def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], KeepBuffers]:
     """Contexts for `torch.utils.checkpoint`: the second run of `block` must not count its batch twice."""
     return nullcontext(), KeepBuffers(block)
 
 
-# %% ../../nbs/model/conformer.ipynb #66236d5f
+def run_block(block: nn.Module, *inputs: object, recompute: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Run a block, `[B, T, D]` -> `[B, T, D]` and maps or None; `recompute`: again in the backward pass."""
+    if not recompute:
+        return block(*inputs)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(recompute_contexts, block))
+
+
+# %% ../../nbs/model/conformer.ipynb #67c62514
 # last hidden states, all hidden states, attention maps
 EncoderResult = tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]
 
 
-class ConformerEncoder(nn.Module):
-    """The stack: positions once, L blocks with LayerDrop, a last norm.
+def run_blocks(
+    encoder: ConformerEncoder,
+    hidden: Tensor,
+    frame_mask: Tensor | None,
+    positions: Positions,
+    *,
+    output_attentions: bool = False,
+    output_hidden_states: bool = False,
+) -> EncoderResult:
+    """Run the blocks of an encoder on `[B, T, D]`, padding at 0; arguments as those of its `forward`.
 
-    `pos_conv_embed` is part of every released checkpoint but is never called; it stays here, frozen, so
-    that the keys match.
+    Returns:
+        Last hidden states `[B, T, D]`; L + 1 hidden states or None; L maps `[B, H, T, T]` or None.
+        Each hidden state is the very tensor that the next block reads; the last one is normalised, unless
+        `config.hidden_states_pre_norm`. A layer that LayerDrop skips repeats the stream; its map is None.
+    """
+    config, training = encoder.config, encoder.training
+    hidden = encoder.dropout(hidden)
+    states, maps = [hidden], []
+    for block in encoder.layers:
+        inputs = (hidden, frame_mask, positions, output_attentions)
+        weights = None
+        if not skip_layer(config.layerdrop, training):
+            hidden, weights = run_block(block, *inputs, recompute=encoder.gradient_checkpointing and training)
+            hidden = encoder.zero_padding(hidden, frame_mask)
+        maps.append(weights)
+        if output_hidden_states:
+            states.append(hidden)
+    last = encoder.zero_padding(encoder.layer_norm(hidden), frame_mask)
+    if not config.hidden_states_pre_norm:
+        states[-1] = last
+    return last, tuple(states) if output_hidden_states else None, tuple(maps) if output_attentions else None
+
+
+# %% ../../nbs/model/conformer.ipynb #41e5b520
+class ConformerEncoder(nn.Module):
+    """The stack: positions once, L blocks with LayerDrop, a last norm; `pos_conv_embed` is never called.
 
     Args:
-        config: Sizes, dropouts and switches; `layerdrop`, `padding_invariant` and `hidden_states_pre_norm`
-            are read at each call.
+        config: Sizes, and switches that are read at each call.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -174,18 +207,9 @@ class ConformerEncoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> EncoderResult:
-        """Give every frame its context.
+        """Give every frame of `[B, T, D]` its context; returns what `run_blocks` does.
 
-        Args:
-            hidden: Projected features `[B, T, D]`.
-            frame_mask: `[B, T]` bool, True for a real frame, or None when all frames are real.
-            output_attentions: Whether to return one map per layer.
-            output_hidden_states: Whether to return the stream before, between and after the layers.
-
-        Returns:
-            Last hidden states `[B, T, D]`; L + 1 hidden states or None; L maps `[B, H, T, T]` or None.
-            Each hidden state is the very tensor that the next block reads; the last one is normalised, unless
-            `config.hidden_states_pre_norm`. A layer that LayerDrop skips repeats the stream; its map is None.
+        `frame_mask` is `[B, T]` bool, True for a real frame, or None when all frames are real.
         """
         if frame_mask is not None:
             frame_mask = frame_mask.to(hidden.device)
@@ -193,38 +217,8 @@ class ConformerEncoder(nn.Module):
         positions: Positions = None
         if self.embed_positions is not None:
             positions = self.embed_positions(hidden.shape[1], hidden.device, hidden.dtype)
-        return self.run_blocks(hidden, frame_mask, positions, output_attentions, output_hidden_states)
-
-    def run_blocks(
-        self,
-        hidden: Tensor,
-        frame_mask: Tensor | None,
-        positions: Positions,
-        output_attentions: bool,
-        output_hidden_states: bool,
-    ) -> EncoderResult:
-        """Do what `forward` does, once the positions are known and padding is 0."""
-        hidden = self.dropout(hidden)
-        states, maps = [hidden], []
-        for block in self.layers:
-            weights = None
-            if not skip_layer(self.config.layerdrop, self.training):
-                hidden, weights = self.run_block(block, hidden, frame_mask, positions, output_attentions)
-                hidden = self.zero_padding(hidden, frame_mask)
-            maps.append(weights)
-            if output_hidden_states:
-                states.append(hidden)
-        last = self.zero_padding(self.layer_norm(hidden), frame_mask)
-        if not self.config.hidden_states_pre_norm:
-            states[-1] = last
-        all_states = tuple(states) if output_hidden_states else None
-        return last, all_states, tuple(maps) if output_attentions else None
-
-    def run_block(self, block: nn.Module, *inputs: object) -> tuple[Tensor, Tensor | None]:
-        """Run a block once; or, in training with `gradient_checkpointing`, again in the backward pass."""
-        if not (self.gradient_checkpointing and self.training):
-            return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(recompute_contexts, block))
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        return run_blocks(self, hidden, frame_mask, positions, **wanted)
 
     def zero_padding(self, hidden: Tensor, frame_mask: Tensor | None) -> Tensor:
         """With padding invariance, set the padded frames of `[B, T, D]` to 0."""

@@ -11,15 +11,32 @@ from torch import Tensor, nn
 from ..config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
-__all__ = ["MaskedBatchNorm1d", "ConvolutionModule"]
+__all__ = ["real_statistics", "MaskedBatchNorm1d", "ConvolutionModule"]
 
 
-# %% ../../nbs/model/convolution.ipynb #c6f3dc4c
+# %% ../../nbs/model/convolution.ipynb #78490217
+def real_statistics(x: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and variance of each channel over real frames alone, by sums.
+
+    Args:
+        x: `[B, D, T]`, in float32 at least.
+        frame_mask: `[B, T]` bool, True = real frame.
+
+    Returns:
+        x less the mean `[B, D, T]`, 0 on padding; the mean `[D]`; the biased variance `[D]`; how many frames
+        are real `[]`. Without a real frame all of them are 0.
+    """
+    padded, count = ~frame_mask[:, None], frame_mask.sum()  # [B, 1, T], []
+    mean = x.masked_fill(padded, 0).sum((0, 2)) / count.clamp(min=1)
+    centred = (x - mean[:, None]).masked_fill(padded, 0)
+    return centred, mean, centred.square().sum((0, 2)) / count.clamp(min=1), count
+
+
+# %% ../../nbs/model/convolution.ipynb #b9a90b17
 class MaskedBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm that leaves padding out; parameters, buffers and settings are those of `nn.BatchNorm1d`.
+    """Batch norm over real frames; parameters, buffers and settings are those of `nn.BatchNorm1d`.
 
-    Batch normalisation (Ioffe and Szegedy, 2015) takes one mean and one variance per channel over all frames
-    of the batch while training, and keeps running averages of them for evaluation.
+    Source: Batch normalization (Ioffe and Szegedy, 2015), algorithms 1 and 2.
 
     Args:
         channels: The number of channels, D.
@@ -34,25 +51,16 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         super().__init__(channels)
 
     def forward(self, hidden: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """Normalise each channel.
+        """Normalise each channel of `[B, D, T]`; in training a padded frame comes out as the bias.
 
-        Args:
-            hidden: `[B, D, T]`.
-            frame_mask: `[B, T]` bool, True = real frame; None counts every frame, as `nn.BatchNorm1d` does.
-                In evaluation the running statistics are used, and the mask changes nothing.
-
-        Returns:
-            `[B, D, T]`; in training with a mask, a padded frame comes out as the bias.
+        `frame_mask` is `[B, T]` bool, True = real frame; None counts every frame. Evaluation ignores it.
         """
         if frame_mask is None or not self.training:
             return super().forward(hidden)
-        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        padded, count = ~frame_mask[:, None], frame_mask.sum()  # [B, 1, T], []
-        mean = x.masked_fill(padded, 0).sum((0, 2)) / count.clamp(min=1)  # [D]
-        x = (x - mean[:, None]).masked_fill(padded, 0)
-        variance = x.square().sum((0, 2)) / count.clamp(min=1)  # [D], the biased one
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # sums in 16 bits are too coarse
+        x, mean, variance, count = real_statistics(x, frame_mask)
         self.update_running(mean, variance, count)
-        x = x * torch.rsqrt(variance + self.eps)[:, None]
+        x = x * torch.rsqrt(variance + self.eps)[:, None]  # rsqrt(v) is 1 / sqrt(v)
         return (x * self.weight[:, None] + self.bias[:, None]).to(hidden.dtype)
 
     @torch.no_grad()
@@ -69,9 +77,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
 class ConvolutionModule(nn.Module):
     """Mix each frame with its neighbours (Conformer, Gulati et al., 2020, section 2.2).
 
-    Layer norm, pointwise convolution to twice the width, gated linear unit, depthwise convolution of odd
-    width, batch norm, activation, pointwise convolution, dropout. No convolution has a bias. With
-    `config.padding_invariant`, a frame mask keeps padding out of the depthwise convolution and of the
+    With `config.padding_invariant`, a frame mask keeps padding out of the depthwise convolution and of the
     statistics.
     """
 
@@ -89,14 +95,9 @@ class ConvolutionModule(nn.Module):
         self.dropout = nn.Dropout(config.conformer_conv_dropout)
 
     def forward(self, hidden: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """Mix frames.
+        """Map `[B, T, D]` to `[B, T, D]`, to be added to `hidden` by the caller.
 
-        Args:
-            hidden: `[B, T, D]`.
-            frame_mask: `[B, T]` bool, True = real frame; None = all are real.
-
-        Returns:
-            `[B, T, D]`, to be added to `hidden` by the caller.
+        `frame_mask` is `[B, T]` bool, True = real frame; None means that all are real.
         """
         x = self.layer_norm(hidden).transpose(1, 2)  # [B, T, D] -> [B, D, T]
         x = self.glu(self.pointwise_conv1(x))  # [B, 2D, T] -> [B, D, T]

@@ -35,7 +35,7 @@ __all__ = [
 
 # %% ../../nbs/model/ctc.ipynb #39e8b415
 class Run(NamedTuple):
-    """A stretch of frames, `start` to `end - 1`, that say the same symbol."""
+    """Consecutive frames, `start` to `end - 1`, that say the same symbol."""
 
     label: Any
     start: int
@@ -56,7 +56,7 @@ def runs(path: Iterable[Any], blank: Any = 0) -> list[Run]:
 
 
 def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
-    """Read a path as labels: join runs of equal symbols, drop the blanks (Graves et al., 2006, section 3.1)."""
+    """Read a path as labels: join runs of equal symbols, drop blanks (Graves et al., 2006, section 3.1)."""
     return [int(run.label) for run in runs(path, blank)]
 
 
@@ -86,6 +86,7 @@ def pack_labels(labels: Tensor, blank: int = 0, ignored: int = -100) -> tuple[Te
     return packed, real.sum(1)
 
 
+# %% ../../nbs/model/ctc.ipynb #89d255d5
 def min_input_length(labels: Tensor, n_labels: Tensor) -> Tensor:
     """Count the frames of the shortest path: one per label, and a blank between two equal neighbours.
 
@@ -112,7 +113,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     column of the trellis is made from the one before. The head calls torch's `ctc_loss`, the same in C++.
 
     Args:
-        logits: `[B, T, V]`, before the softmax.
+        logits: `[B, T, A]`, before the softmax.
         labels: `[B, U]` integers; blanks and -100 are passed over.
         n_frames: Real frames per row, `[B]`; None: all.
         blank: The blank's number.
@@ -123,13 +124,11 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     B, T, _ = logits.shape
     n_frames = torch.full((B,), T, device=logits.device) if n_frames is None else n_frames
     labels, n_labels = pack_labels(labels, blank)
-    states = extend_labels(labels, blank)  # [B, S]
+    states = extend_labels(labels, blank)  # [B, 2U + 1]
     log_probs = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    emit = log_probs.gather(2, states[:, None].expand(-1, T, -1))  # [B, T, S]
-    skips = (
-        states != pad(states, (2, 0), value=blank)[:, :-2]
-    )  # a label unlike the last one; blanks are alike
-    reach = torch.full_like(emit[:, 0], _NEVER)  # [B, S]: log probability of all ways to stand here
+    emit = log_probs.gather(2, states[:, None].expand(-1, T, -1))  # [B, T, 2U + 1]
+    skips = states != pad(states, (2, 0), value=blank)[:, :-2]  # a label unlike the last; blanks are alike
+    reach = torch.full_like(emit[:, 0], _NEVER)  # [B, 2U + 1]: log probability of all ways to stand here
     reach[:, 0] = 0.0  # before the first frame we stand on the first blank
     for t in range(T):
         one, two = (pad(reach, (k, 0), value=_NEVER)[:, :-k] for k in (1, 2))
@@ -141,16 +140,41 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     return loss.where(loss < -_NEVER / 2, float("inf"))
 
 
-# %% ../../nbs/model/ctc.ipynb #4c42f9ae
+# %% ../../nbs/model/ctc.ipynb #40ea11b7
+def _joint_loss(
+    logits: Tensor, labels: Tensor, n_frames: Tensor | None, config: Wav2Vec2ConformerConfig
+) -> Tensor:
+    """The CTC loss of logits `[B, T, A]` and labels `[B, U]` in fp32, joined as `ctc_loss_reduction` says."""
+    B, T, A = logits.shape
+    check_labels(labels, B, A)
+    if (blank := config.pad_token_id) is None:
+        raise refuse("pad_token_id", None, "set: it is the number of the CTC blank")
+    n_frames = torch.full((B,), T, device=logits.device) if n_frames is None else n_frames
+    labels, n_labels = pack_labels(labels, blank)
+    if not config.ctc_zero_infinity:
+        check_feasible(min_input_length(labels, n_labels), n_labels, n_frames)
+    with torch.autocast(logits.device.type, enabled=False):
+        return nn.functional.ctc_loss(
+            log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1),
+            labels.to(logits.device),  # int64 labels keep torch off cuDNN's kernel
+            n_frames,
+            n_labels,
+            blank=blank,
+            reduction=config.ctc_loss_reduction,
+            zero_infinity=config.ctc_zero_infinity,
+        )
+
+
+# %% ../../nbs/model/ctc.ipynb #fc8e3f5d
 @model_output
 class CausalLMOutput(ModelOutput):
     """What the CTC head returns.
 
     Attributes:
         loss: Scalar in fp32, or `[B]` with `ctc_loss_reduction="none"`; None without labels.
-        logits: `[B, T, V]`, scores of every token at every frame, before the softmax.
-        hidden_states: L + 1 tensors `[B, T, D]`, if asked for.
-        attentions: L maps `[B, H, T, T]`, if asked for.
+        logits: `[B, T, A]`, scores of every symbol at every frame, before the softmax.
+        hidden_states: L + 1 tensors `[B, T, D]`, if requested.
+        attentions: L maps `[B, H, T, T]`, if requested.
     """
 
     loss: Tensor | None = None
@@ -159,17 +183,11 @@ class CausalLMOutput(ModelOutput):
     attentions: tuple[Tensor | None, ...] | None = None
 
 
-# %% ../../nbs/model/ctc.ipynb #4ee57b07
+# %% ../../nbs/model/ctc.ipynb #ff94c408
 class Wav2Vec2ConformerForCTC(PreTrainedModel):
-    """The model and one linear layer that scores every token at every frame; trained with CTC on text alone.
+    """The model and a linear layer that scores every symbol at every frame; trained with CTC on text alone.
 
-    Args:
-        config: Every size and switch; `vocab_size` must be set, `pad_token_id` is the blank. Kept as
-            `model.config`; this blank, `ctc_loss_reduction` and `ctc_zero_infinity` are read at each call.
-        target_lang: Must be None: there are no language adapters for Conformer checkpoints.
-
-    Raises:
-        ValueError: No `vocab_size`, or a `target_lang`.
+    ValueError: `config.vocab_size` is None, or `target_lang` is not: Conformers have no language adapters.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig, target_lang: str | None = None) -> None:
@@ -181,34 +199,10 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
             raise refuse("vocab_size", None, allowed)
         self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
         self.dropout = nn.Dropout(config.final_dropout)
-        width = config.output_hidden_size if config.add_adapter else config.hidden_size
-        self.lm_head = nn.Linear(width, config.vocab_size)
+        self.lm_head = nn.Linear(
+            config.output_hidden_size if config.add_adapter else config.hidden_size, config.vocab_size
+        )
         self.init_weights()
-
-    def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The CTC loss of a batch in fp32, joined as the config says."""
-        config, (B, T, V) = self.config, logits.shape
-        check_labels(labels, B, V)
-        if (blank := config.pad_token_id) is None:
-            raise refuse("pad_token_id", None, "set: it is the number of the CTC blank")
-        if attention_mask is None:
-            n_frames = torch.full((B,), T, device=logits.device)
-        else:
-            n_frames = self._get_feat_extract_output_lengths(valid_lengths(attention_mask))
-        labels, n_labels = pack_labels(labels, blank)
-        if not config.ctc_zero_infinity:
-            check_feasible(min_input_length(labels, n_labels), n_labels, n_frames)
-        # the loss is taken in fp32; labels of type int64 keep torch off cuDNN's kernel
-        with torch.autocast(logits.device.type, enabled=False):
-            return nn.functional.ctc_loss(
-                log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1),
-                labels.to(logits.device),
-                n_frames,
-                n_labels,
-                blank=blank,
-                reduction=config.ctc_loss_reduction,
-                zero_infinity=config.ctc_zero_infinity,
-            )
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
         self,
@@ -220,27 +214,19 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         labels: Tensor | None = None,
         mask_time_indices: Tensor | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """Score the tokens of every frame; with labels, also say how far off they are.
+        """Score the symbols of every frame; with `labels` `[B, U]`, padded by -100 or blanks, also a loss.
 
-        Args:
-            input_values: `[B, S]` waveforms.
-            attention_mask: `[B, S]`, 1 = real sample, padding on the right.
-            output_attentions: Return the attention maps; None reads the config, as the next two do.
-            output_hidden_states: Return the hidden states.
-            return_dict: False returns a tuple of the filled fields.
-            labels: `[B, U]` token ids of the texts; -100 and the blank are passed over.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; None: drawn in training, as
-                the config says.
-
-        Raises:
-            ValueError: Labels outside the vocabulary or of a wrong shape; or (seen on the host only, and if
-                `ctc_zero_infinity` is off) rows with too few frames for their labels.
+        The other arguments are those of `Wav2Vec2ConformerModel`. ValueError: labels of a wrong shape,
+        outside the vocabulary, or (seen on the CPU, unless `ctc_zero_infinity`) too many for the frames.
         """
         base = self.wav2vec2_conformer(
             input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states, True
         )
-        logits = self.lm_head(self.dropout(base.last_hidden_state))
-        loss = None if labels is None else self._loss(logits, labels, attention_mask)
+        logits, loss = self.lm_head(self.dropout(base.last_hidden_state)), None
+        if labels is not None:
+            samples = None if attention_mask is None else valid_lengths(attention_mask)
+            n_frames = None if samples is None else self._get_feat_extract_output_lengths(samples)
+            loss = _joint_loss(logits, labels, n_frames, self.config)
         output = CausalLMOutput(loss, logits, base.hidden_states, base.attentions)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()

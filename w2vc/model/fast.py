@@ -27,7 +27,7 @@ from w2vc.model.features import (
 )
 
 from .attention import SelfAttention
-from .conformer import ConformerEncoder
+from .conformer import ConformerEncoder, run_blocks
 from .convolution import ConvolutionModule
 
 # %% auto #0
@@ -35,6 +35,7 @@ __all__ = [
     "FAST",
     "convolve_rows",
     "fold_group_norm",
+    "encode_block",
     "BlockwiseFeatureEncoder",
     "Packing",
     "PackedConvolutionModule",
@@ -61,8 +62,9 @@ def convolve_rows(frames: Tensor, conv: nn.Conv1d) -> Tensor:
 def fold_group_norm(windows: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Fold a group norm with one channel a group into the convolution of one utterance before it.
 
-    The convolution is linear: its outputs $w^T x$ have the mean $w^T m$ and the variance $w^T K w$, with the mean $m$ and the
-    covariance $K$ of the windows $x$, `[T, k]`, that the kernel sees. So the statistics need no output, and a bias cancels.
+    The convolution is linear: its outputs $w^T x$ have the mean $w^T m$ and the variance $w^T K w$, with the
+    mean $m$ and the covariance $K$ of the windows $x$, `[T, k]`, that the kernel sees. So the statistics need
+    no output, and a bias cancels.
 
     Returns:
         Kernel `[C, 1, k]` and bias `[C]` of the convolution that gives the normalised outputs.
@@ -80,13 +82,37 @@ def fold_group_norm(windows: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tup
 
 # %% ../../nbs/practice/speed.ipynb #322944e6
 def _records_graph() -> bool:
-    """Whether torch is recording a graph (compile, export, trace): loops over utterances would be unrolled into it."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    """Whether torch records a graph (compile, export, trace), into which loops over utterances unroll."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.compiler.is_compiling() or tracing
 
 
 # %% ../../nbs/practice/speed.ipynb #c1bb2321
+def encode_block(layers: nn.ModuleList, samples: Tensor, folded: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Run some samples of one utterance through all layers of a feature encoder, `[S]` -> `[T, C]`.
+
+    Args:
+        layers: Seven `ConvLayer`.
+        samples: As many as the frames wanted can see.
+        folded: Kernel and bias of the first layer with its group norm, from `fold_group_norm`; None if every
+            layer has a layer norm, which wants frames in rows.
+    """
+    first, *later = cast("list[ConvLayer]", list(layers))
+    if folded is None:
+        hidden = samples[:, None]  # [S, 1]
+        for layer in (first, *later):
+            rows = convolve_rows(hidden, layer.conv)
+            hidden = layer.activation(cast(nn.LayerNorm, layer.layer_norm)(rows))
+        return hidden
+    hidden = first.activation(functional.conv1d(samples[None, None], *folded, first.conv.stride))
+    for layer in later:
+        hidden = layer(hidden)  # [1, C, T]
+    return hidden[0].T
+
+
+# %% ../../nbs/practice/speed.ipynb #5962096e
 class BlockwiseFeatureEncoder(FeatureEncoder):
-    """Encode each utterance alone, 100 frames at a time: what seven layers hold of them fits in a processor's cache."""
+    """Encode each utterance alone, 100 frames at a time, so that what the layers hold fits in a cache."""
 
     block = 100  # frames, two seconds
 
@@ -106,40 +132,28 @@ class BlockwiseFeatureEncoder(FeatureEncoder):
         kernels, strides = self.config.conv_kernel, self.config.conv_stride
         T = conv_output_lengths(len(samples), kernels, strides)
         width, hop = receptive_field(kernels, strides)
-        first = cast(ConvLayer, self.conv_layers[0])
-        folded = None
+        first, folded = cast(ConvLayer, self.conv_layers[0]), None
         if T > 0 and isinstance(first.layer_norm, MaskedGroupNorm):
-            folded = fold_group_norm(samples.unfold(0, kernels[0], strides[0]), first.conv, first.layer_norm)
+            windows = samples.unfold(0, kernels[0], strides[0])
+            folded = fold_group_norm(windows, first.conv, first.layer_norm)
         blocks = []
         for start in range(0, T, self.block):
             seen = samples[start * hop : (min(start + self.block, T) - 1) * hop + width]
+            inputs = self.conv_layers, seen, folded
             if self.gradient_checkpointing and self.training:
-                blocks.append(checkpoint(self.encode_block, seen, folded, use_reentrant=False))
+                blocks.append(checkpoint(encode_block, *inputs, use_reentrant=False))
             else:
-                blocks.append(self.encode_block(seen, folded))
+                blocks.append(encode_block(*inputs))
         return torch.cat(blocks) if blocks else samples.new_zeros(0, self.config.conv_dim[-1])
-
-    def encode_block(self, samples: Tensor, folded: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Run some samples through all layers, `[S]` -> `[T, C]`; a group norm is folded into the first kernel and bias."""
-        first, *later = cast("list[ConvLayer]", list(self.conv_layers))
-        if folded is None:  # a layer norm everywhere, which wants frames in rows
-            hidden = samples[:, None]  # [S, 1]
-            for layer in (first, *later):
-                rows = convolve_rows(hidden, layer.conv)
-                hidden = layer.activation(cast(nn.LayerNorm, layer.layer_norm)(rows))
-            return hidden
-        hidden = first.activation(functional.conv1d(samples[None, None], *folded, first.conv.stride))
-        for layer in later:
-            hidden = layer(hidden)  # [1, C, T]
-        return hidden[0].T
 
 
 # %% ../../nbs/practice/speed.ipynb #7884db58
 class Packing:
-    """Where the utterances lie in a batch that is kept without its padding, one after the other: `[1, R, ...]`.
+    """Where the utterances lie in a batch that is kept without its padding, in one row: `[1, R, ...]`.
 
-    A layer that looks at one frame at a time (linear, norm) takes a packed batch for one long utterance, and does no work
-    on padding. A layer that mixes frames has to keep the utterances apart. `mask` is `[B, T]` bool, True = real frame (`R` are).
+    A layer that looks at one frame at a time (linear, norm) takes a packed batch for one long utterance, and
+    does no work on padding. A layer that mixes frames has to keep the utterances apart. `mask` is `[B, T]`
+    bool, True = real frame (`R` are).
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -158,7 +172,7 @@ class Packing:
 
     @staticmethod
     def helps(mask: Tensor) -> bool:
-        """Whether the frames can be packed: padding, on the right alone, and two frames at least, for a batch norm."""
+        """Whether frames can be packed: padding on the right alone, and two real frames at least."""
         ordered = (mask[:, 1:] <= mask[:, :-1]).all()
         return bool(ordered and not mask.all() and mask.sum() > 1)
 
@@ -175,17 +189,15 @@ class PackedConvolutionModule(ConvolutionModule):
         return self.batch_norm(frame_mask.pack(x.mT).mT, None)
 
 
-# %% ../../nbs/practice/speed.ipynb #59ab7a77
+# %% ../../nbs/practice/speed.ipynb #5fd12b94
 class FastSelfAttention(SelfAttention):
     """Let one utterance of a packed batch attend after the other, and long ones in blocks of queries."""
 
     most_bytes = 2**26  # that the position scores of one block of queries may take
     fewest = 32  # queries in a block: with fewer, products are slow
 
-    def mix(  # noqa: PLR0917
-        self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any, distance_keys: Tensor | None,
-        output_attentions: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any,  # noqa: PLR0917
+        distance_keys: Tensor | None, output_attentions: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Do what `SelfAttention` does."""
         if isinstance(frame_mask, Packing):
             return self.mix_packed((query, key, value), frame_mask, distance_keys), None
@@ -206,13 +218,10 @@ class FastSelfAttention(SelfAttention):
             mixed.append(self.mix(q, k, v, None, near, False)[0])
         return torch.cat(mixed, dim=2)
 
-    def mix_in_blocks(
-        self, size: int, query: Tensor, heard: tuple[Any, ...], distance_keys: Tensor
-    ) -> Tensor:
+    def mix_in_blocks(self, size: int, query: Tensor, heard: Sequence[Any], distance_keys: Tensor) -> Tensor:
         """Mix for `size` queries at a time; a block of n meets the `n + T - 1` distances that it can see."""
-        T, plain = query.shape[2], super().mix
+        T, plain, blocks = query.shape[2], super().mix, []
         mixed = None if torch.is_grad_enabled() else torch.empty_like(heard[1])
-        blocks = []
         for first in range(0, T, size):
             after = min(first + size, T)
             inputs = query[:, :, first:after], *heard, distance_keys[:, T - after : 2 * T - 1 - first], False
@@ -231,19 +240,17 @@ class PackedConformerEncoder(ConformerEncoder):
         self, hidden: Tensor, frame_mask: Tensor | None = None, output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> Any:  # fmt: skip
-        """Do what `ConformerEncoder` does, `[B, T, D]` -> `[B, T, D]`; who wants maps, hidden states or a graph gets the padded batch."""
+        """Do what `ConformerEncoder` does, `[B, T, D]` -> `[B, T, D]`; with the padding if more is wanted."""
         padded = output_attentions or output_hidden_states or not self.config.padding_invariant
         if padded or frame_mask is None or _records_graph() or not Packing.helps(frame_mask):
             return super().forward(hidden, frame_mask, output_attentions, output_hidden_states)
         packing, positions = Packing(frame_mask.to(hidden.device)), None
         if self.embed_positions is not None:
             positions = self.embed_positions(hidden.shape[1], hidden.device, hidden.dtype)
-        if isinstance(
-            positions, tuple
-        ):  # rotary: each frame keeps its place in its utterance, [T, K] -> [R, K]
+        if isinstance(positions, tuple):  # rotary: each frame keeps its place, [T, K] -> [R, K]
             cos, sin = (packing.pack(x.expand(len(hidden), -1, -1))[0] for x in positions)
             positions = cos, sin
-        last, _, _ = self.run_blocks(packing.pack(hidden), cast(Tensor, packing), positions, False, False)
+        last, _, _ = run_blocks(self, packing.pack(hidden), cast(Tensor, packing), positions)
         return packing.unpack(last), None, None
 
     def zero_padding(self, hidden: Tensor, frame_mask: Any) -> Tensor:
@@ -263,8 +270,8 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 def _is_untouched(part: nn.Module) -> bool:
     """Whether a part has no hook, no replaced `forward` and no foreign module, itself or inside.
 
-    A fast form calls the modules inside it in another way, or with other shapes; only ours, torch's own and torch's linear
-    layers of 8 bits are known to bear that, and of ours no subclass of a part that has a fast form.
+    A fast form calls the modules inside it in another way, or with other shapes; only ours, torch's own and
+    torch's linear layers of 8 bits are known to work so, and of ours no subclass of a part with a fast form.
     """
     linears = "torch.ao.nn.quantized.dynamic.modules.linear", "torch.ao.nn.quantized.modules.linear"
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -292,10 +299,10 @@ _log = logging.getLogger(__name__)
 
 
 def speed_up(model: _Model) -> _Model:
-    """Give each part of a model its faster form, in place, and return the model: parameters, state and names stay.
+    """Give each part of a model its faster form, in place, and return the model; parameters and names stay.
 
-    Results stay the same to rounding. A part that has hooks, or that is or holds a module of a foreign class, is left as it is.
-    What runs is logged in one line.
+    Results stay the same to rounding. A part that has hooks, or that is or holds a module of a foreign class,
+    is left as it is. What runs is logged in one line.
     """
     for part in [part for part in model.modules() if type(part) in FAST and _is_untouched(part)]:
         part.__class__ = FAST[type(part)]
@@ -314,7 +321,7 @@ def slow_down(model: _Model) -> _Model:
 # %% ../../nbs/practice/speed.ipynb #f0a3b1c2
 @contextmanager
 def _other_forms(model: nn.Module, swap: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
-    """Swap the forms of a model's parts for a while; the last of several users, such as threads, puts back what was there."""
+    """Swap the forms of a model's parts for a while; the last of several users puts back what was there."""
     with _lock:
         users, before = _users.get(model, (0, []))
         if users == 0:
@@ -334,17 +341,16 @@ def _other_forms(model: nn.Module, swap: Callable[[nn.Module], nn.Module]) -> It
 
 
 _lock = threading.Lock()
-_users: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, type]]]] = (
-    weakref.WeakKeyDictionary()
-)
+_Before = list[tuple[nn.Module, type]]  # each part of a model and the form it had
+_users: weakref.WeakKeyDictionary[nn.Module, tuple[int, _Before]] = weakref.WeakKeyDictionary()
 
 
 def fast_forms(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which a model on a CPU runs in its fast forms (`speed_up`); afterwards each part is what it was."""
+    """A context in which a model on a CPU runs in its fast forms; then each part is what it was."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     return _other_forms(model, speed_up) if on_cpu else nullcontext()
 
 
 def plain_forms(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which a model runs in its plain forms, for who looks inside; afterwards each part is what it was."""
+    """A context in which a model runs in its plain forms, to look inside; then each part is what it was."""
     return _other_forms(model, slow_down)

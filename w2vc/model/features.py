@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self, overload
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import Wav2Vec2ConformerConfig, get_activation
+
+_Lengths = TypeVar("_Lengths", int, Tensor)
 
 # %% auto #0
 __all__ = [
@@ -33,8 +35,6 @@ __all__ = [
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
     """Measure how many samples one frame sees, and how many samples apart two frames start.
 
-    Frame `t` sees samples `hop * t` to `hop * t + width - 1`.
-
     Args:
         kernels: kernel size of each layer, first layer first.
         strides: stride of each layer.
@@ -49,20 +49,14 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int
     return width, hop
 
 
-# %% ../../nbs/model/features.ipynb #3b423876
-@overload
-def conv_output_lengths(lengths: int, kernels: Sequence[int], strides: Sequence[int]) -> int: ...
-@overload
-def conv_output_lengths(lengths: Tensor, kernels: Sequence[int], strides: Sequence[int]) -> Tensor: ...
-def conv_output_lengths(
-    lengths: Tensor | int, kernels: Sequence[int], strides: Sequence[int]
-) -> Tensor | int:
+# %% ../../nbs/model/features.ipynb #788898f2
+def conv_output_lengths(lengths: _Lengths, kernels: Sequence[int], strides: Sequence[int]) -> _Lengths:
     """Count the frames that a stack of unpadded convolutions makes of so many samples.
 
     Args:
         lengths: samples, one number or a tensor of any shape with an integer dtype.
         kernels: kernel size of each layer, first layer first.
-        strides: stride of each layer.
+        strides: stride of each layer; as many as kernels, else a `ValueError`.
 
     Returns:
         Frames, in the form of `lengths`; 0 where the input is shorter than the receptive field.
@@ -82,7 +76,7 @@ class FrameClock(NamedTuple):
 
     @classmethod
     def of(cls, config: Wav2Vec2ConformerConfig | None, rate: int = 16_000, *, adapter: bool = False) -> Self:
-        """The clock of a model's frames, with `adapter` of those behind its adapter; None: of the published models."""
+        """Times of a model's frames, with `adapter` those behind its adapter; None: the published sizes."""
         if config is None:
             return cls(rate=rate)
         width, hop = receptive_field(config.conv_kernel, config.conv_stride)
@@ -105,7 +99,7 @@ class FrameClock(NamedTuple):
         return max(round((seconds - self.middle()) / self.step), 0)
 
     def span(self, start: float, end: float, seconds: float | None = None) -> tuple[float, float]:
-        """Seconds that the frames `start` to `end - 1` stand for, within the audio's own `seconds`, if known."""
+        """Seconds that the frames `start` to `end - 1` stand for, within the audio's `seconds`, if known."""
         last = math.inf if seconds is None else seconds
         first, after = (max(0.0, min(self.middle(t - 0.5), last)) for t in (start, end))
         return first, after
@@ -211,9 +205,8 @@ def valid_lengths(attention_mask: Tensor) -> Tensor:
 class FeatureEncoder(nn.Module):
     """Turn samples into latent frames by a stack of strided convolutions (wav2vec 2.0, section 2).
 
-    No layer pads, so a frame sees its receptive field and nothing else. The one leak is the group norm of
-    `feat_extract_norm="group"`, whose statistics run over time: given `lengths`, and with
-    `config.padding_invariant`, they cover the valid frames of each row alone.
+    No layer pads, so a frame sees its receptive field alone. The one leak is group norm, whose statistics run
+    over time: given `lengths`, and with `config.padding_invariant`, they cover the valid frames of each row.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:

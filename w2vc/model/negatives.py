@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["negatives_from_noise", "sample_negative_indices"]
 
 
-# %% ../../nbs/model/negatives.ipynb #66721e69
+# %% ../../nbs/model/negatives.ipynb #f598f38a
 def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     """Turn noise into negatives: other masked frames of the same utterance, all equally likely (Eq. 1).
 
@@ -20,20 +20,20 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     do not depend on the other rows of the batch.
 
     Args:
-        noise: `[A, N]` float32 in [0, 1), a row for each masked frame, in the order of `mask.nonzero()`.
+        noise: `[R, N]` float32 in [0, 1), a row for each masked frame, in the order of `mask.nonzero()`.
         mask: `[B, T]` bool, True = masked.
 
     Returns:
         `[B, T, N]` int32, numbers of frames in the flattened batch `[B * T]`.
     """
     B, T = mask.shape
-    masked = mask.flatten().nonzero()[:, 0]  # [A] the masked frames of all rows in one list
+    masked = mask.flatten().nonzero()[:, 0]  # [R] the masked frames of all rows in one list
     row = masked // T
     counts = mask.sum(1)  # [B]
-    first = (counts.cumsum(0) - counts)[row]  # [A] where the row's stretch of the list begins
-    own = (torch.arange(len(masked), device=mask.device) - first)[:, None]  # [A, 1] own place in it
-    others = (counts[row] - 1)[:, None]  # [A, 1]
-    u = (noise * others).long()  # [A, N] rounds down: 0 .. others - 1
+    first = (counts.cumsum(0) - counts)[row]  # [R] where the row's segment of the list begins
+    own = (torch.arange(len(masked), device=mask.device) - first)[:, None]  # [R, 1] own place in it
+    others = (counts[row] - 1)[:, None]  # [R, 1]
+    u = (noise * others).long()  # [R, N] rounds down: 0 .. others - 1
     place = u + ((u >= own) & (others > 0))  # Eq. 1: step over the frame itself; a lone one gets itself
     negatives = (T * torch.arange(B, device=mask.device))[:, None, None].repeat(1, T, noise.shape[1])
     negatives[mask] = masked[first[:, None] + place]
@@ -58,8 +58,7 @@ def sample_negative_indices(
 
     Returns:
         `[B, T, N]` int32 on the device of the mask: numbers of frames in the flattened batch `[B * T]`. A
-        visible frame gets its row's first frame, which the loss ignores. A row's only masked frame gets
-        itself, a duplicate of the positive, which the loss leaves out.
+        visible frame gets its row's first frame, which the loss ignores; a row's only masked frame itself.
 
     Raises:
         ValueError: a mask of another shape or type, or fewer than one negative.
@@ -77,6 +76,6 @@ def sample_negative_indices(
         )
     mask = mask != 0
     device = mask.device if generator is None else generator.device
-    shape = (int(mask.sum()), num_negatives)
+    shape = (int(mask.sum()), num_negatives)  # [R, N]
     noise = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
     return negatives_from_noise(noise.to(mask.device), mask)

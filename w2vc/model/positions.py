@@ -21,22 +21,20 @@ __all__ = [
     "rotate_half",
     "apply_rotary",
     "RotaryPositions",
+    "make_positions",
     "WeightNormConv1d",
     "ConvolutionalPositions",
-    "make_positions",
 ]
 
 
-# %% ../../nbs/model/positions.ipynb #44fcd231
+# %% ../../nbs/model/positions.ipynb #09945eba
 class RelativePositions(nn.Module):
     """One row of sines and cosines per distance between two frames, the largest positive distance first.
 
     Row `r` stands for the distance `i - j = T - 1 - r` of a query `i` and a key `j`. The table is computed in
-    float32 and cast last. There is nothing to save, and no longest utterance: `max_source_positions` is not a
-    limit.
+    float32 and cast last. Nothing is saved, and `max_source_positions` is no limit.
 
-    Source: Transformer-XL (Dai et al., 2019), section 3.3; the frequencies of Vaswani et al. (2017), section
-    3.5.
+    Source: Transformer-XL (Dai et al., 2019), section 3.3; frequencies of Vaswani et al. (2017), section 3.5.
 
     Args:
         config: Reads `hidden_size`.
@@ -126,7 +124,8 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
-        self.width, self.base = config.hidden_size // config.num_attention_heads, config.rotary_embedding_base
+        self.width = config.hidden_size // config.num_attention_heads
+        self.base = config.rotary_embedding_base
         self.register_buffer("inv_freq", rotary_frequencies(self.width, self.base))
 
     def forward(self, n_frames: int, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -137,12 +136,22 @@ class RotaryPositions(nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-# %% ../../nbs/model/positions.ipynb #0192f208
+# %% ../../nbs/model/positions.ipynb #1d82190c
+Positions = Tensor | tuple[Tensor, Tensor] | None  # what attention is given: a table, (cos, sin), or nothing
+
+
+def make_positions(config: Wav2Vec2ConformerConfig) -> RelativePositions | RotaryPositions | None:
+    """Build the positions that `config.position_embeddings_type` names; the config has checked the name."""
+    if config.position_embeddings_type == "relative":
+        return RelativePositions(config)
+    return RotaryPositions(config) if config.position_embeddings_type == "rotary" else None
+
+
+# %% ../../nbs/model/positions.ipynb #f0f0f4d6
 class WeightNormConv1d(nn.Module):
     """A convolution whose kernel is, at each of its places, a direction times a length.
 
-    The parameters have the names that torch's own weight norm gives them, and the checkpoints with it.
-    Torch's changes the class of a module, which then cannot be pickled.
+    Torch's own weight norm has these names too, but changes a module's class, which then cannot be pickled.
 
     Source: Salimans and Kingma (2016), Eq. 2.
     """
@@ -164,12 +173,11 @@ class WeightNormConv1d(nn.Module):
         return nn.functional.conv1d(x, kernel, self.bias, padding=kernel.shape[2] // 2, groups=self.groups)
 
 
-# %% ../../nbs/model/positions.ipynb #d1eef6d3
+# %% ../../nbs/model/positions.ipynb #6844e67a
 class ConvolutionalPositions(nn.Module):
     """The convolutional positions of plain wav2vec 2.0: part of every Conformer checkpoint, used by none.
 
-    The Conformer inherited this layer and never calls it. It is built so that checkpoints load completely,
-    and its parameters ask for no gradient, so that distributed training does not wait for one.
+    Its parameters ask for no gradient, so that distributed training does not wait for one.
 
     Source: wav2vec 2.0 (Baevski et al., 2020), section 2.
 
@@ -189,14 +197,3 @@ class ConvolutionalPositions(nn.Module):
         """Map `[B, T, D]` to `[B, T, D]`: what a model with such positions would add to its frames."""
         mixed = self.conv(hidden.transpose(1, 2))  # [B, D, T], or T + 1 if the kernel is even
         return self.activation(mixed[..., : hidden.shape[1]]).transpose(1, 2)
-
-
-# %% ../../nbs/model/positions.ipynb #1d82190c
-Positions = Tensor | tuple[Tensor, Tensor] | None  # what attention is given: a table, (cos, sin), or nothing
-
-
-def make_positions(config: Wav2Vec2ConformerConfig) -> RelativePositions | RotaryPositions | None:
-    """Build the positions that `config.position_embeddings_type` names; the config has checked the name."""
-    if config.position_embeddings_type == "relative":
-        return RelativePositions(config)
-    return RotaryPositions(config) if config.position_embeddings_type == "rotary" else None

@@ -22,6 +22,7 @@ __all__ = [
     "contrastive_logits",
     "contrastive_loss",
     "diversity_loss",
+    "pretraining_losses",
     "Wav2Vec2ConformerForPreTrainingOutput",
     "Wav2Vec2ConformerForPreTraining",
 ]
@@ -43,7 +44,7 @@ def contrastive_logits(
         states: `[B, T, P]` projected context states.
         targets: `[B, T, P]` projected quantized frames.
         negatives: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`, of the frame's
-            own utterance. Only the place in the utterance is read: `check_pretraining` refuses other frames.
+            own utterance. Only the place in the utterance is read; `check_pretraining` rejects other frames.
         codes: `[B, T, G]` integers, the codes of the targets.
         temperature: above 0.
 
@@ -95,16 +96,43 @@ def contrastive_loss(
 def diversity_loss(perplexity: Tensor, mask: Tensor, num_codes: int) -> Tensor:
     """Share of the codebook left unused, times the number of masked frames: 0 when all codes are used alike.
 
+    Source: wav2vec 2.0 (section 3.2) maximises the entropy; this is the form of the authors' code, fairseq.
+
     Args:
         perplexity: scalar, between `G` and `G * V` (`codebook_perplexity`).
         mask: `[B, T]` bool or any int type.
         num_codes: `G * V`.
 
     Returns:
-        A scalar. wav2vec 2.0 (section 3.2) maximises the entropy; `(GV - perplexity) / GV` is the form that
-        fairseq and transformers train with.
+        A scalar.
     """
     return (num_codes - perplexity) / num_codes * (mask != 0).sum()
+
+
+# %% ../../nbs/model/pretraining.ipynb #bf4a5378
+def pretraining_losses(  # noqa: PLR0917
+    states: Tensor, targets: Tensor, codes: Tensor, perplexity: Tensor, mask: Tensor | None,
+    negatives: Tensor | None, config: Wav2Vec2ConformerConfig,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Add the contrastive and the weighted diversity loss, both summed over the masked frames.
+
+    Shapes are those of `contrastive_loss`; `perplexity` is a scalar. `config` gives temperature and weight.
+
+    Returns:
+        Whole loss, contrastive loss and diversity loss, scalars; three Nones without negatives.
+
+    Raises:
+        ValueError: negatives without a mask, with an adapter, or not of the frame's own utterance.
+    """
+    if negatives is None:
+        return None, None, None
+    check_pretraining(mask, negatives, targets.shape[:2], config)
+    mask = cast(Tensor, mask)  # None was rejected
+    temperature = config.contrastive_logits_temperature
+    contrastive = contrastive_loss(states, targets, negatives, mask, codes, temperature=temperature)
+    num_codes = config.num_codevector_groups * config.num_codevectors_per_group
+    diversity = diversity_loss(perplexity, mask, num_codes)
+    return contrastive + config.diversity_loss_weight * diversity, contrastive, diversity
 
 
 # %% ../../nbs/model/pretraining.ipynb #e9463fc8
@@ -118,8 +146,8 @@ class Wav2Vec2ConformerForPreTrainingOutput(ModelOutput):
         projected_states: `[B, T, P]`, what the model says about each frame.
         projected_quantized_states: `[B, T, P]`, the projected code vectors of every frame.
         codevector_perplexity: scalar, how many codes are in use at the masked frames.
-        hidden_states: L + 1 tensors `[B, T, D]`, if asked for.
-        attentions: L maps `[B, H, T, T]`, if asked for.
+        hidden_states: L + 1 tensors `[B, T, D]`, on request.
+        attentions: L maps `[B, H, T, T]`, on request.
         contrastive_loss: scalar, or None without negatives.
         diversity_loss: scalar, or None without negatives.
     """
@@ -136,11 +164,7 @@ class Wav2Vec2ConformerForPreTrainingOutput(ModelOutput):
 
 # %% ../../nbs/model/pretraining.ipynb #3832e0a6
 class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
-    """The model, the quantizer, and the loss that makes one predict the other.
-
-    Args:
-        config: every size and switch; kept as `model.config` and read at each call.
-    """
+    """The model, the quantizer, and the loss that makes one predict the other; `config` holds every size."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
@@ -156,54 +180,25 @@ class Wav2Vec2ConformerForPreTraining(PreTrainedModel):
         self.quantizer.set_temperature(temperature)
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        mask_time_indices: Tensor | None = None,
-        sampled_negative_indices: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        self, input_values: Tensor, attention_mask: Tensor | None = None,
+        mask_time_indices: Tensor | None = None, sampled_negative_indices: Tensor | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Wav2Vec2ConformerForPreTrainingOutput | tuple[Any, ...]:
-        """Mask frames, predict their codes, and score the prediction against negatives.
+    ) -> Wav2Vec2ConformerForPreTrainingOutput | tuple[Any, ...]:  # fmt: skip
+        """Mask frames of waveforms `[B, S]`, predict their codes, and score the prediction against negatives.
 
-        Args:
-            input_values: `[B, S]` waveforms.
-            attention_mask: `[B, S]`, 1 = real sample.
-            mask_time_indices: `[B, T]` bool or any int type, True = frame to mask and to score.
-            sampled_negative_indices: `[B, T, N]` integers, numbers of frames in the flattened batch `[B * T]`
-                (`sample_negative_indices`). With them comes the loss.
-            output_attentions: return the attention maps; None reads the config, as the next two do.
-            output_hidden_states: return the hidden states.
-            return_dict: False returns a tuple of the filled fields.
-
-        Returns:
-            `Wav2Vec2ConformerForPreTrainingOutput`, or its tuple.
-
-        Raises:
-            ValueError: if negatives come without `mask_time_indices`, do not fit the frames, or meet an
-                adapter.
+        `mask_time_indices` `[B, T]`: non-zero = mask this frame, and score it. `sampled_negative_indices`, of
+        `sample_negative_indices`, bring the loss; a ValueError if they do not fit. For others see the base.
         """
         base = self.wav2vec2_conformer(
             input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states, True
         )
         states = self.project_hid(base.last_hidden_state)
         features = self.dropout_features(base.extract_features)
-        vectors, perplexity, codes = self.quantizer(features, mask_time_indices, return_codes=True)
+        vectors, used, codes = self.quantizer(features, mask_time_indices, return_codes=True)
         targets = self.project_q(vectors.to(self.project_q.weight.dtype))
-        loss = contrastive = diversity = None
-        if sampled_negative_indices is not None:
-            negatives, config = sampled_negative_indices, self.config
-            check_pretraining(mask_time_indices, negatives, targets.shape[:2], config)
-            mask = cast(Tensor, mask_time_indices)  # None was refused
-            contrastive = contrastive_loss(
-                states, targets, negatives, mask, codes, temperature=config.contrastive_logits_temperature
-            )
-            num_codes = config.num_codevector_groups * config.num_codevectors_per_group
-            diversity = diversity_loss(perplexity, mask, num_codes)
-            loss = contrastive + config.diversity_loss_weight * diversity
-        output = Wav2Vec2ConformerForPreTrainingOutput(
-            loss, states, targets, perplexity, base.hidden_states, base.attentions, contrastive, diversity
-        )
-        as_output = self.config.return_dict if return_dict is None else return_dict
-        return output if as_output else output.to_tuple()
+        mask, negatives = mask_time_indices, sampled_negative_indices
+        loss, *parts = pretraining_losses(states, targets, codes, used, mask, negatives, self.config)
+        fields = loss, states, targets, used, base.hidden_states, base.attentions, *parts
+        output, as_output = Wav2Vec2ConformerForPreTrainingOutput(*fields), self.config.return_dict
+        return output if (as_output if return_dict is None else return_dict) else output.to_tuple()

@@ -12,7 +12,14 @@ from torch.nn.functional import one_hot
 from ..config import Wav2Vec2ConformerConfig
 
 # %% auto #0
-__all__ = ["gumbel_relaxed", "straight_through", "codebook_perplexity", "GumbelVectorQuantizer"]
+__all__ = [
+    "gumbel_relaxed",
+    "straight_through",
+    "read_codebooks",
+    "codebook_perplexity",
+    "choose_codes",
+    "GumbelVectorQuantizer",
+]
 
 
 # %% ../../nbs/model/quantizer.ipynb #20c6c2b2
@@ -44,6 +51,23 @@ def straight_through(soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())  # the bracket is exactly 0, and carries the gradient
 
 
+# %% ../../nbs/model/quantizer.ipynb #6c0f3345
+def read_codebooks(choice: Tensor, codevectors: Tensor) -> Tensor:
+    """Read the chosen row of each group's codebook, and put the groups side by side.
+
+    Args:
+        choice: `[B * T, G, V]`, one-hot.
+        codevectors: `[1, G * V, d]`, the codebooks below each other.
+
+    Returns:
+        `[B * T, G * d]`, in the dtype of the codebooks (wav2vec 2.0, section 2).
+    """
+    _, G, V = choice.shape
+    table = codevectors.view(G, V, -1)
+    with torch.autocast(choice.device.type, enabled=False):  # 16 bits would round the rows
+        return torch.einsum("tgv,gvd->tgd", choice.to(table.dtype), table).flatten(1)
+
+
 # %% ../../nbs/model/quantizer.ipynb #99aae6ad
 def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """How many codes are in use: the exponential of the entropy of the average distribution, over all groups.
@@ -52,46 +76,59 @@ def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     no frame there is nothing to average: the result is then `G`, with a gradient of zero.
 
     Args:
-        probs: `[F, G, V]` fp32, a distribution over the codes for each frame and group (soft, or one-hot).
-        mask: `[F]` of bool or any int type, True = count this frame; None counts all.
+        probs: `[..., G, V]` fp32, a distribution over the codes for each frame and group (soft, or one-hot).
+        mask: `[...]` of bool or any int type, non-zero = count this frame; None counts all.
 
     Returns:
         A scalar (wav2vec 2.0, section 3.2: the diversity loss raises it).
+
+    Raises:
+        ValueError: a mask that has not one value per frame.
     """
-    counted = probs.new_ones(len(probs)) if mask is None else (mask != 0).to(probs.dtype)  # [F]
+    if mask is not None and mask.shape != probs.shape[:-2]:
+        came, expected = tuple(mask.shape), tuple(probs.shape[:-2])
+        raise ValueError(f"the mask (mask_time_indices) has shape {came}, expected {expected}: one per frame")
+    probs = probs.flatten(0, -3)  # [B * T, G, V]
+    counted = probs.new_ones(len(probs)) if mask is None else (mask != 0).flatten().to(probs.dtype)
     average = (counted[:, None, None] * probs).sum(0) / counted.sum().clamp(min=1)  # [G, V]
     # the clamp changes no value (p log p is 0 there) but keeps the gradient of an unused code finite
     logs = average.clamp(min=torch.finfo(average.dtype).tiny).log()
     return (-(average * logs).sum(-1)).exp().sum()
 
 
-# %% ../../nbs/model/quantizer.ipynb #8d96669d
-class GumbelVectorQuantizer(nn.Module):
-    """A product quantizer: `G` codebooks of `V` codes, with noise in training, by the best score in eval.
-
-    wav2vec 2.0 (Baevski et al., 2020), section 2 and equation 1. Attribute names equal the checkpoints' keys.
+# %% ../../nbs/model/quantizer.ipynb #977b3f12
+def choose_codes(logits: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
+    """Choose a code for each frame and group: a draw with Gumbel noise, or the best score.
 
     Args:
-        config: reads `conv_dim[-1]` (width of the features), `num_codevector_groups`,
-            `num_codevectors_per_group` and `codevector_dim`.
+        logits: `[..., V]` fp32.
+        temperature: above 0 for a draw; None for the best score, without noise and without a gradient.
+
+    Returns:
+        The choice, one-hot `[..., V]`, and the distribution whose perplexity counts the codes in use: with
+        noise the softmax of the scores, which has a gradient; without it the choice itself.
     """
+    if temperature is None:
+        best = one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        return best, best
+    return straight_through(gumbel_relaxed(logits, temperature)), logits.softmax(-1)
+
+
+# %% ../../nbs/model/quantizer.ipynb #8d96669d
+class GumbelVectorQuantizer(nn.Module):
+    """`G` codebooks of `V` codes, chosen by scores, with noise in training (wav2vec 2.0, section 2)."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__()
         G, V = config.num_codevector_groups, config.num_codevectors_per_group
         self.num_groups, self.num_vars, self.temperature = G, V, 2.0
         self.weight_proj = nn.Linear(config.conv_dim[-1], G * V)
-        self.codevectors = nn.Parameter(torch.empty(1, G * V, config.codevector_dim // G))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start with wide scores, weights from N(0, 1), and code vectors from U(0, 1)."""
         nn.init.normal_(self.weight_proj.weight)
         nn.init.zeros_(self.weight_proj.bias)
-        nn.init.uniform_(self.codevectors)
+        self.codevectors = nn.Parameter(torch.rand(1, G * V, config.codevector_dim // G))
 
     def set_temperature(self, temperature: float) -> None:
-        """Set the Gumbel temperature (above 0); training lowers it, for instance from 2 to 0.5."""
+        """Set the Gumbel temperature, a finite number above 0 (else a ValueError)."""
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature={temperature} must be a finite number above 0")
         self.temperature = float(temperature)
@@ -108,33 +145,12 @@ class GumbelVectorQuantizer(nn.Module):
     def forward(
         self, features: Tensor, mask_time_indices: Tensor | None = None, return_codes: bool = False
     ) -> tuple[Tensor, ...]:
-        """Quantize every frame; measure the codes in use at the masked frames.
+        """Quantize `[B, T, C]`: vectors `[B, T, codevector_dim]`, perplexity, codes `[B, T, G]` if wanted.
 
-        Args:
-            features: `[B, T, C]` latent frames before the encoder (never masked).
-            mask_time_indices: `[B, T]` bool or any int type, True = masked. Only these frames enter the
-                perplexity; None counts all.
-            return_codes: also return the codes used, `[B, T, G]` long (drawn with noise in training).
-
-        Returns:
-            Code vectors `[B, T, codevector_dim]`, and the perplexity (scalar): in training that of the
-            softmax (no noise, no temperature; it has a gradient), in eval that of the chosen codes.
-
-        Raises:
-            ValueError: if the mask's shape is not `[B, T]`.
+        Only frames whose `mask_time_indices` `[B, T]` is not 0 count in the perplexity; None counts all.
         """
         B, T, _ = features.shape
-        if mask_time_indices is not None and mask_time_indices.shape != (B, T):
-            came = tuple(mask_time_indices.shape)
-            raise ValueError(f"mask_time_indices has shape {came}, expected (batch, frames) = {(B, T)}")
-        logits = self.logits(features)  # [F, G, V] with F = B * T
-        if self.training:
-            probs, choice = logits.softmax(-1), straight_through(gumbel_relaxed(logits, self.temperature))
-        else:
-            probs = choice = one_hot(logits.argmax(-1), self.num_vars).to(logits.dtype)
-        table = self.codevectors.view(self.num_groups, self.num_vars, -1)  # [G, V, d]
-        with torch.autocast(features.device.type, enabled=False):  # 16 bits would round the rows
-            vectors = torch.einsum("fgv,gvd->fgd", choice.to(table.dtype), table)
-        mask = None if mask_time_indices is None else mask_time_indices.flatten()
-        output = vectors.reshape(B, T, -1), codebook_perplexity(probs, mask)
-        return (*output, choice.argmax(-1).view(B, T, self.num_groups)) if return_codes else output
+        choice, probs = choose_codes(self.logits(features), self.temperature if self.training else None)
+        vectors = read_codebooks(choice, self.codevectors).view(B, T, -1)
+        output = vectors, codebook_perplexity(probs.view(B, T, *probs.shape[1:]), mask_time_indices)
+        return (*output, choice.argmax(-1).view(B, T, -1)) if return_codes else output

@@ -33,7 +33,7 @@ __all__ = [
 
 # %% ../../nbs/model/speaker.ipynb #8a14ceba
 def cosine_score(one: Tensor, other: Tensor) -> Tensor:
-    """How alike two voices are: the cosine of the angle between vectors `[..., D]`, in -1..1 and fp32 at least.
+    """How alike two voices are: the cosine of the angle between vectors `[..., D]`, in -1..1, fp32 at least.
 
     The other axes broadcast, so that `cosine_score(a[:, None], b)` compares all with all.
     """
@@ -101,7 +101,7 @@ def effective_kernel_sizes(config: Wav2Vec2ConformerConfig) -> list[int]:
 
 
 def tdnn_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Tensor:
-    """Count the frames that leave the whole TDNN if `lengths` enter it, dilation included; 0 where they are too few."""
+    """Count the frames that leave the TDNN if `lengths` enter it, dilation included; 0 where too few do."""
     sizes = effective_kernel_sizes(config)
     return conv_output_lengths(lengths, sizes, [1] * len(sizes))
 
@@ -159,8 +159,8 @@ class XVectorOutput(ModelOutput):
         loss: Scalar in fp32; None without labels.
         logits: `[B, xvector_output_dim]`: the vectors whose directions the loss compares with the speakers'.
         embeddings: `[B, xvector_output_dim]`: one layer earlier; the vectors to compare utterances by.
-        hidden_states: L + 1 tensors `[B, T, D]`, if asked for.
-        attentions: L maps `[B, H, T, T]`, if asked for.
+        hidden_states: L + 1 tensors `[B, T, D]`, if requested.
+        attentions: L maps `[B, H, T, T]`, if requested.
     """
 
     loss: Tensor | None = None
@@ -172,15 +172,12 @@ class XVectorOutput(ModelOutput):
 
 # %% ../../nbs/model/speaker.ipynb #d973d6c3
 class Wav2Vec2ConformerForXVector(BaseClassifier):
-    """The model, a TDNN, statistics pooling, linear layers: one vector per utterance that says who speaks.
+    """The model and the x-vector layers: one vector per utterance that says who speaks (Snyder et al., 2018).
 
-    X-vectors (Snyder et al., 2018). A mixture of layers is taken in front of an adapter.
-
-    Args:
-        config: Every size and switch; `num_labels` is the number of speakers in training.
+    `config.num_labels` is the number of speakers in training.
     """
 
-    adapts_mixture = False
+    adapts_mixture = False  # a mixture of layers is taken in front of an adapter
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
@@ -207,20 +204,10 @@ class Wav2Vec2ConformerForXVector(BaseClassifier):
         labels: Tensor | None = None,
         mask_time_indices: Tensor | None = None,
     ) -> XVectorOutput | tuple[Any, ...]:
-        """Read waveforms, return one vector each; with labels, also say how far off they are.
+        """Return a vector for each waveform (arguments: the base model's); with `labels` `[B]`, also a loss.
 
-        Args:
-            input_values: `[B, S]` waveforms.
-            attention_mask: `[B, S]`, 1 = real sample, padding on the right.
-            output_attentions: Return the attention maps; None reads the config, as the next two do.
-            output_hidden_states: Return the hidden states.
-            return_dict: False returns a tuple of the filled fields.
-            labels: `[B]`, who speaks, in 0..num_labels - 1.
-            mask_time_indices: `[B, T]`, frames to mask, counted before an adapter; None: drawn in training.
-
-        Raises:
-            ValueError: Labels that name no speaker; or an utterance too short for the TDNN (seen by its shape
-                anywhere, by the mask on the host only; elsewhere its statistics are 0).
+        ValueError: labels outside 0..num_labels - 1; an utterance too short for the TDNN (seen by its shape
+        anywhere, by the mask on the CPU only; elsewhere its statistics are 0).
         """
         base, frames, n_frames = self.read_frames(
             input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states

@@ -31,6 +31,8 @@ __all__ = [
     "ModelOutput",
     "model_output",
     "Wav2Vec2BaseModelOutput",
+    "count_frames",
+    "mask_frames",
     "Wav2Vec2ConformerModel",
     "adapter_output_lengths",
     "AdapterLayer",
@@ -38,7 +40,7 @@ __all__ = [
 ]
 
 
-# %% ../../nbs/model/wav2vec2.ipynb #e778b93c
+# %% ../../nbs/model/wav2vec2.ipynb #952ce49f
 class ModelOutput:
     """Base of all outputs: a dataclass whose fields are also keys and, in order, positions.
 
@@ -76,13 +78,14 @@ class ModelOutput:
         return iter(self.keys())
 
 
+# %% ../../nbs/model/wav2vec2.ipynb #f5f32a0a
 _Output = TypeVar("_Output")
 
 
-@dataclass_transform(eq_default=False)
+@dataclass_transform(eq_default=False)  # for type checkers
 def model_output(cls: type[_Output]) -> type[_Output]:
     """Make an output class a dataclass into which torch's tree functions look (torch.export, FSDP)."""
-    made = dataclass(eq=False)(cls)
+    made = dataclass(eq=False)(cls)  # to compare tensors with == gives a tensor, and not yes or no
     torch.export.register_dataclass(made, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
     return made
 
@@ -106,15 +109,50 @@ class Wav2Vec2BaseModelOutput(ModelOutput):
     attentions: tuple[Tensor | None, ...] | None = None
 
 
-# %% ../../nbs/model/wav2vec2.ipynb #d78de33f
-class Wav2Vec2ConformerModel(PreTrainedModel):
-    """The bare model: waveform in, contextual frames out, no head on top.
-
-    Sources: wav2vec 2.0 (Baevski et al., 2020), figure 1; Conformer (Gulati et al., 2020).
+# %% ../../nbs/model/wav2vec2.ipynb #918daa20
+def count_frames(
+    samples: Tensor | int, config: Wav2Vec2ConformerConfig, add_adapter: bool | None = None
+) -> Tensor:
+    """Count the frames that come out for some samples, exactly, for any kernel.
 
     Args:
-        config: Every size and switch; kept as `model.config` and read at each call.
+        samples: A number, or a tensor of any shape.
+        config: Kernels and strides of the convolutions and of the adapter.
+        add_adapter: Whether to count after the adapter; None means as the config says.
     """
+    frames = conv_output_lengths(torch.as_tensor(samples), config.conv_kernel, config.conv_stride)
+    if config.add_adapter if add_adapter is None else add_adapter:
+        for _ in range(config.num_adapter_layers):
+            frames = adapter_output_lengths(frames, config)
+    return frames
+
+
+# %% ../../nbs/model/wav2vec2.ipynb #aee691cb
+def mask_frames(
+    model: Wav2Vec2ConformerModel, hidden: Tensor, mask_time_indices: Tensor | None, frames: Tensor | None
+) -> Tensor:
+    """Apply SpecAugment to `[B, T, D]`; in training the mask vector takes part even if no frame is masked.
+
+    Args:
+        model: Its config has the lengths of the spans; its `masked_spec_embed` is what masked frames become.
+        hidden: Frames `[B, T, D]`.
+        mask_time_indices: `[B, T]`, the frames to mask; None: drawn in training.
+        frames: `[B, T]` bool, True for a real frame, or None.
+    """
+    config, vector = model.config, getattr(model, "masked_spec_embed", None)
+    drawn = config.apply_spec_augment and config.mask_time_prob > 0
+    if model.training and mask_time_indices is None and vector is not None and not drawn:
+        mask_time_indices = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    return apply_spec_augment(hidden, vector, config, mask_time_indices, frames, model.training)
+
+
+def _chosen(given: bool | None, usual: bool) -> bool:
+    return usual if given is None else given
+
+
+# %% ../../nbs/model/wav2vec2.ipynb #da09c57f
+class Wav2Vec2ConformerModel(PreTrainedModel):
+    """Waveforms `[B, S]` in, frames in context `[B, T, D]` out (wav2vec 2.0, figure 1; Conformer, Eq. 1)."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
@@ -126,36 +164,8 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
         self.adapter = Adapter(config) if config.add_adapter else None
         self.init_weights()
 
-    def _get_feat_extract_output_lengths(
-        self, input_lengths: Tensor | int, add_adapter: bool | None = None
-    ) -> Tensor:
-        """Count the frames that come out for `input_lengths` samples, exactly, for any kernel.
-
-        Args:
-            input_lengths: Samples, a number or a tensor of any shape.
-            add_adapter: Whether to count after the adapter; None means as the config says.
-        """
-        lengths = torch.as_tensor(input_lengths)
-        lengths = conv_output_lengths(lengths, self.config.conv_kernel, self.config.conv_stride)
-        if self.config.add_adapter if add_adapter is None else add_adapter:
-            for _ in range(self.config.num_adapter_layers):
-                lengths = adapter_output_lengths(lengths, self.config)
-        return lengths
-
-    def _get_feature_vector_attention_mask(
-        self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
-    ) -> Tensor:
-        """Turn a mask over samples, `[B, S]`, into one over frames, `[B, feature_vector_length]` bool."""
-        lengths = self._get_feat_extract_output_lengths(valid_lengths(attention_mask), add_adapter)
-        return frame_mask(lengths, feature_vector_length)
-
-    def _mask(self, hidden: Tensor, mask_time_indices: Tensor | None, frames: Tensor | None) -> Tensor:
-        """Apply SpecAugment, `[B, T, D]`; in training the embedding takes part even if no frame is masked."""
-        config, embedding = self.config, getattr(self, "masked_spec_embed", None)
-        drawn = config.apply_spec_augment and config.mask_time_prob > 0
-        if self.training and mask_time_indices is None and embedding is not None and not drawn:
-            mask_time_indices = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        return apply_spec_augment(hidden, embedding, config, mask_time_indices, frames, self.training)
+    def _get_feat_extract_output_lengths(self, input_lengths: Any, add_adapter: bool | None = None) -> Tensor:
+        return count_frames(input_lengths, self.config, add_adapter)
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
         self,
@@ -166,41 +176,24 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Wav2Vec2BaseModelOutput | tuple[Any, ...]:
-        """Read waveforms, return contextual frames.
+        """Read samples `[B, S]`, 16 kHz, normalised per utterance; `check_inputs` raises a ValueError.
 
-        Args:
-            input_values: Samples `[B, S]` at 16 kHz, normalised per utterance.
-            attention_mask: `[B, S]`, 1 for a real sample and 0 for padding on the right; None: all are real.
-            mask_time_indices: `[B, T]`, frames to replace by the mask embedding; any bool or integer type.
-            output_attentions: Return the attention maps; None means as the config says.
-            output_hidden_states: Return the L + 1 hidden states; None means as the config says.
-            return_dict: False returns a plain tuple without Nones; None means as the config says.
-
-        Raises:
-            ValueError: If an input breaks the contract of `check_inputs`.
+        `attention_mask`, `[B, S]`, is 1 on real samples, 0 on padding, which comes last (None: all real).
+        Frames in `mask_time_indices`, `[B, T]`, become the mask vector. Switches choose what comes out.
         """
-        config = self.config
-        check_inputs(input_values, attention_mask, config)
-        samples = frames = mask = None
-        if attention_mask is not None:
-            samples = valid_lengths(attention_mask).to(input_values.device)  # [B]
+        check_inputs(input_values, attention_mask, self.config)
+        samples = None if attention_mask is None else valid_lengths(attention_mask).to(input_values.device)
+        counts = None if samples is None else count_frames(samples, self.config, add_adapter=False)  # [B]
         features = self.feature_extractor(input_values, samples)  # [B, T, C]
-        if samples is not None:
-            frames = self._get_feat_extract_output_lengths(samples, add_adapter=False)  # [B]
-            mask = frame_mask(frames, features.shape[1])  # [B, T]
+        mask = None if counts is None else frame_mask(counts, features.shape[1])  # [B, T]
         hidden, features = self.feature_projection(features)  # [B, T, D], [B, T, C]
-        hidden = self._mask(hidden, mask_time_indices, mask)
-        last, states, maps = self.encoder(
-            hidden,
-            mask,
-            config.output_attentions if output_attentions is None else output_attentions,
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-        )
-        if self.adapter is not None:
-            last = self.adapter(last, frames)
+        hidden = mask_frames(self, hidden, mask_time_indices, mask)
+        wanted = _chosen(output_attentions, self.config.output_attentions)
+        states_wanted = _chosen(output_hidden_states, self.config.output_hidden_states)
+        last, states, maps = self.encoder(hidden, mask, wanted, states_wanted)
+        last = last if self.adapter is None else self.adapter(last, counts)
         output = Wav2Vec2BaseModelOutput(last, features, states, maps)
-        as_output = config.return_dict if return_dict is None else return_dict
-        return output if as_output else output.to_tuple()
+        return output if _chosen(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 # %% ../../nbs/model/wav2vec2.ipynb #65bc2de5
@@ -226,15 +219,11 @@ class AdapterLayer(nn.Module):
         return nn.functional.glu(self.conv(hidden), dim=1)
 
 
-# %% ../../nbs/model/wav2vec2.ipynb #ef7435a5
+# %% ../../nbs/model/wav2vec2.ipynb #cd6fecbc
 class Adapter(nn.Module):
     """Shorten the sequence after the encoder, for a decoder that wants fewer frames.
 
-    No LayerDrop here, although `layerdrop` exists and transformers applies it: a skipped layer would
-    not halve the sequence, so that the output's length would be random.
-
-    Args:
-        config: Sizes; `padding_invariant` is read at each call.
+    No LayerDrop here: a skipped layer would not halve the sequence, so the output's length would be random.
     """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
@@ -248,27 +237,21 @@ class Adapter(nn.Module):
         self.layers = nn.ModuleList(AdapterLayer(config) for _ in range(config.num_adapter_layers))
 
     def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Map `[B, T, D]` to `[B, T', output_hidden_size]`.
+        """Map `[B, T, D]` to `[B, T', O]`, O = `output_hidden_size`; too few frames are a ValueError.
 
-        Args:
-            hidden: The encoder's output `[B, T, D]`.
-            lengths: Real frames per row `[B]`, or None when all are real. With `padding_invariant` the
-                padding is set to 0 before each convolution, which is what a lone utterance meets there.
-
-        Raises:
-            ValueError: If fewer frames arrive than a kernel is wide.
+        `lengths` are the real frames per row, `[B]`, or None when all are real. With `padding_invariant`
+        the padding is set to 0 before each convolution, which is what a lone utterance meets there.
         """
+        config = self.config
         if self.proj is not None and self.proj_layer_norm is not None:
             hidden = self.proj_layer_norm(self.proj(hidden))
         hidden = hidden.transpose(1, 2)  # [B, O, T]
         for layer in self.layers:
-            if hidden.shape[2] + 2 < self.config.adapter_kernel_size:
-                raise ValueError(
-                    f"adapter: {hidden.shape[2]} frames are too few for adapter_kernel_size="
-                    f"{self.config.adapter_kernel_size}; give a longer utterance or use fewer adapter layers"
-                )
-            if lengths is not None and self.config.padding_invariant:
+            if hidden.shape[2] + 2 < config.adapter_kernel_size:
+                came = f"adapter: {hidden.shape[2]} frames are too few for {config.adapter_kernel_size=}"
+                raise ValueError(f"{came}; give a longer utterance or use fewer adapter layers")
+            if lengths is not None and config.padding_invariant:
                 hidden = hidden.masked_fill(~frame_mask(lengths, hidden.shape[2]).unsqueeze(1), 0.0)
             hidden = layer(hidden)
-            lengths = None if lengths is None else adapter_output_lengths(lengths, self.config)
+            lengths = None if lengths is None else adapter_output_lengths(lengths, config)
         return hidden.transpose(1, 2)

@@ -43,7 +43,7 @@ __all__ = [
 
 # %% ../../nbs/text/tokenizer.ipynb #1330e9d7
 def word_offsets(chars: Sequence[Mapping[str, Any]], delimiter: str = " ") -> list[dict[str, Any]]:
-    """Join character offsets to word offsets: a word runs from its first character's start to its last one's end.
+    """Join character offsets to word offsets, from the first character's start to the last one's end.
 
     Args:
         chars: dicts with "char", "start_offset" and "end_offset".
@@ -68,7 +68,7 @@ def vocabulary_problems(
     blank: int | None = None,
     size: int | None = None,
 ) -> list[str]:
-    """Say what would go wrong without any error; `blank` and `size` (of the output) are the model's, if known."""
+    """Say what would silently go wrong; `blank` and `size` (of the output) are the model's, if known."""
     ids, roles = Counter(vocab.values()), [pad_token, unk_token, word_delimiter_token]
     last = max(ids, default=-1)
     shared = [symbol for symbol, index in vocab.items() if ids[index] > 1]
@@ -105,13 +105,14 @@ def build_vocabulary(
     unk_token: str = "<unk>",
     word_delimiter_token: str = "|",
 ) -> dict[str, int]:
-    """Make a vocabulary of all characters in some texts: the blank first, then the others, frequent ones first.
+    """Make a vocabulary of all characters in some texts: the blank first, frequent characters early.
 
     Args:
         texts: what will have to be spelled.
         symbols: symbols of several characters, to be used where they fit.
         pad_token: the blank; it gets the id 0, where models expect it.
-        bos_token: begin of sentence; CTC has no use for it, released vocabularies hold it. None leaves it out.
+        bos_token: begin of sentence; CTC has no use for it, released vocabularies hold it. None leaves it
+            out.
         eos_token: end of sentence, likewise.
         unk_token: what stands for all other characters.
         word_delimiter_token: what stands for the space.
@@ -138,12 +139,29 @@ def build_vocabulary(
 
 
 # %% ../../nbs/text/tokenizer.ipynb #e4026417
+def _free_ids(vocab: Mapping[str, int], wanted: Mapping[str, int | None]) -> dict[str, int]:
+    """Ids of the wanted symbols that a vocabulary lacks: the one that a symbol should have, else the next."""
+    taken, added = set(vocab.values()), {}
+    for symbol, index in wanted.items():
+        if symbol not in vocab:
+            free = max(taken, default=-1) + 1 if index is None or index in taken else index
+            added[symbol] = free
+            taken.add(free)
+    return added
+
+
+def _any_of(symbols: Iterable[str], *more: str) -> str:
+    """A pattern for any of some symbols, the longest first."""
+    return "|".join([*map(re.escape, sorted(symbols, key=len, reverse=True)), *more])
+
+
+# %% ../../nbs/text/tokenizer.ipynb #1554c679
 class _Alphabet:
     """Symbols and their ids in both directions, and the rule by which a text is cut into symbols.
 
     Args:
         vocab: symbol -> id.
-        wanted: symbols that there must be, with the ids that they should have; None, or a taken id: the next free one.
+        wanted: symbols that there must be, with the ids that they should have, as in `_free_ids`.
         special: those of them that are no text.
         delimiter: the one that stands for a space.
     """
@@ -157,50 +175,34 @@ class _Alphabet:
     ) -> None:
         odd = [s for s, i in vocab.items() if not isinstance(i, int) or isinstance(i, bool) or i < 0]
         if odd:
-            raise ValueError(
-                f"the vocabulary must give each symbol a whole number from 0 up; {_some(odd)} have none"
-            )
-        self.decoder, self.added = {index: symbol for symbol, index in vocab.items()}, {}
-        for symbol, index in wanted.items():
-            if symbol not in vocab:
-                free = (
-                    index
-                    if index is not None and index not in self.decoder
-                    else max(self.decoder, default=-1) + 1
-                )
-                self.added[symbol], self.decoder[free] = free, symbol
+            text = f"the vocabulary must give each symbol a whole number from 0 up; {_some(odd)} have none"
+            raise ValueError(text)
+        self.added, self.delimiter = _free_ids(vocab, wanted), delimiter
         self.ids = {**vocab, **self.added}
-        self.delimiter = delimiter
+        self.decoder = {index: symbol for symbol, index in self.ids.items()}
         whole = {*special, *self.added} - {delimiter, ""}
-        self.spaced = {
-            t for t in special if len(t) > 1 and t in vocab
-        }  # take the spaces around them with them
+        self.spaced = {t for t in special if len(t) > 1 and t in vocab}  # they take the spaces around them
         self._whole = re.compile(f"({_any_of(whole)})") if whole else None
         self._symbol = re.compile(_any_of({s for s in self.ids if len(s) > 1} - whole, "."), re.DOTALL)
 
     def cut(self, text: str, upper: bool = False) -> list[str]:
-        """Cut a text: special tokens first, then at each place the longest symbol that fits, else one character."""
-        pieces = self._whole.split(text) if self._whole else [text]  # text, token, text, token, ..., text
+        """Cut a text: special tokens, then at each place the longest symbol that fits, else one character."""
+        pieces = self._whole.split(text) if self._whole else [text]  # text, token, text, ..., text
         found: list[str] = []
-        for i, piece in enumerate(pieces):
+        for i, part in enumerate(pieces):
             if i % 2:
-                found.append(piece)
+                found.append(part)
                 continue
-            part = piece.lstrip() if i > 0 and pieces[i - 1] in self.spaced else piece
+            part = part.lstrip() if i > 0 and pieces[i - 1] in self.spaced else part
             part = part.rstrip() if i + 1 < len(pieces) and pieces[i + 1] in self.spaced else part
             symbols = self._symbol.findall(part.upper() if upper else part)
             found += [self.delimiter or " " if symbol == " " else symbol for symbol in symbols]
         return found
 
 
-def _any_of(symbols: Iterable[str], *more: str) -> str:
-    """A pattern for any of some symbols, the longest first."""
-    return "|".join([*map(re.escape, sorted(symbols, key=len, reverse=True)), *more])
-
-
 # %% ../../nbs/text/tokenizer.ipynb #45c8de0e
 def _id_list(ids: Any) -> list[int]:
-    """Bring ids, or one id, to a list of ints; refuse scores and batches."""
+    """Bring ids, or one id, to a list of ints; reject scores and batches."""
     array = np.asarray(ids.detach().cpu() if isinstance(ids, torch.Tensor) else ids)
     if array.size and array.dtype.kind not in "iub":
         raise ValueError(
@@ -212,7 +214,7 @@ def _id_list(ids: Any) -> list[int]:
 
 
 def _input_ids(encoded_inputs: Any) -> tuple[list[list[int]], bool, str | None]:
-    """Find the ids in a dict, or in a list of dicts: the rows, whether it is one row alone, and the kind of tensor."""
+    """Find the ids in a dict, or in a list of dicts: the rows, whether it is one row, the kind of tensor."""
     many = isinstance(encoded_inputs, (list, tuple))
     each = list(encoded_inputs) if many else [encoded_inputs]
     if not each or not all(isinstance(row, Mapping) and "input_ids" in row for row in each):
@@ -233,6 +235,22 @@ def _padded_length(sizes: list[int], padding: bool | str, max_length: int | None
     return length + -length % multiple
 
 
+# %% ../../nbs/text/tokenizer.ipynb #a51321e7
+def _pad_ids(
+    rows: list[list[int]], length: int, fill: int | None, side: str, kind: str | None
+) -> dict[str, list[list[int]]] | dict[str, Any]:
+    """Fill rows up on a side (length 0: not at all): ids and mask, `[B, length]`; kind "pt", "np" or None."""
+    ids, mask = pad_rows(rows, fill or 0, length, side)
+    if not mask.all() and (fill is None if length else kind):
+        sizes = [len(row) for row in rows]
+        raise ValueError(f"rows of {min(sizes)} to {max(sizes)} symbols: pass padding=True, with a pad_token")
+    columns = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+    if kind is not None:
+        return {name: torch.from_numpy(v) if kind == "pt" else v for name, v in columns.items()}
+    kept = mask | bool(length)  # rows that are not padded become lists of their own lengths
+    return {name: [row[m].tolist() for row, m in zip(v, kept, strict=True)] for name, v in columns.items()}
+
+
 # %% ../../nbs/text/tokenizer.ipynb #c188e6a0
 @dataclass(eq=False)
 class Wav2Vec2CTCTokenizerOutput(ModelOutput):
@@ -240,8 +258,8 @@ class Wav2Vec2CTCTokenizerOutput(ModelOutput):
 
     Attributes:
         text: what was said.
-        char_offsets: per character a dict of "char", "start_offset", "end_offset", in frames; if asked for.
-        word_offsets: per word a dict of "word", "start_offset", "end_offset", in frames; if asked for.
+        char_offsets: per character a dict of "char", "start_offset", "end_offset", in frames; if requested.
+        word_offsets: per word a dict of "word", "start_offset", "end_offset", in frames; if requested.
     """
 
     text: Any = None
@@ -257,6 +275,19 @@ def _clean_up(text: str) -> str:
     for end in ("n't", "'m", "'s", "'ve", "'re"):
         text = text.replace(f" {end}", end)
     return text
+
+
+# %% ../../nbs/text/tokenizer.ipynb #32cae655
+def _kept_runs(symbols: Sequence[str], group: bool, dropped: set[str | None]) -> list[Run]:
+    """The runs of a path of symbols without the dropped ones; ungrouped, each frame is a run of its own."""
+    found = runs(symbols, None) if group else [Run(s, t, t + 1) for t, s in enumerate(symbols)]
+    return [run for run in found if run.label not in dropped]
+
+
+def _offsets(kept: Sequence[Run], chars: Sequence[str]) -> list[dict[str, Any]]:
+    """The frames of each character, as transformers writes them."""
+    pairs = zip(chars, kept, strict=True)
+    return [{"char": char, "start_offset": run.start, "end_offset": run.end} for char, run in pairs]
 
 
 # %% ../../nbs/text/tokenizer.ipynb #db68ec91
@@ -287,6 +318,7 @@ def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[
     return read_json(folder / _VOCAB_FILE), settings, added
 
 
+# %% ../../nbs/text/tokenizer.ipynb #ca7df6f8
 def _tokenizer_config(tokenizer: Wav2Vec2CTCTokenizer) -> dict[str, Any]:
     """The content of `tokenizer_config.json`, byte by byte as transformers writes it."""
     usual = {"padding_side": "right", "clean_up_tokenization_spaces": False}  # left out
@@ -306,7 +338,7 @@ def _json(content: Mapping[Any, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-# %% ../../nbs/text/tokenizer.ipynb #5d290f4c
+# %% ../../nbs/text/tokenizer.ipynb #516fe89d
 def _id_of(role: str) -> property:
     """A property: the id of a token, or None."""
     return property(lambda self: self._alphabet.ids.get(getattr(self, role)))
@@ -316,15 +348,16 @@ def _id_of(role: str) -> property:
 class Wav2Vec2CTCTokenizer:
     """Spell text for CTC, and read what CTC says.
 
-    Equal to the class of the same name in transformers, except where that one loses something: the word delimiter is a
-    symbol of the text, not a special token; runs are joined before special tokens are skipped; spaces beside symbols of
-    several characters stay; `do_lower_case` reaches these symbols and the offsets too; offsets are plain ints.
+    Equal to the class of the same name in transformers, except where that one loses something: the word
+    delimiter is a symbol of the text, not a special token; runs are joined before special tokens are skipped;
+    spaces beside symbols of several characters stay; `do_lower_case` reaches these symbols and the offsets
+    too; offsets are plain ints.
 
     Args:
         vocab_file: `vocab.json`, or a dict: symbol -> id, or language -> (symbol -> id).
         bos_token: begin of sentence, which CTC does not use.
         eos_token: end of sentence, likewise.
-        unk_token: stands for what cannot be spelled; None refuses it.
+        unk_token: stands for what cannot be spelled; None rejects it.
         pad_token: fills rows up, and is the blank of CTC.
         word_delimiter_token: stands for a space.
         replace_word_delimiter_char: what it becomes when text is read back.
@@ -381,7 +414,7 @@ class Wav2Vec2CTCTokenizer:
         self.decoder, self.added_tokens_encoder = self._alphabet.decoder, self._alphabet.added
 
     def set_target_lang(self, target_lang: str) -> None:
-        """Choose a language of a nested vocabulary, {language: {symbol: id}}; ValueError if it has none, or not this one."""
+        """Choose a language of a nested vocabulary, {language: {symbol: id}}; ValueError if it is missing."""
         self._choose(target_lang, self.added_tokens_encoder)
 
     def add_tokens(self, tokens: str | Iterable[str]) -> int:
@@ -404,7 +437,7 @@ class Wav2Vec2CTCTokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The special tokens. The word delimiter is none of them: it stands for a space, a part of the text."""
+        """The special tokens, without the word delimiter: it stands for a space, a part of the text."""
         tokens = dict.fromkeys(getattr(self, role) for role in _ROLES)
         return [token for token in tokens if token and token != self.word_delimiter_token]
 
@@ -414,7 +447,7 @@ class Wav2Vec2CTCTokenizer:
         return [self._alphabet.ids[token] for token in self.all_special_tokens]
 
     def tokenize(self, text: str) -> list[str]:
-        """Cut a text into symbols: special tokens, then at each place the longest symbol that fits, else one character.
+        """Cut a text into symbols: special tokens, then at each place the longest symbol, else one character.
 
         A special token takes the spaces around it with it. Every other space becomes the word delimiter.
         """
@@ -423,7 +456,7 @@ class Wav2Vec2CTCTokenizer:
         return self._alphabet.cut(text, upper=self.do_lower_case)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Look up one symbol, or several; one that is missing becomes `unk_token`, or a ValueError without one."""
+        """Look up one symbol, or several; a missing one becomes `unk_token`, or a ValueError without one."""
         if isinstance(tokens, str):
             return self.convert_tokens_to_ids([tokens])[0]
         ids = self._alphabet.ids
@@ -459,7 +492,7 @@ class Wav2Vec2CTCTokenizer:
             truncation: cut the end off texts of more than `max_length` symbols.
             max_length: symbols, for `truncation` and for `padding="max_length"`.
             add_special_tokens: has no effect: CTC adds none.
-            options: those of `pad`: `pad_to_multiple_of`, `padding_side`, `return_attention_mask`, `return_tensors`, `fill`.
+            options: the other options of `pad`.
 
         Returns:
             `input_ids` and `attention_mask` (1 = a symbol, 0 = padding), `[B, L]`; for one text without
@@ -498,31 +531,23 @@ class Wav2Vec2CTCTokenizer:
             padding_side: "right" or "left"; None takes the tokenizer's own setting.
             return_attention_mask: False leaves the mask out.
             return_tensors: "pt", "np", or None for the kind that came.
-            fill: what to fill up with; None takes the padding's id, -100 makes labels whose padding does not count.
+            fill: what to fill up with; None takes the padding's id, -100 is for labels.
         """
         rows, single, kind = _input_ids(encoded_inputs)
         kind = return_tensors or kind
         if kind not in {None, "pt", "np"}:
             raise ValueError(f"{return_tensors=} must be 'pt', 'np' or None")
         fill = self.pad_token_id if fill is None else fill
-        sizes = [len(row) for row in rows]
-        length = _padded_length([*sizes, 0], padding, max_length, pad_to_multiple_of or 1)
-        ids, mask = pad_rows(rows, fill or 0, length, padding_side or self.padding_side)
-        if not mask.all() and (fill is None if length else kind):
-            raise ValueError(
-                f"rows of {min(sizes)} to {max(sizes)} symbols: pass padding=True, with a pad_token"
-            )
-        columns = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+        sizes = [0, *(len(row) for row in rows)]
+        length = _padded_length(sizes, padding, max_length, pad_to_multiple_of or 1)
+        columns = _pad_ids(rows, length, fill, padding_side or self.padding_side, kind)
         if return_attention_mask is False:
             del columns["attention_mask"]
-        if kind is not None:
-            return BatchFeature({k: torch.from_numpy(v) if kind == "pt" else v for k, v in columns.items()})
-        kept = mask | bool(length)  # rows that are not padded become lists of their own lengths
-        lists = {k: [row[m].tolist() for row, m in zip(v, kept, strict=True)] for k, v in columns.items()}
-        return BatchFeature({key: rows[0] if single else rows for key, rows in lists.items()})
+        alone = single and kind is None
+        return BatchFeature({key: rows[0] if alone else rows for key, rows in columns.items()})
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Look up one id, or several; one that does not exist becomes `unk_token`, or a ValueError without one."""
+        """Look up one id, or several; a missing one becomes `unk_token`, or a ValueError without one."""
         plain = _id_list(ids)
         missing = [i for i in dict.fromkeys(plain) if i not in self.decoder]
         if missing and self.unk_token is None:
@@ -548,12 +573,14 @@ class Wav2Vec2CTCTokenizer:
         group_tokens: bool = True,
         spaces_between_special_tokens: bool = False,
     ) -> Any:
-        """Read a path, one id per frame: join runs of the same symbol, then drop the blanks (Graves et al., 2006).
+        """Read a path, one id per frame: join runs of a symbol, then drop the blanks (Graves et al., 2006).
 
         Args:
-            token_ids: `[T]`, the best symbol of each frame. For labels, which are no frames, use `decode_labels`.
+            token_ids: `[T]`, the best symbol of each frame. For labels, which are no frames, use
+                `decode_labels`.
             skip_special_tokens: leave special tokens out, after the runs are joined.
-            clean_up_tokenization_spaces: close up English punctuation; None takes the tokenizer's own setting.
+            clean_up_tokenization_spaces: close up English punctuation; None takes the tokenizer's own
+                setting.
             output_char_offsets: return the frames of each character too.
             output_word_offsets: return the frames of each word too.
             group_tokens: False does not join runs.
@@ -563,26 +590,22 @@ class Wav2Vec2CTCTokenizer:
             The text; with offsets, a `Wav2Vec2CTCTokenizerOutput`.
         """
         symbols = self.convert_ids_to_tokens(np.atleast_1d(_id_list(token_ids)))
-        found = runs(symbols, None) if group_tokens else [Run(s, t, t + 1) for t, s in enumerate(symbols)]
-        dropped = {self.pad_token, *(self.all_special_tokens if skip_special_tokens else ())}
-        kept = [run for run in found if run.label not in dropped]
+        special = self.all_special_tokens if skip_special_tokens else ()
+        kept = _kept_runs(symbols, group_tokens, {self.pad_token, *special})
         gap, lower = self.replace_word_delimiter_char, str.lower if self.do_lower_case else str
-        chars = [gap if run.label == self.word_delimiter_token else run.label for run in kept]
-        text = lower((" " if spaces_between_special_tokens else "").join(chars).strip())
+        chars = [gap if run.label == self.word_delimiter_token else lower(run.label) for run in kept]
+        text = (" " if spaces_between_special_tokens else "").join(chars).strip()
         clean = clean_up_tokenization_spaces
         if self.clean_up_tokenization_spaces if clean is None else clean:
             text = _clean_up(text)
         if not output_char_offsets and not output_word_offsets:
             return text
-        offsets = [
-            {"char": lower(char), "start_offset": run.start, "end_offset": run.end}
-            for char, run in zip(chars, kept, strict=True)
-        ]
+        offsets = _offsets(kept, chars)
         words = word_offsets(offsets, gap) if output_word_offsets else None
         return Wav2Vec2CTCTokenizerOutput(text, offsets if output_char_offsets else None, words)
 
     def batch_decode(self, sequences: Any, **options: Any) -> Any:
-        """Read several paths, `[B, T]`, with the options of `decode`; with offsets, one output that holds lists."""
+        """Read several paths, `[B, T]`, with the options of `decode`; with offsets, one output of lists."""
         rows = [self.decode(row, **options) for row in sequences]
         wanted = [key for key in ("char_offsets", "word_offsets") if options.get(f"output_{key}")]
         if not wanted:
@@ -590,7 +613,7 @@ class Wav2Vec2CTCTokenizer:
         return Wav2Vec2CTCTokenizerOutput(**{key: [row[key] for row in rows] for key in ("text", *wanted)})
 
     def decode_labels(self, labels: Any, skip_special_tokens: bool = False) -> str:
-        """Read labels back: ids of a text, not of frames, so doubled letters stay. Padding and negative ids are left out."""
+        """Read labels back, ids of a text, so doubled letters stay. Padding and negative ids are left out."""
         ids = [i for i in _id_list(labels) if i >= 0]
         return str(self.decode(ids, skip_special_tokens, group_tokens=False))
 
@@ -622,7 +645,7 @@ class Wav2Vec2CTCTokenizer:
         return _tokenizer_config(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **more: Any) -> None:
-        """Write `vocab.json`, `tokenizer_config.json` (and `more` into it), and `added_tokens.json` if it is needed."""
+        """Write `vocab.json`, `tokenizer_config.json` (and `more` into it), if needed `added_tokens.json`."""
         files = {_VOCAB_FILE: self.vocab, _SETTINGS_FILE: self.to_dict() | more}
         if self.added_tokens_encoder:
             files[_ADDED_FILE] = self.added_tokens_encoder
@@ -660,6 +683,21 @@ _SHARED = {
 _OPTIONS = {"audio": {*_SHARED, "sampling_rate"}, "text": {*_SHARED, "padding_side", "add_special_tokens"}}
 
 
+def _split_options(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each part: those it knows, and over them those in `audio_kwargs` or `text_kwargs`."""
+    own = {part: options.pop(f"{part}_kwargs", {}) for part in _OPTIONS}
+    options |= options.pop("common_kwargs", {})
+    known = dict.fromkeys(set().union(*_OPTIONS.values()))
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name}= is no option of a processor{nearest(name, known)}")
+    return {
+        part: {key: value for key, value in options.items() if key in names} | own[part]
+        for part, names in _OPTIONS.items()
+    }
+
+
+# %% ../../nbs/text/tokenizer.ipynb #9d495c58
 class Wav2Vec2Processor:
     """A feature extractor and a tokenizer in one: sound and text in, text out.
 
@@ -692,23 +730,16 @@ class Wav2Vec2Processor:
                 `audio_kwargs=` and `text_kwargs=` they hold for one of them.
 
         Returns:
-            Of sound: `input_values` and perhaps `attention_mask`. Of text: `input_ids` and `attention_mask`. Of both:
-            the sound's, and `labels`, whose padding is -100, so that no loss counts it.
+            Of sound: `input_values` and perhaps `attention_mask`. Of text: `input_ids` and `attention_mask`.
+            Of both: the sound's, and `labels`, whose padding is -100, so that no loss counts it.
 
         Raises:
-            ValueError: neither, an unknown option, or what the parts refuse.
+            ValueError: neither, an unknown option, or those of the parts.
         """
         first = audio[0] if isinstance(audio, (list, tuple)) and audio else audio
         if isinstance(first, str) or (audio is None and text is None):
             raise ValueError("audio= or text= is needed; text is passed as text=")
-        own = {part: options.pop(f"{part}_kwargs", {}) for part in _OPTIONS}
-        options |= options.pop("common_kwargs", {})
-        known = dict.fromkeys(set().union(*_OPTIONS.values()))
-        for name in options:
-            if name not in known:
-                raise ValueError(f"{name}= is no option of a processor{nearest(name, known)}")
-        for part, names in _OPTIONS.items():
-            own[part] = {key: value for key, value in options.items() if key in names} | own[part]
+        own = _split_options(options)
         if audio is None:
             return self.tokenizer(text, **own["text"])
         batch = self.feature_extractor(audio, **own["audio"])
@@ -717,7 +748,7 @@ class Wav2Vec2Processor:
         return batch
 
     def pad(self, input_features: Any = None, labels: Any = None, **options: Any) -> BatchFeature:
-        """Pad extracted sound, spelled text, or both by the parts' `pad`; of both, `labels` has -100 for its padding."""
+        """Pad extracted sound, spelled text, or both by the parts' `pad`; beside sound, labels with -100."""
         text_options = {key: value for key, value in options.items() if key != "truncation"}
         if input_features is None and labels is None:
             raise ValueError("input_features= or labels= is needed")
@@ -740,7 +771,7 @@ class Wav2Vec2Processor:
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
     ) -> Self:
-        """Read both parts of a checkpoint, a folder or a hub id, with the errors of their `from_pretrained`."""
+        """Read both parts of a checkpoint, a folder or a hub id; errors are those of the parts."""
         names = {f.name for f in fields(Wav2Vec2CTCTokenizer)}
         text = {key: value for key, value in overrides.items() if key in names}
         sound = {key: value for key, value in overrides.items() if key not in names}
@@ -768,7 +799,7 @@ class AutoFeatureExtractor:
 
 
 class AutoProcessor:
-    """Opens what a checkpoint has: a processor, or a feature extractor alone where no vocabulary came with it."""
+    """Opens what a checkpoint has: a processor, or a feature extractor where there is no vocabulary."""
 
     @staticmethod
     def from_pretrained(

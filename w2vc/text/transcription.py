@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..config import Wav2Vec2ConformerConfig
-from ..data.audio import Samples, load_audio, pad_rows
-from ..data.audio import normalise as normalised
+from ..data.audio import load_audio, pad_rows
 from ..data.batches import bucket_batches
 from ..data.corpus import Utterance
+from ..data.sound import Samples
+from ..data.sound import normalise as normalised
 from ..files.pretrained import demo_folder, eval_mode
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.fast import fast_forms

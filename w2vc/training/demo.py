@@ -38,12 +38,13 @@ def load_demo(head: str | None = None, *, device: torch.device | str | None = No
     """Load the demo checkpoint that comes with the package, in eval mode and fp32 (its files hold fp16).
 
     Args:
-        head: "ctc", trained together with its encoder; "keyword", "speaker" or "frame", on the encoder of pre-training
-            as it was; None: the model as pre-training left it.
+        head: "ctc", trained together with its encoder; "keyword", "speaker" or "frame", on the encoder of
+            pre-training as it was; None: the model as pre-training left it.
         device: where to; None: the CPU.
 
     Returns:
-        A model of the class that fits. Its feature extractor, or processor for "ctc", is in `demo_folder(head)`.
+        A model of the class that fits. Its feature extractor, or processor for "ctc", is in
+        `demo_folder(head)`.
 
     Raises:
         ValueError: no such head.
@@ -54,13 +55,16 @@ def load_demo(head: str | None = None, *, device: torch.device | str | None = No
 
 # %% ../../nbs/training/demo.ipynb #c36f48ed
 def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
-    """What was noted while the demo checkpoint was trained: lines of a run's `metrics.jsonl`, thinned out.
+    """What was noted while the demo checkpoint was trained, one record a line, thinned out.
 
     Args:
-        run: a part of the checkpoint: "pretraining", "ctc", "keyword", "speaker", "frame"; "labels_15min" and
-            "labels_15min_scratch": CTC with a quarter of an hour of labels, from pre-trained and from random weights;
-            "collapse": pre-training without the diversity loss.
+        run: "pretraining", "ctc", "keyword", "speaker", "frame"; "labels_15min" and "labels_15min_scratch":
+            CTC with a quarter of an hour of labels, from pre-trained and from random weights; "collapse":
+            without diversity loss.
         kind: "train", "valid", …; None: all.
+
+    Raises:
+        ValueError: no such run.
     """
     path = demo_folder().parent / "curves" / f"{run}.jsonl"
     if not path.is_file():

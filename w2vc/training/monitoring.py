@@ -5,9 +5,12 @@
 # %% ../../nbs/training/monitoring.ipynb #623cc377
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..files.atomic import read_json
+from ..files.atomic import read_json, write_file
 from ..model.pretraining import contrastive_logits
 from ..model.quantizer import codebook_perplexity
 from .recipes import recipe_folder
@@ -33,6 +36,8 @@ __all__ = [
     "diversity_share",
     "whole_tensor",
     "gradient_norms",
+    "read_metrics",
+    "MetricsLog",
     "Alarm",
     "find_alarms",
     "healthy_bands",
@@ -62,9 +67,10 @@ def code_sums(scores: Tensor, mask: Tensor) -> Sums:
         mask: `[B, T]` bool, True = masked.
 
     Returns:
-        `soft`, `[G, V]`: the probabilities added up; `hard`, `[G, V]`: how often each code is the best; `frames`: A.
+        `soft`, `[G, V]`: the probabilities added up; `hard`, `[G, V]`: how often each code is the best;
+        `frames`: R.
     """
-    picked = scores[mask].float()  # [A, G, V]
+    picked = scores[mask].float()  # [R, G, V]
     hard = nn.functional.one_hot(picked.argmax(-1), picked.shape[-1]).sum(0).float()
     return {"soft": picked.softmax(-1).sum(0), "hard": hard, "frames": torch.tensor(float(len(picked)))}
 
@@ -85,11 +91,11 @@ def choice_sums(  # noqa: PLR0917
         temperature: of the contrastive loss.
 
     Returns:
-        `questions`: A, the masked frames; `hits`: those whose true target beats all negatives; `answers`: A times N;
-        `twins`: duplicate negatives.
+        `questions`: R, the masked frames; `hits`: those whose true target beats all negatives; `answers`: A
+        times N; `twins`: duplicate negatives.
     """
-    logits = contrastive_logits(states, targets, negatives, codes, temperature)[mask]  # [A, 1 + N]
-    hits, duplicates = (logits[:, :1] > logits[:, 1:]).all(1), logits[:, 1:].isneginf()  # [A], [A, N]
+    logits = contrastive_logits(states, targets, negatives, codes, temperature)[mask]  # [R, 1 + N]
+    hits, duplicates = (logits[:, :1] > logits[:, 1:]).all(1), logits[:, 1:].isneginf()  # [R], [R, N]
     return {
         "questions": torch.tensor(float(len(hits)), device=hits.device),
         "hits": hits.sum().float(),
@@ -103,9 +109,10 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     """Turn the sums of `code_sums` and `choice_sums` into figures.
 
     Returns:
-        `accuracy` (chance is `1 / (1 + N)`); `twins`, share of negatives that are duplicates; `soft_perplexity` and
-        `hard_perplexity`, summed over the groups; `hard_perplexity_groups`; `dead_codes`, never the best one; `used`, the
-        hard perplexity over the number of codes; `score`, accuracy times the square of `used`: a collapse lowers it.
+        `accuracy` (chance is `1 / (1 + N)`); `twins`, share of negatives that are duplicates;
+        `soft_perplexity` and `hard_perplexity`, summed over the groups; `hard_perplexity_groups`;
+        `dead_codes`, never the best one; `used`, the hard perplexity over the number of codes; `score`,
+        accuracy times the square of `used`: a collapse lowers it.
     """
     hard = perplexity(sums["hard"])
     accuracy = float(sums["hits"] / sums["questions"].clamp_min(1))
@@ -163,6 +170,64 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
             blocks.setdefault(_block_of(name), []).append(p.grad)
     norms = [whole_tensor(nn.utils.get_total_norm(gradients)).float() for gradients in blocks.values()]
     return dict(zip(blocks, torch.stack(norms).tolist(), strict=True)) if norms else {}
+
+
+# %% ../../nbs/training/monitoring.ipynb #88828a41
+def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
+    """Read the records of a run's `metrics.jsonl` (or of the run's folder); a line cut short by a kill is passed over.
+
+    Args:
+        path: The file, or the folder of the run.
+        kind: "train", "valid", "skip" or "alarm"; None: all.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if kind in {None, record["kind"]}:
+            records.append(record)
+    return records
+
+
+# %% ../../nbs/training/monitoring.ipynb #52bd4da7
+class MetricsLog:
+    """Lines of figures in `metrics.jsonl`, one JSON object each, and perhaps in TensorBoard.
+
+    Records after `step` are forgotten: the run goes on from there. `write=False` keeps all in memory, as all
+    processes but the first do.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, write: bool = True) -> None:
+        self.path, self.write = folder / "metrics.jsonl", write
+        self.board: Any = None
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
+        if write:
+            write_file(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+        if write and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
+        """Write a record; a number that is not finite is missing: None, as JSON has no other word for it."""
+        for key, value in figures.items():
+            if isinstance(value, float):
+                figures[key] = float(f"{value:.6g}") if math.isfinite(value) else None
+        record = {"kind": kind, "step": step, **figures}
+        self.records.append(record)
+        if self.write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        for key, value in figures.items() if self.board is not None else ():
+            if key == "samples":
+                self.board.add_text(f"{kind}/{key}", "\n\n".join(value), step)
+            elif isinstance(value, int | float):
+                self.board.add_scalar(f"{kind}/{key}", value, step)
+        return record
 
 
 # %% ../../nbs/training/monitoring.ipynb #d7bf5337
@@ -227,21 +292,23 @@ def _overfitting(train: Records, valid: Records) -> str:
 ALARMS = {  # name -> (usual cause, remedy)
     "collapse": (
         "the quantizer answers with few codes, so that right and wrong answers look alike and guessing pays",
-        "go back to a checkpoint before the fall; raise model.config.diversity_loss_weight (0.1 to 1), lower optimizer.lr, "
-        "set pretraining.features_penalty, or lower the temperature more slowly",
+        "go back to a checkpoint before the fall; raise model.config.diversity_loss_weight (0.1 to 1), "
+        "lower optimizer.lr, set pretraining.features_penalty, or lower the temperature more slowly",
     ),
     "divergence": (
         "steps are too long, or a few samples are far from all others",
-        "lower optimizer.lr, lengthen schedule.warmup, set optimizer.clip to twice the usual length of the gradient",
+        "lower optimizer.lr, lengthen schedule.warmup, set optimizer.clip to twice the usual length of the "
+        "gradient",
     ),
     "not learning": (
         "too little audio per update, a rate that is too small or far too large, or a task without an answer",
-        "raise run.accumulate or data.batch_seconds; try a third and three times optimizer.lr; start from a pre-trained "
-        "model; look at a batch: are sound and labels right?",
+        "raise run.accumulate or data.batch_seconds; try a third and three times optimizer.lr; start from a "
+        "pre-trained model; look at a batch: are sound and labels right?",
     ),
     "features grow": (
         "nothing holds the scale of the latent frames before their norm",
-        "set pretraining.features_penalty (0.01 for small models, 10 in fairseq's base recipe), or lower optimizer.lr",
+        "set pretraining.features_penalty (0.01 for small models, 10 in fairseq's base recipe), or lower "
+        "optimizer.lr",
     ),
     "overfitting": (
         "the model learns the training set by heart",
@@ -314,7 +381,8 @@ def healthy_bands(
 
     Args:
         runs: records of one healthy run or several.
-        points: of each band, at most; they lie where the shortest run has records, so they are as dense as its log.
+        points: of each band, at most; they lie where the shortest run has records, so they are as dense as
+            its log.
         margin: share of a figure's whole range.
         name: of the recipe.
 

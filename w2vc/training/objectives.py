@@ -48,6 +48,7 @@ __all__ = [
     "FrameObjective",
     "XVectorObjective",
     "build",
+    "keep_usable",
 ]
 
 
@@ -56,8 +57,8 @@ __all__ = [
 class Objective(ABC):
     """What a run learns, for a loop that knows nothing of it: which batches, which loss, which figures.
 
-    A loss is a sum, and `count` says over how many things; figures are made of sums, too. So neither depends on how a
-    batch is cut, and batches and processes simply add up.
+    A loss is a sum, and `count` says over how many things; figures are made of sums, too. So neither depends
+    on how a batch is cut, and batches and processes simply add up.
 
     Args:
         recipe: The run.
@@ -117,7 +118,7 @@ class Objective(ABC):
         """What a batch adds to the figures."""
 
     def pulls(self, model: PreTrainedModel, result: Any) -> dict[str, float]:
-        """Which part of the loss pulls how hard; asked before the backward."""
+        """Which part of the loss pulls how hard; called before the backward."""
         return {}
 
     @abstractmethod
@@ -222,8 +223,8 @@ class PretrainingObjective(Objective):
 
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
         """Accuracy, codes in use, and the parts of the loss per masked frame."""
-        asked = sums["questions"].clamp_min(1)
-        parts = {key: float(sums[key] / asked) for key in ("contrastive", "diversity")}
+        frames = sums["questions"].clamp_min(1)
+        parts = {key: float(sums[key] / frames) for key in ("contrastive", "diversity")}
         return {**describe_codes(sums), **parts, "feature_energy": float(sums["energy"] / sums["rows"])}
 
 
@@ -260,7 +261,7 @@ class CTCObjective(Objective):
         return len(batch["ids"]) if self.recipe.run.per == "utterance" else int(batch["n_labels"])
 
     def forward(self, model: nn.Module, batch: BatchFeature) -> tuple[Tensor, Any]:
-        """The CTC loss, which is a sum already, and the logits `[B, T, V]`."""
+        """The CTC loss, which is a sum already, and the logits `[B, T, A]`."""
         output = model(**self.inputs(batch))
         return output.loss, output.logits.detach()
 
@@ -309,10 +310,10 @@ class LabelObjective(Objective):
     @classmethod
     def derive(cls, recipe: Recipe, speech: Speech) -> tuple[Any, dict[str, Any]]:
         """Number the labels of the training set."""
-        knobs: dict[str, Any] = {"id2label": label_names(speech, _target(recipe))}
+        fields: dict[str, Any] = {"id2label": label_names(speech, _target(recipe))}
         if recipe.data.label == "turns":  # people talk at the same time
-            knobs["problem_type"] = "multi_label_classification"
-        return super().derive(recipe, speech)[0], knobs
+            fields["problem_type"] = "multi_label_classification"
+        return super().derive(recipe, speech)[0], fields
 
     def collator(self, training: bool) -> Collator:
         """Audio and labels."""
@@ -386,10 +387,12 @@ def build(recipe: Recipe, speech: Speech, saved: Path | None = None) -> tuple[Ob
     Args:
         recipe: The run.
         speech: The training set, from which vocabulary and labels are made.
-        saved: A checkpoint of the run, whose vocabulary and labels are taken instead; its weights are not read.
+        saved: A checkpoint of the run, whose vocabulary and labels are taken instead; its weights are not
+            read.
 
     Returns:
-        The objective, and the model with its first weights: those of `model.start`, or random ones from the seed.
+        The objective, and the model with its first weights: those of `model.start`, or random ones from the
+        seed.
     """
     kind = OBJECTIVE_CLASSES[recipe.objective]
     torch.manual_seed(recipe.run.seed)
@@ -399,15 +402,32 @@ def build(recipe: Recipe, speech: Speech, saved: Path | None = None) -> tuple[Ob
             kind.head(Wav2Vec2ConformerConfig.from_pretrained(saved)),
         )
     else:
-        processor, knobs = kind.derive(recipe, speech)
-        config, start = recipe.model_config(**knobs), recipe.model.start
-        knobs = {key: getattr(config, key) for key in {*knobs, *recipe.model.config}}
+        processor, fields = kind.derive(recipe, speech)
+        config, start = recipe.model_config(**fields), recipe.model.start
+        fields = {key: getattr(config, key) for key in {*fields, *recipe.model.config}}
         # float32, whatever the checkpoint has: 16 bits would not learn
         model = (
             kind.head(config)
             if start is None
-            else kind.head.from_pretrained(start, dtype=torch.float32, **knobs)
+            else kind.head.from_pretrained(start, dtype=torch.float32, **fields)
         )
     for key, value in kind.fixed.items():
         setattr(model.config, key, value)
     return kind(recipe, model.config, processor), model
+
+
+# %% ../../nbs/training/objectives.ipynb #6447303e
+def keep_usable(speech: Speech, objective: Objective, name: str, left_out: list[str] | None = None) -> Speech:
+    """Leave out what the objective cannot use (without text for CTC, …), with a line for each in `left_out`.
+
+    Raises:
+        ValueError: Nothing is left; `name` says of which set.
+    """
+    collator = objective.collator(training=False)
+    problems = {u.id: collator.problem(u, u.n_samples) for u in speech}
+    bad = [f"{id}: {why}" for id, why in problems.items() if why]
+    if len(bad) == len(speech):
+        raise ValueError(f"data.{name}: none of {len(bad)} utterances can be used, as {bad[0]}")
+    if left_out is not None:
+        left_out += bad
+    return speech.filter(lambda u: not problems[u.id])

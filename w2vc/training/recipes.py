@@ -5,6 +5,7 @@
 # %% ../../nbs/training/recipes.ipynb #60764e24
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -15,7 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self, cast
 
+import torch
+from torch import Tensor, nn
+
 from ..config import Wav2Vec2ConformerConfig
+from ..data.corpus import Speech, Utterance, load_speech
 
 # %% auto #0
 __all__ = [
@@ -27,11 +32,13 @@ __all__ = [
     "gumbel_temperature",
     "SourceConfig",
     "DataConfig",
+    "gather_speech",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
     "recipe_folder",
     "Recipe",
+    "make_optimizer",
 ]
 
 # %% ../../nbs/training/recipes.ipynb #e5d3c5d7
@@ -54,8 +61,8 @@ class ScheduleConfig:
 def learning_rate(step: int, steps: int, plan: ScheduleConfig) -> float:
     """The learning rate of update `step` (from 0) of `steps`, over the peak rate.
 
-    A pure function of the step: nothing to save, and a resumed run continues on the same curve. `polynomial` and
-    `tri_stage` follow fairseq's schedulers of these names.
+    A pure function of the step: nothing to save, and a resumed run continues on the same curve. `polynomial`
+    and `tri_stage` follow fairseq's schedulers of these names.
     """
     warm = round(plan.warmup * steps)
     if step < warm:
@@ -81,9 +88,8 @@ class PretrainingConfig:
     temperature_start: float = 2.0  # Gumbel temperature of the first step
     temperature_end: float = 0.5  # it never falls below this
     temperature_decay: float = 0.999995  # factor per step
-    temperature_share: float | None = (
-        None  # instead of the factor: share of the steps until the end is reached
-    )
+    # instead of the factor: share of the steps until the end is reached
+    temperature_share: float | None = None
     mask_prob: float = 0.65  # share of the frames to mask if no spans overlapped
     mask_length: int = 10  # frames per span
     min_masks: int = 2  # at least this many spans, where they fit
@@ -101,15 +107,14 @@ def gumbel_temperature(step: int, steps: int, plan: PretrainingConfig) -> float:
 # %% ../../nbs/training/recipes.ipynb #862660ae
 @dataclass
 class SourceConfig:
-    """One source of speech: what `load_speech` is asked for."""
+    """One source of speech: what `load_speech` is given."""
 
     name: str = "builtin"  # a set that load_speech knows, or a folder of recordings
     split: str = "train"  # or "dev", "test", "all"
     repeat: int = 1  # how often an epoch goes through it; more for a small set that is to count more
     hours: float | None = None  # use at most this much of it, from the front
-    options: dict[str, Any] = field(
-        default_factory=dict
-    )  # what else load_speech is given, such as {hours: 5}
+    # what else load_speech is given, such as {hours: 5}
+    options: dict[str, Any] = field(default_factory=dict)
     kinds: list[str] | None = None  # keep only utterances of these kinds
     languages: list[str] | None = None  # keep only utterances of these languages
 
@@ -122,19 +127,55 @@ class DataConfig:
     valid: list[SourceConfig] = field(default_factory=lambda: [SourceConfig(split="dev")])
     batch_seconds: float = 32.0  # rows times the longest row of a batch stay below this
     batch_rows: int | None = None  # at most this many rows
-    crop_seconds: float | None = (
-        None  # longer ones are cut to this, anew in each epoch (not for CTC); None: never
-    )
+    # longer ones are cut to this, anew in each epoch (not for CTC); None: never
+    crop_seconds: float | None = None
     crop: str = "max"  # cut what is longer; "shortest": cut all to the shortest of the batch, no padding
     noise_db: tuple[float, float] | None = None  # add white noise, at a signal-to-noise ratio from this range
     min_seconds: float = 0.5  # shorter utterances are left out
     max_seconds: float | None = None  # longer utterances are left out; None: none
     normalize: bool = True  # zero mean, unit variance per utterance
-    label: str = (
-        "text"  # what a classifier learns: text, speaker, kind, language; of frames phones, words, turns
-    )
+    # what a classifier learns: text, speaker, kind, language; of frames phones, words, turns
+    label: str = "text"
     workers: int = 0  # processes that decode audio; 0: the training process itself
     preload: bool = False  # keep all audio decoded in memory
+
+
+# %% ../../nbs/training/recipes.ipynb #f07ff9ef
+def gather_speech(
+    sources: list[SourceConfig],
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+    left_out: list[str] | None = None,
+) -> Speech:
+    """Join the sources of a recipe to one set.
+
+    Returns:
+        Utterances named `source/id`, the second round through a source `source/id#2`: names decide crops and
+        masks.
+        `left_out`, a list, gets a line for each that is shorter than `min_seconds` or longer than
+        `max_seconds`.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    found: list[Utterance] = []
+    left_out = [] if left_out is None else left_out
+    for source in sources:
+        part = load_speech(source.name, source.split, **source.options)
+        total, label = 0.0, Path(source.name).name
+        for u in part.filter(kind=source.kinds, language=source.languages):
+            if not min_seconds <= u.seconds <= max_seconds:
+                left_out.append(f"{label}/{u.id}: it has {u.seconds:.2f} s")
+                continue
+            total += u.seconds
+            if source.hours is not None and total > source.hours * 3600:
+                break
+            for k in range(1, source.repeat + 1):
+                found.append(copy.copy(u))
+                found[-1].id = f"{label}/{u.id}#{k}" if k > 1 else f"{label}/{u.id}"
+    if not found:
+        raise ValueError(f"data: no utterance of at least {min_seconds} s in {[s.name for s in sources]}")
+    return Speech(found, "+".join(source.name for source in sources), sources[0].split)
 
 
 # %% ../../nbs/training/recipes.ipynb #7081af85
@@ -145,12 +186,10 @@ class ModelConfig:
     start: str | None = None  # a folder or hub id whose weights to start from; None: from scratch
     size: str = "base"  # or "large", "tiny"; with `start` the checkpoint's own size counts
     config: dict[str, Any] = field(default_factory=dict)  # fields of the model's config that differ
-    processor: str | None = (
-        None  # CTC: folder with the vocabulary; None: beside `start`, else the texts' letters
-    )
-    features_gradient: float = (
-        1.0  # factor on the gradient of the convolutional feature encoder; 0 freezes it
-    )
+    # CTC: folder with the vocabulary; None: beside `start`, else the texts' letters
+    processor: str | None = None
+    # factor on the gradient of the convolutional feature encoder; 0 freezes it
+    features_gradient: float = 1.0
     frozen_steps: int = 0  # for so many steps only the head learns
     frozen: bool = False  # only the head ever learns; the base model stays in eval mode
     checkpointing: bool = False  # compute the blocks again in backward instead of keeping what they computed
@@ -301,3 +340,24 @@ class Recipe:
         }  # fmt: skip
         lists = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         return cast(Wav2Vec2ConformerConfig, make[self.model.size](**lists))
+
+
+# %% ../../nbs/training/recipes.ipynb #c28f5942
+def _uses_weight_decay(name: str, p: Tensor) -> bool:
+    """Whether weight decay applies: to matrices and kernels, not to norms, biases and lone vectors."""
+    return p.dim() > 1 and "norm" not in name and "bias" not in name
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over everything that may learn at some time in the run."""
+    plan = recipe.optimizer
+    learners = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for name, p in learners if _uses_weight_decay(name, p)],
+            "weight_decay": plan.weight_decay,
+        },
+        {"params": [p for name, p in learners if not _uses_weight_decay(name, p)], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
