@@ -648,6 +648,7 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
         return ax
 
 
+# %% ../../nbs/explore/tracing.ipynb #1e82500a
 def layerwise_diff(
     ours: Any,
     theirs: Any,
