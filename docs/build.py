@@ -296,7 +296,8 @@ def landing_map(static: Path) -> str:
 def landing_explorer() -> str:
     """The attention explorer of the demo model on one built-in sentence; nothing where either is missing."""
     try:
-        from w2vc.explore.attention import attention_explorer, attention_maps, diagonality
+        from w2vc.explore.attention import attention_maps, diagonality
+        from w2vc.explore.page import attention_explorer
         from w2vc.training.demo import load_demo
     except ImportError:
         return ""

@@ -5,7 +5,7 @@ from .data import recordings as recordings  # registers the human speech sets th
 from .data import synthesis as synthesis  # registers "synthetic", hours of speech made on demand
 from .data.audio import BatchFeature, Wav2Vec2FeatureExtractor, load_audio
 from .data.corpus import Utterance, load_dataset, load_speech
-from .explore.tracing import block_map, masked_audio, parity_strip, spot_the_negative, trace
+from .explore.tracing import block_map, layerwise_diff, masked_audio, spot_the_negative, trace
 from .files.fairseq import convert_fairseq, load_fairseq, read_fairseq
 from .model.classification import (
     SequenceClassifierOutput,
@@ -61,7 +61,7 @@ __all__ = [
     "load_fairseq",
     "load_speech",
     "masked_audio",
-    "parity_strip",
+    "layerwise_diff",
     "read_fairseq",
     "sample_negative_indices",
     "slow_down",

@@ -50,7 +50,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder of a checkpoint, or an id on the hub; by default the small demo checkpoint.")]  # fmt: skip
+_Model = Annotated[str | None, typer.Option("--model", "-m",
+    help="Folder of a checkpoint, or an id on the hub; by default the small demo checkpoint.")]  # fmt: skip
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 _Force = Annotated[bool, typer.Option("--force", "-f", help="Write over what is there.")]
 
@@ -68,7 +69,8 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+        help="Print the version.")] = False,
 ) -> None:  # fmt: skip
     """Hold the options of the program as a whole."""
 
@@ -117,14 +119,17 @@ def _spare(path: Path, force: bool) -> None:
 
 # %% ../nbs/appendix/cli.ipynb #8961ddfe
 def describe_checkpoint(model: str, *, revision: str | None = None) -> dict[str, Any]:
-    """Describe a checkpoint without running it: its class, sizes, settings that are not the default, and what does not fit.
+    """Describe a checkpoint without running it.
+
+    Its class, sizes, settings that are not the default, and what does not fit.
 
     Args:
         model: Folder, hub id, or a fairseq `.pt` file.
         revision: Branch, tag or commit on the hub.
 
     Returns:
-        Plain data: "architecture", "parameters", "bytes", "dtypes", "parts" (parameters by part), "settings", "vocabulary",
+        Plain data: "architecture", "parameters", "bytes", "dtypes", "parts" (parameters by part),
+        "settings", "vocabulary",
         "notes", and "tensors" (name -> shape and type).
     """
     vocabulary = None
@@ -146,9 +151,8 @@ def describe_checkpoint(model: str, *, revision: str | None = None) -> dict[str,
             vocabulary = sorted(symbols, key=symbols.__getitem__)
     parts: Counter[str] = Counter()
     for name, tensor in tensors.items():
-        if not name.endswith(
-            ("running_mean", "running_var", "num_batches_tracked", "inv_freq")
-        ):  # not learned
+        # not learned
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked", "inv_freq")):
             parts[name.removeprefix("wav2vec2_conformer.").partition(".")[0]] += tensor.numel()
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     usual = Wav2Vec2ConformerConfig().to_dict()
@@ -173,7 +177,8 @@ def describe_checkpoint(model: str, *, revision: str | None = None) -> dict[str,
     "w2vc info checkpoint_best.pt --json",
 )
 def _info(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, an id on the hub, or a fairseq .pt file.")],
+    model: Annotated[str, typer.Argument(
+        help="Folder of a checkpoint, an id on the hub, or a fairseq .pt file.")],
     keys: Annotated[bool, typer.Option("--keys", help="List every tensor with its shape and type.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     revision: _Revision = None,
@@ -200,7 +205,10 @@ def _info(
 
 
 # %% ../nbs/appendix/cli.ipynb #42a04891
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+_PROCESSOR_FILES = (
+    "preprocessor_config.json", "processor_config.json", "vocab.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 
 @_command(
@@ -211,10 +219,14 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "vocab.
 def _convert(  # noqa: PLR0917
     source: Annotated[str, typer.Argument(help="Folder, hub id, or a fairseq .pt file.")],
     target: Annotated[Path, typer.Argument(help="Folder to write, in the format of transformers.")],
-    dtype: Annotated[str | None, typer.Option(help="Type of the weights: float32, float16 or bfloat16; as in the source by default.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="Class of the model; found out by default.")] = None,
-    dictionary: Annotated[Path | None, typer.Option(help="dict.ltr.txt of a fine-tuned fairseq model that does not hold it.")] = None,
-    shard_bytes: Annotated[int, typer.Option(help="Split weights that are larger.", min=1_000_000)] = 5_000_000_000,
+    dtype: Annotated[str | None, typer.Option(
+        help="Type of the weights: float32, float16 or bfloat16; as in the source by default.")] = None,
+    architecture: Annotated[str | None, typer.Option(
+        help="Class of the model; found out by default.")] = None,
+    dictionary: Annotated[Path | None, typer.Option(
+        help="dict.ltr.txt of a fine-tuned fairseq model that does not hold it.")] = None,
+    shard_bytes: Annotated[int, typer.Option(
+        help="Split weights that are larger.", min=1_000_000)] = 5_000_000_000,
     revision: _Revision = None,
     force: _Force = False,
 ) -> None:  # fmt: skip
@@ -229,9 +241,8 @@ def _convert(  # noqa: PLR0917
         cls = model_class(source, architecture, revision=revision)
         model = cls.from_pretrained(source, dtype=dtype, revision=revision)
         folder = find_folder(source, revision, _PROCESSOR_FILES)
-        processor = {
-            name: (folder / name).read_bytes() for name in _PROCESSOR_FILES if (folder / name).is_file()
-        }
+        there = [name for name in _PROCESSOR_FILES if (folder / name).is_file()]
+        processor = {name: (folder / name).read_bytes() for name in there}
         model.save_pretrained(target, max_shard_bytes=shard_bytes)
         with replace_folder(target) as fresh:
             for name, content in processor.items():
@@ -267,7 +278,10 @@ class _Times(enum.StrEnum):
 
 
 def _find_recordings(inputs: Sequence[str]) -> list[Path | None]:
-    """List the recordings that are meant: files as they are, the audio in folders in order, None for "-", standard input."""
+    """List the recordings that are meant.
+
+    Files as they are, the audio in folders in order, None for "-", standard input.
+    """
     found: list[Path | None] = []
     for name in inputs:
         path = Path(name)
@@ -283,7 +297,10 @@ def _find_recordings(inputs: Sequence[str]) -> list[Path | None]:
 def _transcribe_each(
     recordings: Sequence[Path | None], group: int = 16, **options: Any
 ) -> Iterator[tuple[str, Transcript | Exception]]:
-    """Transcribe recordings a group at a time; one that cannot be read gives its error and does not stop the others."""
+    """Transcribe recordings a group at a time.
+
+    One that cannot be read gives its error and does not stop the others.
+    """
     for first in range(0, len(recordings), group):
         part = recordings[first : first + group]
         names = ["-" if path is None else str(path) for path in part]
@@ -313,8 +330,10 @@ def _targets(recordings: Sequence[Path | None], output: Path, ending: str, force
 
 
 # %% ../nbs/appendix/cli.ipynb #793eb369
-_BeamWidth = Annotated[int, typer.Option(help="Hypotheses of the beam search; 1: the best symbol of each frame.", min=1)]  # fmt: skip
-_LanguageModel = Annotated[Path | None, typer.Option("--lm", help="ARPA file of an n-gram model, for the beam search.")]  # fmt: skip
+_BeamWidth = Annotated[int, typer.Option(
+    help="Hypotheses of the beam search; 1: the best symbol of each frame.", min=1)]  # fmt: skip
+_LanguageModel = Annotated[Path | None, typer.Option("--lm",
+    help="ARPA file of an n-gram model, for the beam search.")]  # fmt: skip
 _Alpha = Annotated[float | None, typer.Option(help="Weight of the language model.")]
 _Beta = Annotated[float | None, typer.Option(help="Bonus for each word.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
@@ -341,17 +360,22 @@ def _make_decoder(
     "ffmpeg -i film.mkv -f wav - | w2vc transcribe - -m ./my-model -t json",
 )
 def _transcribe(  # noqa: PLR0917
-    inputs: Annotated[list[str], typer.Argument(help="Recordings, folders of recordings, or - for standard input.")],
+    inputs: Annotated[list[str], typer.Argument(
+        help="Recordings, folders of recordings, or - for standard input.")],
     model: _Model = None,
     format: Annotated[_Format, typer.Option("--format", "-t", help="Format of the result.")] = _Format.text,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for one file per recording; by default all goes to standard output.")] = None,
-    timestamps: Annotated[_Times, typer.Option(help="What JSON times; subtitles time words always.")] = _Times.word,
-    chunk_seconds: Annotated[float, typer.Option(help="Long recordings are cut into overlapping chunks; 0: never.", min=0)] = 30.0,
+    output: Annotated[Path | None, typer.Option("--output", "-o",
+        help="Folder for one file per recording; by default all goes to standard output.")] = None,
+    timestamps: Annotated[_Times, typer.Option(
+        help="What JSON times; subtitles time words always.")] = _Times.word,
+    chunk_seconds: Annotated[float, typer.Option(
+        help="Long recordings are cut into overlapping chunks; 0: never.", min=0)] = 30.0,
     beam_width: _BeamWidth = 1,
     language_model: _LanguageModel = None,
     alpha: _Alpha = None,
     beta: _Beta = None,
-    hotword: Annotated[list[str] | None, typer.Option(help="A word to expect; may be given several times.")] = None,
+    hotword: Annotated[list[str] | None, typer.Option(
+        help="A word to expect; may be given several times.")] = None,
     device: _Device = "cpu",
     dtype: _Type = None,
     revision: _Revision = None,
@@ -365,9 +389,7 @@ def _transcribe(  # noqa: PLR0917
     ending = "txt" if format is _Format.text else format.value
     targets = {} if output is None else _targets(recordings, output, ending, force)
     if model is None:
-        _say(
-            "no --model: the demo checkpoint, which learned from five hours of synthetic voices and some prompts"
-        )
+        _say("no --model: the demo checkpoint, made from five hours of synthetic voices and some prompts")
         model, dtype = str(demo_folder("ctc")), dtype or "float32"
     network = Wav2Vec2ConformerForCTC.from_pretrained(model, dtype=dtype, device=device, revision=revision)
     processor = Wav2Vec2Processor.from_pretrained(model, revision=revision)
@@ -395,26 +417,37 @@ def _transcribe(  # noqa: PLR0917
     "w2vc evaluate ./my-model builtin",
     "w2vc evaluate ./my-model recordings/ --show 5 --lm words.arpa",
     "w2vc evaluate runs/demo/best synthetic --split dev --recipe demo_pretrain --json > figures.json",
-    "w2vc evaluate facebook/wav2vec2-conformer-rel-pos-large-960h-ft hf:openslr/librispeech_asr:clean:test --device cuda",
+    "w2vc evaluate facebook/wav2vec2-conformer-rel-pos-large-960h-ft hf:openslr/librispeech_asr:clean:test "
+    "--device cuda",
 )
 def _evaluate(  # noqa: PLR0917
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or an id on the hub.")],
-    dataset: Annotated[str, typer.Argument(help="A set that load_speech knows (builtin, builtin-mixes, …), a folder, or hf:NAME[:CONFIGURATION[:SPLIT]].")],
-    split: Annotated[str | None, typer.Option(help="Split of the set; test by default, and all of a folder without splits.")] = None,
+    dataset: Annotated[str, typer.Argument(
+        help="A set that load_speech knows (builtin, builtin-mixes, …), a folder, or "
+             "hf:NAME[:CONFIGURATION[:SPLIT]].")],
+    split: Annotated[str | None, typer.Option(
+        help="Split of the set; test by default, and all of a folder without splits.")] = None,
     limit: Annotated[int | None, typer.Option(help="Measure on so many utterances.", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON: tables, transcripts, confusions.")] = False,
+    as_json: Annotated[bool, typer.Option("--json",
+        help="Print everything as JSON: tables, transcripts, confusions.")] = False,
     show: Annotated[int, typer.Option(help="Also print the transcripts with the most errors.", min=0)] = 0,
-    by: Annotated[str, typer.Option(help="What the intervals draw anew: utterance or speaker.")] = "utterance",
+    by: Annotated[str, typer.Option(
+        help="What the intervals draw anew: utterance or speaker.")] = "utterance",
     draws: Annotated[int, typer.Option(help="How often.", min=1)] = 1000,
-    as_written: Annotated[bool, typer.Option("--as-written", help="Case and punctuation count in texts.")] = False,
-    target: Annotated[str | None, typer.Option(help="What a classifier names: text, speaker, phones, turns, …; found out by default.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe whose masks and crops pre-training is measured with.")] = None,
-    probe_split: Annotated[str | None, typer.Option(help="Split whose speakers the phone probe learns on; by default half of those measured.")] = None,
+    as_written: Annotated[bool, typer.Option("--as-written",
+        help="Case and punctuation count in texts.")] = False,
+    target: Annotated[str | None, typer.Option(
+        help="What a classifier names: text, speaker, phones, turns, …; found out by default.")] = None,
+    recipe: Annotated[str | None, typer.Option(
+        help="Recipe whose masks and crops pre-training is measured with.")] = None,
+    probe_split: Annotated[str | None, typer.Option(
+        help="Split whose speakers the phone probe learns on; by default half of those measured.")] = None,
     beam_width: _BeamWidth = 1,
     language_model: _LanguageModel = None,
     alpha: _Alpha = None,
     beta: _Beta = None,
-    chunk_seconds: Annotated[float, typer.Option(help="Cut longer recordings into overlapping chunks; 0: never.", min=0)] = 0.0,
+    chunk_seconds: Annotated[float, typer.Option(
+        help="Cut longer recordings into overlapping chunks; 0: never.", min=0)] = 0.0,
     batch_seconds: Annotated[float, typer.Option(help="Padded audio in one batch.", min=0)] = 60.0,
     device: _Device = "cpu",
     dtype: _Type = None,
@@ -452,11 +485,14 @@ def _evaluate(  # noqa: PLR0917
 def _explore(  # noqa: PLR0917
     recording: Annotated[Path, typer.Argument(metavar="FILE", help="A recording, best some seconds long.")],
     model: _Model = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Page to write; FILE's name with .html, here, by default.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o",
+        help="Page to write; FILE's name with .html, here, by default.")] = None,
     text: Annotated[str | None, typer.Option(help="What is said, to be aligned by a CTC model.")] = None,
     start: Annotated[float, typer.Option(help="Leave out so many seconds at the beginning.", min=0)] = 0.0,
     end: Annotated[float | None, typer.Option(help="Stop at this second.", min=0)] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Layer whose attention is shown; may be given several times; all, or four where a page would become heavy.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(
+        help="Layer whose attention is shown; may be given several times; all, or four where a page would "
+             "become heavy.")] = None,
     head: Annotated[list[int] | None, typer.Option(help="Head whose attention is shown; likewise.")] = None,
     force: _Force = False,
 ) -> None:  # fmt: skip
@@ -498,9 +534,12 @@ def _export(
 
 
 # %% ../nbs/appendix/cli.ipynb #e0dc9545
-_RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes with the package; see `w2vc recipes`.")]  # fmt: skip
-_RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Checkpoints and curves of the run; the same folder again resumes it.")]  # fmt: skip
-_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the recipe, such as run.steps=200.")]  # fmt: skip
+_RecipeName = Annotated[str, typer.Argument(metavar="RECIPE",
+    help="A YAML file, or the name of a recipe of the package; see `w2vc recipes`.")]  # fmt: skip
+_RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER",
+    help="Checkpoints and curves of the run; the same folder again resumes it.")]  # fmt: skip
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
+    help="Changes of the recipe, such as run.steps=200.")]  # fmt: skip
 _Minutes = Annotated[
     float | None, typer.Option("--max-minutes", help="Stop after so long, with a checkpoint.", min=0)
 ]
@@ -527,7 +566,8 @@ def _run(pretraining: bool, name: str, folder: Path, overrides: list[str] | None
     "accelerate launch --num_processes 8 -m w2vc.cli pretrain librispeech_base runs/base",
 )
 def _pretrain(
-    recipe: _RecipeName, folder: _RunFolder, overrides: _Overrides = None, max_minutes: _Minutes = None, dry_run: _DryRun = False
+    recipe: _RecipeName, folder: _RunFolder, overrides: _Overrides = None,
+    max_minutes: _Minutes = None, dry_run: _DryRun = False
 ) -> None:  # fmt: skip
     """Pre-train a model on speech without labels."""
     _run(True, recipe, folder, overrides, max_minutes=max_minutes, dry_run=dry_run)
@@ -539,7 +579,8 @@ def _pretrain(
     "w2vc finetune finetune_100h runs/100h model.start=runs/base/best",
 )
 def _finetune(
-    recipe: _RecipeName, folder: _RunFolder, overrides: _Overrides = None, max_minutes: _Minutes = None, dry_run: _DryRun = False
+    recipe: _RecipeName, folder: _RunFolder, overrides: _Overrides = None,
+    max_minutes: _Minutes = None, dry_run: _DryRun = False
 ) -> None:  # fmt: skip
     """Fine-tune a model with labels: CTC, sequence, frame or x-vector, as the recipe says."""
     _run(False, recipe, folder, overrides, max_minutes=max_minutes, dry_run=dry_run)

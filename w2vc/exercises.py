@@ -148,7 +148,7 @@ def _compare_arrays(got: np.ndarray, want: np.ndarray, rtol: float, atol: float)
     )
     lost = int((~np.isfinite(got) & np.isfinite(want)).sum()) if got.dtype != bool else 0
     if lost:
-        return f"{lost} of {got.size} values are NaN or infinite, and should not be; first difference {where}: {pair}"
+        return f"{lost} of {got.size} values are NaN or infinite, unlike what is right; first {where}: {pair}"
     if np.issubdtype(want.dtype, np.floating) and np.isfinite(got).all() and np.isfinite(want).all():
         gap = float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max())
         if gap <= 1e-2 * max(float(np.abs(want).max()), 1e-12):
@@ -160,7 +160,8 @@ def _compare_arrays(got: np.ndarray, want: np.ndarray, rtol: float, atol: float)
 def difference(got: Any, want: Any, *, rtol: float = 1e-4, atol: float = 1e-6) -> str:
     """Say in words how `got` differs from `want`; an empty string means that they agree.
 
-    Tensors, arrays and numbers are compared by shape and value (NaN equals NaN), sequences and dictionaries entry
+    Tensors, arrays and numbers are compared by shape and value (NaN equals NaN), sequences and
+    dictionaries entry
     by entry, everything else by `==`. Integer and float answers of equal value agree; bool and number do not.
 
     Args:
@@ -248,7 +249,10 @@ def _clone(value: Any) -> Any:
 def _call(
     function: Callable[..., Any], case: tuple[Any, ...]
 ) -> tuple[Any, Exception | None, tuple[Any, ...]]:
-    """Call with copied arguments and a fresh global seed; return the result, the error and the arguments afterwards."""
+    """Call with copied arguments and a fresh global seed.
+
+    Return the result, the error and the arguments afterwards.
+    """
     arguments = _clone(case)
     state = torch.get_rng_state()
     torch.manual_seed(0)
@@ -280,15 +284,17 @@ def check(
     rtol: float = 1e-4,
     atol: float = 1e-6,
 ) -> Verdict:
-    """Compare an answer with a slow plain reference on each case, and print one line that helps. Never raises.
+    """Compare an answer with a slow plain reference on each case; print one line that helps. Never raises.
 
-    Both functions get copies of the arguments and the same global random state. Where the reference raises, the answer
+    Both functions get copies of the arguments and the same global random state. Where the reference
+    raises, the answer
     must raise the same kind of error.
 
     Args:
         mine: The reader's function.
         spec: The reference: slow and plain, but right.
-        *cases: The calls to make: a tuple holds all arguments of one call, anything else is its only argument.
+        *cases: The calls to make: a tuple holds all arguments of one call, anything else is its only
+            argument.
             Without cases both are called once without arguments.
         name: The exercise, for example `"exercise 1"`.
         rtol: Allowed difference relative to the right value.
@@ -315,7 +321,8 @@ def _judge_case(
     elif error is not None:
         problem = f"it raised {_error(error)}; on {{case}}"
     elif (got is None and want is not None) or got is Ellipsis:
-        problem = f"it returned {'None' if got is None else 'the dots'}: write your answer in place of the dots, and return it"
+        what = "None" if got is None else "the dots"
+        problem = f"it returned {what}: write your answer in place of the dots, and return it"
     elif text := difference(got, want, rtol=rtol, atol=atol):
         problem = f"{text}; on {{case}}"
     elif _changed(case, changed) and not _changed(case, after):
@@ -343,7 +350,8 @@ def check_property(
 
     Args:
         mine: The reader's function.
-        predicate: `predicate(result, *case)`: True if the property holds, False or the reason (a string) if not.
+        predicate: `predicate(result, *case)`: True if the property holds, False or the reason (a string)
+            if not.
         *cases: As in `check`.
         name: The exercise.
         hint: What must hold, in words; printed where it does not.
@@ -442,7 +450,8 @@ def progress() -> str:
     done = [v for k, v in _verdicts.items() if not k.startswith("guess ")]
     guesses = [v for k, v in _verdicts.items() if k.startswith("guess ")]
     lines = [
-        f"{sum(map(bool, done))} of {len(done)} exercises passed, {sum(map(bool, guesses))} of {len(guesses)} guesses right"
+        f"{sum(map(bool, done))} of {len(done)} exercises passed, {sum(map(bool, guesses))} of "
+        f"{len(guesses)} guesses right"
     ]
     lines += [f"open: {', '.join(v.name for v in done if not v)}"] if not all(done) else []
     return "\n".join(lines)

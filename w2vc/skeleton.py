@@ -75,7 +75,7 @@ class Frames(nn.Module):
         )
 
     def forward(self, waves: Tensor) -> Tensor:
-        """Slide along the sound."""
+        """Turn sound `[B, S]` into frames `[B, T, D]`, each of mean 0 and variance 1."""
         z = self.layers(waves[:, None]).transpose(1, 2)  # [B, 1, S] -> [B, D, T] -> [B, T, D]
         return functional.layer_norm(z, z.shape[-1:])
 
@@ -89,7 +89,7 @@ def spectrum(waves: Tensor) -> Tensor:
 
 
 class NearestSpectrum(nn.Module):
-    """Codes by argmin: each frame gets the number of the nearest of some example spectra, and that number's vector."""
+    """Codes by argmin: the nearest example spectrum gives a frame its code; each code has a vector."""
 
     examples: Tensor
 
@@ -121,13 +121,13 @@ class Context(nn.Module):
         self.out = nn.Linear(2 * width, width)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Walk along the frames, both ways."""
+        """Turn frames `[B, T, D]` into context vectors `[B, T, D]`."""
         return self.out(self.gru(frames)[0])
 
 
 # %% ../nbs/01_skeleton.ipynb #b2daa800
 def draw_negatives(mask: Tensor, n: int = 20) -> Tensor:
-    """For each of the R hidden frames of the batch, n others: row numbers `[R, n]` among the hidden frames."""
+    """Draw n others for each of the R hidden frames of a batch: `[R, n]`, rows of hidden frames."""
     n_hidden = int(mask.sum())
     return torch.randint(n_hidden, (n_hidden, n))
 
@@ -235,7 +235,7 @@ def count_pairs(codes: Tensor, phones: Sequence[str]) -> tuple[Tensor, list[str]
 
 # %% ../nbs/01_skeleton.ipynb #4bd64121
 def phone_information(table: Tensor) -> float:
-    """How much of the phone a code tells: mutual information over the entropy of the phones (PNMI), 0 to 1."""
+    """How much a code tells of the phone: mutual information over the phones' entropy (PNMI), 0 to 1."""
     joint = table / table.sum()
     code, phone = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
     known = torch.xlogy(joint, joint / (code * phone).clamp(min=1e-12)).sum()
@@ -244,7 +244,7 @@ def phone_information(table: Tensor) -> float:
 
 # %% ../nbs/01_skeleton.ipynb #2b9dc34d
 def phones_read(vectors: Tensor, phones: Sequence[str]) -> float:
-    """Share of phones that a linear reader gets right: least squares on one half of the frames, scored on the other."""
+    """Share of phones that a linear reader gets right, fitted on one half of the frames, scored on the rest."""
     names = sorted(set(phones))
     wanted = torch.tensor([names.index(phone) for phone in phones])
     scaled = (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-5)

@@ -1,9 +1,7 @@
-"""Looking inside: the maps of a model, the numbers that sum a head up, and the explorer that shows them."""
+"""Looking inside: the maps of a model, and the numbers that sum a head up."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 
 import numpy as np
@@ -13,10 +11,8 @@ import torch
 from helpers import tiny_config
 from w2vc.data.corpus import load_speech
 from w2vc.explore import attention as explore
-from w2vc.explore.viz import Picture
+from w2vc.explore.page import attention_explorer
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
-
-STILL = Picture(b"\x89PNG\r\n\x1a\n", "A picture that says enough about itself", 100)
 
 
 @pytest.fixture(scope="module")
@@ -69,62 +65,9 @@ def test_maps_are_those_of_the_model(model: Wav2Vec2ConformerModel) -> None:
 )
 def test_layers_and_heads_are_checked(model: Wav2Vec2ConformerModel, layers: object, heads: object) -> None:
     name = "layers" if layers is not None else "heads"
-    for call in (explore.attention_maps, explore.attention_explorer):
+    for call in (explore.attention_maps, attention_explorer):
         with pytest.raises(ValueError, match=name):
             call(model, np.zeros(8000, np.float32), layers=layers, heads=heads)
-
-
-def test_a_page_that_would_be_huge_is_refused_before_any_work(
-    model: Wav2Vec2ConformerModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(explore, "attention_maps", None)
-    with pytest.raises(ValueError, match=r"fewer layers= and heads="):
-        explore.attention_explorer(model, np.zeros(16000 * 60, np.float32))
-    with pytest.raises(ValueError, match="start"):
-        explore.attention_explorer(model, np.zeros(8000, np.float32), layers=[1], start=(0, 0))
-
-
-def test_explorer_has_a_picture_for_where_scripts_do_not_run(model: Wav2Vec2ConformerModel) -> None:
-    one = explore.attention_explorer(model, load_speech("builtin", "test")[2], layers=[1], heads=[2])
-    assert "layer 1, head 2" in one.fallback.alt
-    assert "every dog" in one.fallback.alt
-    assert 10_000 < len(one.fallback.png) < 120_000
-
-
-def test_explorer_holds_the_maps(model: Wav2Vec2ConformerModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image
-
-    monkeypatch.setattr(explore, "render", lambda *_: STILL)
-    utterance = load_speech("builtin", "test")[2]
-    one = explore.attention_explorer(model, utterance, layers=[0, 1], heads=[0, 2, 3], start=(1, 2))
-    again = explore.attention_explorer(model, utterance, layers=[0, 1], heads=[0, 2, 3], start=(1, 2))
-    assert one._repr_html_() == again._repr_html_()
-    data = one.data
-    truth = explore.attention_maps(model, utterance, layers=[0, 1], heads=[0, 2, 3]).flatten(0, 1)
-    assert (data["layers"], data["heads"], data["start"], data["frames"]) == (
-        [0, 1],
-        [0, 2, 3],
-        4,
-        truth.shape[-1],
-    )
-    for packed, weights in zip(data["maps"], truth, strict=True):
-        values = np.asarray(Image.open(io.BytesIO(base64.b64decode(packed["png"].partition(",")[2]))))
-        back = packed["largest"] * (values / 255.0) ** 2
-        assert np.abs(back - weights.numpy()).max() <= packed["largest"] / 254
-    distance = explore.attention_distance(truth).tolist()
-    assert np.ravel(data["summary"]["distance"]) == pytest.approx(distance, abs=1e-3)
-
-
-def test_explorer_of_the_demo_model_is_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    from w2vc.training.demo import load_demo
-
-    still = Picture(bytes(120_000), STILL.alt, 700)  # as large as it may be; drawing it takes long
-    monkeypatch.setattr(explore, "render", lambda *_: still)
-
-    test = load_speech("builtin", "test")
-    audio = np.concatenate([test[0].audio, test[1].audio])[:80_000]
-    one = explore.attention_explorer(load_demo(), audio)
-    assert one.size < 2_000_000, f"{one} for 5 s"
 
 
 # ---- heads in numbers
@@ -172,8 +115,8 @@ def test_numbers_against_loops(maps: torch.Tensor) -> None:
 
 def test_distance_only_knows_distances_and_nothing_else(maps: torch.Tensor) -> None:
     n = maps.shape[-1]
-    deaf = explore.distance_only(maps)
-    assert torch.allclose(deaf.sum(-1), torch.ones(2, 3, n))
+    alone = explore.distance_only(maps)
+    assert torch.allclose(alone.sum(-1), torch.ones(2, 3, n))
     assert torch.allclose(explore.distance_only(torch.eye(n)), torch.eye(n))
     table = torch.randn(2 * n - 1)
     frames = torch.arange(n)
@@ -217,18 +160,18 @@ def test_reach_is_checked(maps: torch.Tensor, reach: int) -> None:
         explore.offset_profile(maps, reach)
 
 
-def test_position_profile_is_the_attention_of_a_head_deaf_to_content(model: Wav2Vec2ConformerModel) -> None:
+def test_position_profile_is_the_attention_of_a_head_without_content(model: Wav2Vec2ConformerModel) -> None:
     import copy
 
-    deaf = copy.deepcopy(model)
-    for block in deaf.encoder.layers:
+    blind = copy.deepcopy(model)
+    for block in blind.encoder.layers:
         torch.nn.init.zeros_(block.self_attn.linear_q.weight)  # its bias stays: every frame asks the same
         torch.nn.init.zeros_(block.self_attn.linear_k.weight)
         torch.nn.init.zeros_(block.self_attn.linear_k.bias)
-    maps = explore.attention_maps(deaf, load_speech("builtin", "test")[2].audio[:16000])
+    maps = explore.attention_maps(blind, load_speech("builtin", "test")[2].audio[:16000])
     n = maps.shape[-1]
     assert n % 2 == 1, "the middle frame has as many before as after"
-    profile = explore.position_profile(deaf, n // 2)
+    profile = explore.position_profile(blind, n // 2)
     assert torch.allclose(maps[:, :, n // 2], profile, atol=1e-6)
     assert profile.std() > 0.001
     assert torch.equal(explore.position_profile(model, n // 2), profile)  # content has no part in it

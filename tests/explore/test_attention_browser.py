@@ -12,8 +12,8 @@ import torch
 from helpers import tiny_config
 from w2vc.data.corpus import load_speech
 from w2vc.explore import attention as explore
-from w2vc.explore.attention import attention_explorer, attention_maps
-from w2vc.explore.page import Explorer, save_page
+from w2vc.explore.attention import attention_maps
+from w2vc.explore.page import Explorer, attention_explorer, save_page
 from w2vc.explore.viz import Picture
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
 

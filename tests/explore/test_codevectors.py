@@ -21,9 +21,7 @@ from w2vc.explore.codevectors import (
     code_segments,
     code_targets,
     code_usage,
-    codevector_explorer,
     collect_codes,
-    cover_codes,
     flatten_to_plane,
     hear_segments,
     main_phones,
@@ -33,6 +31,7 @@ from w2vc.explore.codevectors import (
     order_together,
     phone_thirds,
 )
+from w2vc.explore.page import codevector_explorer, cover_codes
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 
 

@@ -11,14 +11,8 @@ import torch
 
 from helpers import tiny_config
 from w2vc.data.corpus import load_speech
-from w2vc.explore.codevectors import (
-    CodeFrames,
-    code_phone_table,
-    code_usage,
-    codevector_explorer,
-    collect_codes,
-)
-from w2vc.explore.page import save_page
+from w2vc.explore.codevectors import CodeFrames, code_phone_table, code_usage, collect_codes
+from w2vc.explore.page import codevector_explorer, save_page
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 
 pytestmark = pytest.mark.browser

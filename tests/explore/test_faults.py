@@ -13,7 +13,8 @@ import pytest
 import book
 
 TESTS = Path(__file__).parents[1]
-NAMED = dict(re.findall(r'Fault\(\s*"(\w+)".*?"(\S+\.py::\w+)"', book.code("explore/faults"), re.S))
+FAULT = r'^@fault\(.*?"(\S+\.py::\w+)"\)[^\n]*\ndef (\w+)'
+NAMED = {name: test for test, name in re.findall(FAULT, book.code("explore/faults"), re.S | re.M)}
 
 
 def test_each_fault_names_a_test_that_exists() -> None:

@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import w2vc
+from helpers import tiny_config
 from w2vc.data.corpus import load_speech
+from w2vc.explore import attention
 from w2vc.explore import page as pages
 from w2vc.explore.page import Explorer, save_page, slider
 from w2vc.explore.viz import Picture
+from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
 
 STILL = Picture(b"\x89PNG\r\n\x1a\n", "A picture that says enough about itself", 100)
 ASSETS = Path(w2vc.__file__).parent / "assets" / "pages"
@@ -230,3 +233,65 @@ def test_a_slider_holds_its_pictures_and_refuses_what_it_cannot_turn() -> None:
         slider("None", " ", pages)
     with pytest.raises(ValueError, match="start=3"):
         slider("Far", "letter", pages, start=3)
+
+
+# ---- the explorer of attention
+
+
+@pytest.fixture(scope="module")
+def model() -> Wav2Vec2ConformerModel:
+    torch.manual_seed(0)
+    return Wav2Vec2ConformerModel(tiny_config())
+
+
+def test_a_page_that_would_be_huge_is_refused_before_any_work(
+    model: Wav2Vec2ConformerModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "attention_maps", None)
+    with pytest.raises(ValueError, match=r"fewer layers= and heads="):
+        pages.attention_explorer(model, np.zeros(16000 * 60, np.float32))
+    with pytest.raises(ValueError, match="start"):
+        pages.attention_explorer(model, np.zeros(8000, np.float32), layers=[1], start=(0, 0))
+
+
+def test_explorer_has_a_picture_for_where_scripts_do_not_run(model: Wav2Vec2ConformerModel) -> None:
+    one = pages.attention_explorer(model, load_speech("builtin", "test")[2], layers=[1], heads=[2])
+    assert "layer 1, head 2" in one.fallback.alt
+    assert "every dog" in one.fallback.alt
+    assert 10_000 < len(one.fallback.png) < 120_000
+
+
+def test_explorer_holds_the_maps(model: Wav2Vec2ConformerModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    monkeypatch.setattr(pages, "render", lambda *_: STILL)
+    utterance = load_speech("builtin", "test")[2]
+    one = pages.attention_explorer(model, utterance, layers=[0, 1], heads=[0, 2, 3], start=(1, 2))
+    again = pages.attention_explorer(model, utterance, layers=[0, 1], heads=[0, 2, 3], start=(1, 2))
+    assert one._repr_html_() == again._repr_html_()
+    data = one.data
+    truth = attention.attention_maps(model, utterance, layers=[0, 1], heads=[0, 2, 3]).flatten(0, 1)
+    assert (data["layers"], data["heads"], data["start"], data["frames"]) == (
+        [0, 1],
+        [0, 2, 3],
+        4,
+        truth.shape[-1],
+    )
+    for packed, weights in zip(data["maps"], truth, strict=True):
+        values = np.asarray(Image.open(io.BytesIO(base64.b64decode(packed["png"].partition(",")[2]))))
+        back = packed["largest"] * (values / 255.0) ** 2
+        assert np.abs(back - weights.numpy()).max() <= packed["largest"] / 254
+    distance = attention.attention_distance(truth).tolist()
+    assert np.ravel(data["summary"]["distance"]) == pytest.approx(distance, abs=1e-3)
+
+
+def test_explorer_of_the_demo_model_is_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    from w2vc.training.demo import load_demo
+
+    still = Picture(bytes(120_000), STILL.alt, 700)  # as large as it may be; drawing it takes long
+    monkeypatch.setattr(pages, "render", lambda *_: still)
+
+    test = load_speech("builtin", "test")
+    audio = np.concatenate([test[0].audio, test[1].audio])[:80_000]
+    one = pages.attention_explorer(load_demo(), audio)
+    assert one.size < 2_000_000, f"{one} for 5 s"

@@ -24,13 +24,13 @@ from w2vc.explore.tracing import (
     dependency_spans,
     frozen_statistics,
     html_table,
+    layerwise_diff,
     main_tensor,
     masked_audio,
-    parity_strip,
+    masked_samples,
     record,
     spot_the_negative,
     trace,
-    unheard,
 )
 from w2vc.model.convolution import ConvolutionModule
 from w2vc.model.features import FeatureEncoder, receptive_field
@@ -324,7 +324,7 @@ def test_maps_refuse_what_has_no_map() -> None:
 def test_the_strip_of_the_peer_is_flat(name: str) -> None:
     pytest.importorskip("transformers")
     ours = randomise_(getattr(w2vc, f"Wav2Vec2Conformer{name}")(tiny_config(**SIZES))).eval()
-    found = parity_strip(ours, twin(ours), load_speech("builtin")[0])
+    found = layerwise_diff(ours, twin(ours), load_speech("builtin")[0])
     assert len(found) >= 15
     assert found.first is None
     assert max(found.gaps.values()) <= 1e-5
@@ -346,7 +346,7 @@ def test_the_strip_names_the_block_that_was_changed(block: str) -> None:
     part = theirs.get_submodule(block if block == "project_hid" else f"wav2vec2_conformer.{block}")
     with torch.no_grad():
         next(p for p in part.parameters() if p.dim() > 1).mul_(1.01)
-    found = parity_strip(ours, theirs, load_speech("builtin")[0])
+    found = layerwise_diff(ours, theirs, load_speech("builtin")[0])
     assert found.first == block
     names = list(found.gaps)
     assert all(found[name] == 0 for name in names[: names.index(block)])
@@ -354,18 +354,18 @@ def test_the_strip_names_the_block_that_was_changed(block: str) -> None:
 
 def test_the_strip_compares_dtypes_heads_and_recordings() -> None:
     model, audio = Wav2Vec2ConformerForPreTraining(tiny_config()).eval(), load_speech("builtin")[0]
-    half = parity_strip(copy.deepcopy(model).bfloat16(), model, audio, tolerance=0.1)
+    half = layerwise_diff(copy.deepcopy(model).bfloat16(), model, audio, tolerance=0.1)
     assert 1e-4 < half["encoder.layers.0.ffn1"] < 0.1
-    below = parity_strip(model.wav2vec2_conformer, model, audio)
+    below = layerwise_diff(model.wav2vec2_conformer, model, audio)
     assert below.first is None
     assert "project_hid" not in below.gaps
     kept = record(model, audio)
     kept["encoder.layers.0.ffn1"][0, 0, 0] = math.nan
-    assert parity_strip(kept, model, audio).first == "encoder.layers.0.ffn1"
+    assert layerwise_diff(kept, model, audio).first == "encoder.layers.0.ffn1"
     with pytest.raises(ValueError, match="audio is missing"):
-        parity_strip(model, kept)
+        layerwise_diff(model, kept)
     with pytest.raises(ValueError, match="share no block"):
-        parity_strip({"x": noise(1)}, model, audio)
+        layerwise_diff({"x": noise(1)}, model, audio)
     ax = half.plot(title="bf16")
     assert ax.get_yscale() == "log"
 
@@ -379,7 +379,7 @@ def test_unheard_is_what_no_visible_frame_sees(mask: list[bool], more: int) -> N
     for t, hidden in enumerate(mask):
         if not hidden:
             want[320 * t : 320 * t + 400] = False
-    assert np.array_equal(unheard(torch.tensor(mask), n_samples), want)
+    assert np.array_equal(masked_samples(torch.tensor(mask), n_samples), want)
     sound = np.full(n_samples, 0.5, np.float32)
     quiet, noisy = masked_audio(sound, mask), masked_audio(sound, mask, fill="noise")
     assert np.array_equal(quiet[~want], sound[~want])
@@ -398,7 +398,7 @@ def test_what_is_unheard_changes_no_visible_frame() -> None:
     )
     encoder, sound = FeatureEncoder(config), noise(1, 16_000)
     mask = torch.arange(49) % 11 > 6
-    gone = torch.from_numpy(unheard(mask, 16_000, config))
+    gone = torch.from_numpy(masked_samples(mask, 16_000, config))
     other = torch.where(gone, noise(1, 16_000, seed=1), sound)
     a, b = encoder(sound)[0], encoder(other)[0]
     assert torch.equal(a[~mask], b[~mask])
@@ -410,7 +410,7 @@ def test_what_is_unheard_changes_no_visible_frame() -> None:
     with pytest.raises(ValueError, match="fill='hum'"):
         masked_audio(sound[0], mask, fill="hum")
     with pytest.raises(ValueError, match="50 frames"):
-        unheard(torch.ones(50), 16_000)
+        masked_samples(torch.ones(50), 16_000)
 
 
 def test_a_game_is_a_question_of_the_loss() -> None:
@@ -473,6 +473,6 @@ def test_games_refuse_what_cannot_be_played() -> None:
 def test_tracing_on_a_gpu() -> None:
     model, audio = load_demo(device="cuda"), load_speech("builtin")[0]
     assert trace(model, audio)[0].milliseconds > 0
-    assert parity_strip(model, load_demo(), audio, tolerance=1e-2).first is None
+    assert layerwise_diff(model, load_demo(), audio, tolerance=1e-2).first is None
     assert (block_map(model, audio.audio[:8000], "encoder.layers.0.ffn1") > 0).sum() == 24
     assert spot_the_negative(model, audio).answer

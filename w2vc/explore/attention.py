@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from ..config import refuse
-from ..data.corpus import frame_labels
-from ..data.sound import normalise
 from ..files.pretrained import PreTrainedModel, eval_mode
 from ..model.attention import SelfAttention
 from ..model.fast import plain_forms
-from ..model.features import FrameClock
 from ..model.positions import RelativePositions
-from .page import Explorer, as_utterance, clip_data, gray_png, root_bytes
-from .viz import figure, plot_matrix, render, timeline
+from .tracing import as_input
+from .viz import figure, plot_matrix
 
 # %% auto #0
 __all__ = [
@@ -30,24 +27,20 @@ __all__ = [
     "attention_entropy",
     "diagonality",
     "same_label_share",
-    "distance_only",
     "offset_profile",
+    "distance_only",
     "head_summary",
     "plot_heads",
-    "attention_explorer",
     "position_profile",
 ]
 
 
-# %% ../../nbs/explore/attention.ipynb #56b1dd95
+# %% ../../nbs/explore/attention.ipynb #f8548c44
 def _choice(name: str, wanted: Sequence[int] | None, n: int) -> list[int]:
-    """The layers or heads asked for, of `n`; all of them for None."""
+    """The layers or heads that are wanted, of `n`; all of them for None."""
     chosen = list(range(n) if wanted is None else wanted)
-    if (
-        not chosen
-        or any(type(x) is not int or not 0 <= x < n for x in chosen)
-        or len(set(chosen)) < len(chosen)
-    ):
+    known = all(type(x) is int and 0 <= x < n for x in chosen)
+    if not chosen or not known or len(set(chosen)) < len(chosen):
         raise refuse(name, wanted, f"different whole numbers from 0 to {n - 1}")
     return chosen
 
@@ -59,7 +52,9 @@ def attention_maps(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Tensor:
-    """Capture the attention weights of one recording: `[L, H, T, T]` float32, rows look and columns are looked at.
+    """Capture the attention weights of one recording.
+
+    `[L, H, T, T]` float32, rows look and columns are looked at.
 
     Args:
         model: With any head or none; it runs in eval mode.
@@ -71,15 +66,10 @@ def attention_maps(
         ValueError: No such layer or head.
     """
     base, config = model.base_model, model.config
-    layers, heads = (
-        _choice("layers", layers, config.num_hidden_layers),
-        _choice("heads", heads, config.num_attention_heads),
-    )
-    samples = torch.from_numpy(normalise(as_utterance(audio).audio))[None].to(
-        model.device, model.dtype
-    )  # [1, S]
+    layers = _choice("layers", layers, config.num_hidden_layers)
+    heads = _choice("heads", heads, config.num_attention_heads)
     with plain_forms(base), eval_mode(base):
-        maps = base(samples, output_attentions=True).attentions  # L of [1, H, T, T]
+        maps = base(as_input(model, audio), output_attentions=True).attentions  # L of [1, H, T, T]
     return torch.stack([maps[layer][0, heads].float().cpu() for layer in layers])
 
 
@@ -87,7 +77,8 @@ def attention_maps(
 def attention_distance(maps: Tensor, hop: float = 0.02) -> Tensor:
     """Measure how far away a head looks, on average: `[..., T, T]` to `[...]`, in milliseconds.
 
-    Equal weights on T frames have a mean distance of `(T² - 1) / 3T` frames, about a third of the recording. `hop`:
+    Equal weights on T frames have a mean distance of `(T² - 1) / 3T` frames, about a third of the
+    recording. `hop`:
     seconds from one frame to the next.
     """
     frames = torch.arange(maps.shape[-1], device=maps.device)
@@ -96,7 +87,10 @@ def attention_distance(maps: Tensor, hop: float = 0.02) -> Tensor:
 
 
 def attention_entropy(maps: Tensor) -> Tensor:
-    """Measure how widely a head spreads its weights: `[..., T, T]` to `[...]`; 1 = on all frames alike, 0 = all on one."""
+    """Measure how widely a head spreads its weights: `[..., T, T]` to `[...]`.
+
+    1 = on all frames alike, 0 = all on one.
+    """
     return torch.special.entr(maps).sum(-1).mean(-1) / max(np.log(maps.shape[-1]), 1e-9)
 
 
@@ -107,37 +101,31 @@ def diagonality(maps: Tensor, reach: int = 2) -> Tensor:
 
 # %% ../../nbs/explore/attention.ipynb #53c0dc2c
 def same_label_share(maps: Tensor, labels: Sequence[str]) -> Tensor:
-    """Measure the share of weight that goes to frames with the label of the frame that looks: `[..., T, T]` to `[...]`.
+    """Measure the share of weight that goes to frames with the label of the frame that looks.
+
+    `[..., T, T]` to `[...]`.
 
     Args:
         maps: Rows sum to one.
-        labels: T labels, as from `frame_labels`; frames with the label "" are looked at, but do not look themselves.
+        labels: T labels, as from `frame_labels`; frames with the label "" are looked at, but do not look
+            themselves.
 
     Raises:
         ValueError: Not T labels, or all are "".
     """
     known = [i for i, label in enumerate(labels) if label]
-    if len(labels) != (n_frames := maps.shape[-1]) or not known:
-        raise refuse(
-            "labels", f"{len(labels)} labels, {len(known)} not empty", f"{n_frames} labels, some not empty"
-        )
-    same = torch.tensor(
-        [[mine == other for other in labels] for mine in labels], device=maps.device
-    )  # [T, T]
+    if len(labels) != (n := maps.shape[-1]) or not known:
+        raise refuse("labels", f"{len(labels)} labels, {len(known)} not empty", f"{n} labels, some not empty")
+    # [T, T]
+    same = torch.tensor([[mine == other for other in labels] for mine in labels], device=maps.device)
     return (maps * same).sum(-1)[..., known].mean(-1)
 
 
-def distance_only(maps: Tensor) -> Tensor:
-    """Make a head deaf to content: every weight becomes the mean of its distance, rows sum to one, `[..., T, T]`."""
-    n_frames = maps.shape[-1]
-    profile = offset_profile(maps, n_frames - 1)  # [..., 2T-1]
-    frames = torch.arange(n_frames, device=maps.device)
-    spread = profile[..., frames - frames[:, None] + n_frames - 1]  # [..., T, T]
-    return spread / spread.sum(-1, keepdim=True)
-
-
+# %% ../../nbs/explore/attention.ipynb #dfcacda3
 def offset_profile(maps: Tensor, reach: int = 50) -> Tensor:
-    """Average a map along its diagonals: `[..., 2 reach + 1]`, entry `reach + o` for the frame o frames later.
+    """Average a map along its diagonals.
+
+    `[..., 2 reach + 1]`, entry `reach + o` for the frame o frames later.
 
     Raises:
         ValueError: reach is not in 0..T-1.
@@ -147,133 +135,79 @@ def offset_profile(maps: Tensor, reach: int = 50) -> Tensor:
     return torch.stack([maps.diagonal(o, -2, -1).mean(-1) for o in range(-reach, reach + 1)], dim=-1)
 
 
+def distance_only(maps: Tensor) -> Tensor:
+    """Remove content from a head `[..., T, T]`.
+
+    Every weight becomes the mean of its distance, rows sum to one.
+    """
+    n_frames = maps.shape[-1]
+    profile = offset_profile(maps, n_frames - 1)  # [..., 2T-1]
+    frames = torch.arange(n_frames, device=maps.device)
+    spread = profile[..., frames - frames[:, None] + n_frames - 1]  # [..., T, T]
+    return spread / spread.sum(-1, keepdim=True)
+
+
 # %% ../../nbs/explore/attention.ipynb #67b1018a
 def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float = 0.02) -> dict[str, Tensor]:
-    """Sum every head up, `[L, H]` each: `distance` (ms), `entropy`, `near` (within 2 frames), `same`, `by_chance`.
+    """Sum every head up, `[L, H]` each: `distance` (ms), `entropy`, `near` (2 frames), `same`, `by_chance`.
 
     Args:
         maps: `[L, H, T, T]`, from `attention_maps`.
-        labels: T labels as for `same_label_share`. `same` is the share of weight on frames with the same label,
+        labels: T labels as for `same_label_share`. `same` is the share of weight on frames with the same
+            label,
             `by_chance` that of `distance_only(maps)`; without labels both are left out.
         hop: Seconds from one frame to the next.
     """
-    found = {
-        "distance": attention_distance(maps, hop),
-        "entropy": attention_entropy(maps),
-        "near": diagonality(maps),
-    }
+    distance, entropy = attention_distance(maps, hop), attention_entropy(maps)
+    found = {"distance": distance, "entropy": entropy, "near": diagonality(maps)}
     if labels is not None and any(labels):
-        found |= {
-            "same": same_label_share(maps, labels),
-            "by_chance": same_label_share(distance_only(maps), labels),
-        }
+        found["same"] = same_label_share(maps, labels)
+        found["by_chance"] = same_label_share(distance_only(maps), labels)
     return found
 
 
-def plot_heads(
-    summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
-) -> Any:
-    """Draw `head_summary` as small tables, a row a layer and a column a head, named or counted from 0; returns the figure."""
+# %% ../../nbs/explore/attention.ipynb #a7cbf7a8
+def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None) -> Any:
+    """Draw `head_summary` as tables, a row a layer and a column a head.
+
+    Layers are named or counted from 0.
+    """
     tables = [
-        ("mean distance (ms)", summary["distance"], ".0f"), ("entropy (1 = equal weights)", summary["entropy"], ".2f"),
-        ("share of weight near (%)", 100 * summary["near"], ".1f"),
-    ]  # fmt: skip
+        ("distance (ms)", summary["distance"], ".0f"),
+        ("entropy (1 = equal weights)", summary["entropy"], ".2f"),
+    ]
+    tables += [("weight near (%)", 100 * summary["near"], ".1f")]
     if "same" in summary:
-        tables.append(
-            ("same label, above chance (points)", 100 * (summary["same"] - summary["by_chance"]), ".1f")
-        )
-    n_layers, n_heads = summary["distance"].shape
-    fig, axes = figure(2, 2, height=1.2 + 2 * (0.5 + 0.3 * n_layers))
+        excess = 100 * (summary["same"] - summary["by_chance"])
+        tables += [("excess on the same label (points)", excess, ".1f")]
+    names = list(layers or range(len(summary["distance"])))
+    fig, axes = figure(2, 2, height=1.0 + 2 * (0.4 + 0.25 * len(names)))
     for ax, (title, table, form) in zip(axes.flat, tables, strict=False):
-        plot_matrix(
-            table, ax, "head", "layer", title=title, values=form, center=0 if "above" in title else None
-        )
-        ax.set_xticks(range(n_heads), list(heads or range(n_heads)))
-        ax.set_yticks(range(n_layers), list(layers or range(n_layers)))
+        center = 0 if "excess" in title else None
+        plot_matrix(table, ax, "head", "layer", values=form, center=center, colorbar=False)
+        ax.set_title(title, fontsize=10)
+        ax.set_yticks(range(len(names)), names)
     for ax in axes.flat[len(tables) :]:
         ax.set_axis_off()
     return fig
 
 
 # %% ../../nbs/explore/attention.ipynb #cbf16c56
-_MOST_PIXELS = 24_000_000  # of all maps of one page together; about 20 MB
-
-
-def attention_explorer(model: PreTrainedModel, audio: Any, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None,
-                       start: tuple[int, int] | None = None) -> Explorer:  # fmt: skip
-    """Make a page to look around in the attention of one recording.
-
-    Waveform, spectrogram, words, phones and the weights of the selected frame stand on one time axis, the whole map
-    below. Choose a layer and a head by its map; point at a frame, or use the arrow keys; click to hear.
-
-    Args:
-        model: Any model of this package, trained or not.
-        audio: An `Utterance` (with words and phones, where they are known), a path, samples `[S]` at 16 kHz, …; some seconds long.
-        layers: Counted from 0; None: all. The page grows with layers x heads x T².
-        heads: Counted from 0; None: all.
-        start: Layer and head to begin with; the first ones by default.
-
-    Raises:
-        ValueError: No such layer or head, or more maps than a page should hold.
-    """
-    u = as_utterance(audio)
-    config, clock = model.config, FrameClock.of(model.config, u.sampling_rate)
-    layers, heads = (
-        _choice("layers", layers, config.num_hidden_layers),
-        _choice("heads", heads, config.num_attention_heads),
-    )
-    if round(u.seconds / clock.step) ** 2 * len(layers) * len(heads) > _MOST_PIXELS:
-        came = f"{u.seconds:.1f} s x {len(layers)} layers x {len(heads)} heads"
-        raise refuse(
-            "audio", came, "shorter, or with fewer layers= and heads=: this would be a page of over 20 MB"
-        )
-    layer, head = start or (layers[0], heads[0])
-    if layer not in layers or head not in heads:
-        raise refuse("start", start, f"a layer of {layers} and a head of {heads}")
-    maps = attention_maps(model, u, layers=layers, heads=heads)  # [L, H, T, T]
-    shown, n_frames, middle = (layers.index(layer), heads.index(head)), maps.shape[-1], float(clock.middle(0))
-    phones = frame_labels(u.phones, n_frames, clock.step, middle)
-    summary = head_summary(maps, ["" if phone == "sil" else phone for phone in phones], clock.step)
-    packed = [root_bytes(weights) for weights in maps.flatten(0, 1)]
-    data = {
-        "clip": clip_data(u), "hop": clock.step, "middle": middle, "frames": n_frames, "frame": n_frames // 2,
-        "layers": layers, "heads": heads, "start": shown[0] * len(heads) + shown[1],
-        "maps": [{"png": gray_png(values), "largest": round(largest, 6)} for values, largest in packed],
-        "summary": {name: [[round(v, 4) for v in row] for row in table.tolist()] for name, table in summary.items()},
-    }  # fmt: skip
-    note = "A weight is the largest of its map times (byte / 255)²; brightness is the byte, so it grows with the root of the weight."
-    still = render(
-        _still(u, maps[shown], layer, head, clock.step),
-        f"Waveform and attention map of layer {layer}, head {head} for {u.text or u.id}, on one time axis; bright is a large weight.",
-    )
-    return Explorer(f"Attention: {u.text or u.id}", "attention", data, still, note)
-
-
-def _still(u: Any, weights: Tensor, layer: int, head: int, hop: float) -> Any:
-    """Draw one map under its sound, for where scripts do not run."""
-    rows = {name: part for name, part in (("words", u.words), ("phones", u.phones)) if part}
-    named = {f"layer {layer}, head {head}": weights.sqrt()}
-    return timeline(
-        u.audio, u.sampling_rate, segments=rows or None, attention=named, hop=hop, spectrogram=False
-    )
-
-
-# %% ../../nbs/explore/attention.ipynb #6e6811aa
 def position_profile(model: PreTrainedModel, reach: int = 50) -> Tensor:
-    """Compute the weights that the position parameters alone give to the offsets -reach to reach: `[L, H, 2 reach + 1]`.
+    """Compute the weights that the position parameters alone give to the offsets -reach to reach.
 
-    Of the four terms of a score, (d) asks the same of a distance at every frame: a learned vector per head (and the bias of
-    the query) times the key of the distance. Its softmax is what the middle frame of `2 reach + 1` would attend to, had no
-    sound anything to say. Source: Transformer-XL (Dai et al., 2019), section 3.3, term (d).
+    `[L, H, 2 reach + 1]`.
+
+    It is what the middle frame of `2 reach + 1` would attend to, had no sound anything to say: the softmax
+    of term (d),
+    with the bias of the query. Source: Transformer-XL (Dai et al., 2019), section 3.3.
 
     Raises:
         ValueError: A model without relative positions.
     """
     if (kind := model.config.position_embeddings_type) != "relative":
         raise refuse(
-            "model",
-            f"position_embeddings_type={kind!r}",
-            '"relative", the only kind with position parameters',
+            "model", f"position_embeddings_type={kind!r}", '"relative", the only kind with such parameters'
         )
     table = RelativePositions(model.config)(reach + 1, model.device, torch.float32)  # [2 reach + 1, D]
     profiles = []

@@ -22,8 +22,7 @@ from ..model.fast import plain_forms
 from ..model.features import FrameClock, conv_output_lengths
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..training.monitoring import perplexity
-from .page import Explorer, clip_data, gray_png
-from .viz import OKABE_ITO, Picture, figure, plot_matrix, render
+from .viz import OKABE_ITO, figure, plot_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,15 +30,15 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = [
     "CodeFrames",
+    "project_codevectors",
     "collect_codes",
-    "target_shares",
     "CodeUsage",
     "code_usage",
     "plot_code_usage",
     "phone_counts",
     "main_phones",
-    "CodeTable",
     "order_together",
+    "CodeTable",
     "code_phone_table",
     "plot_code_table",
     "phone_thirds",
@@ -54,41 +53,26 @@ __all__ = [
     "Neighbour",
     "code_targets",
     "nearest_segments",
-    "cover_codes",
-    "codevector_explorer",
 ]
 
 
-# %% ../../nbs/explore/codevectors.ipynb #c0bd801e
+# %% ../../nbs/explore/codevectors.ipynb #b1fabbc1
 @dataclass(frozen=True)
 class CodeFrames:
-    """Every frame of some speech with its codes, in the order of the utterances and of time.
+    """Every frame of some speech with its codes, in the order of the utterances and of time."""
 
-    Attributes:
-        speech: Where the frames come from.
-        codes: `[frames, G]`.
-        owner: `[frames]`, the place of the frame's utterance in `speech`.
-        steps: `[frames]`, the frame's number t in its utterance; it hears the `width` seconds from `t * hop` on.
-        phones: `[frames]`, the phone in the middle of the frame; "" = unknown.
-        mel: `[frames, bands]`, log-mel bands of the same stretch of sound.
-        soft: `[G, V]`, the probabilities of the codes, summed over the frames.
-        vectors: `[G, V, proj_codevector_dim]`, each code's share of what the loss compares (`target_shares`).
-        bias: `[proj_codevector_dim]`, that of `project_q`.
-        hop: Seconds from one frame to the next.
-        width: Seconds that a frame hears.
-    """
-
-    speech: Speech
-    codes: NDArray[np.int64]
-    owner: NDArray[np.int64]
+    speech: Speech  # where the frames come from
+    codes: NDArray[np.int64]  # [frames, G]
+    owner: NDArray[np.int64]  # [frames], the place of the frame's utterance in `speech`
+    # [frames], number t in its utterance; it hears `width` seconds from `t * hop` on
     steps: NDArray[np.int64]
-    phones: NDArray[np.str_]
-    mel: NDArray[np.float32]
-    soft: NDArray[np.float64]
-    vectors: NDArray[np.float32]
-    bias: NDArray[np.float32]
-    hop: float
-    width: float
+    phones: NDArray[np.str_]  # [frames], the phone in the middle of the frame; "" = unknown
+    mel: NDArray[np.float32]  # [frames, bands], log-mel bands of the same piece of sound
+    soft: NDArray[np.float64]  # [G, V], the probabilities of the codes, summed over the frames
+    vectors: NDArray[np.float32]  # [G, V, P], from `project_codevectors`, explained further below
+    bias: NDArray[np.float32]  # [P], that of `project_q`
+    hop: float  # seconds from one frame to the next
+    width: float  # seconds that a frame hears
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -112,72 +96,57 @@ class CodeFrames:
         return self.codes[self.owner == utterance]
 
 
-# %% ../../nbs/explore/codevectors.ipynb #b1fabbc1
+# %% ../../nbs/explore/codevectors.ipynb #7b3aae7f
+@torch.no_grad()
+def project_codevectors(model: Wav2Vec2ConformerForPreTraining) -> list[NDArray[np.float32]]:
+    """What each code adds to the target of the loss, `[G, V, P]`, and the bias of `project_q`: (2) below."""
+    quantizer, project = model.quantizer, model.project_q
+    table = quantizer.codevectors.float().view(quantizer.num_groups, quantizer.num_vars, -1)  # [G, V, d]
+    columns = project.weight.float().view(project.out_features, quantizer.num_groups, -1)  # [P, G, d]
+    return [torch.einsum("gvd,pgd->gvp", table, columns).cpu().numpy(), project.bias.float().cpu().numpy()]
+
+
+# %% ../../nbs/explore/codevectors.ipynb #8035610f
 def collect_codes(
     model: Wav2Vec2ConformerForPreTraining, speech: Speech, extractor: Wav2Vec2FeatureExtractor | None = None
 ) -> CodeFrames:
-    """Let the quantizer choose codes for all frames, without noise and without a mask; no conformer block is run.
-
-    Utterances that are too short for a frame are passed over.
+    """Let the quantizer choose codes for all frames, without noise; utterances too short are left out.
 
     Raises:
         ValueError: None is long enough.
     """
-    extractor, config, clock = (
-        extractor or Wav2Vec2FeatureExtractor(),
-        model.config,
-        FrameClock.of(model.config),
-    )
-    base, quantizer = model.wav2vec2_conformer, model.quantizer
-    rows, soft = [], np.zeros((quantizer.num_groups, quantizer.num_vars))
+    extractor, config = extractor or Wav2Vec2FeatureExtractor(), model.config
+    clock = FrameClock.of(config)
+    base, rows = model.wav2vec2_conformer, []
+    soft = np.zeros((config.num_codevector_groups, config.num_codevectors_per_group))
     with plain_forms(model), eval_mode(model):
         for i, u in enumerate(speech):
-            T = conv_output_lengths(u.n_samples, config.conv_kernel, config.conv_stride)
-            if T == 0:
+            if (T := conv_output_lengths(u.n_samples, config.conv_kernel, config.conv_stride)) == 0:
                 continue
-            sound = extractor(u.audio, sampling_rate=u.sampling_rate, return_tensors="pt")[
-                "input_values"
-            ]  # [1, S]
+            # [1, S]
+            sound = extractor(u.audio, sampling_rate=u.sampling_rate, return_tensors="pt")["input_values"]
             latent = base.feature_projection(base.feature_extractor(sound.to(model.device, model.dtype)))[1]
-            scores = quantizer.logits(latent)  # [T, G, V]
+            scores = model.quantizer.logits(latent)  # [T, G, V]
+            soft += scores.softmax(-1).double().sum(0).cpu().numpy()
             phones = np.array(frame_labels(u.phones, T, clock.step, clock.middle()), dtype=str)
             mel = log_mel_frames(sound[0].numpy(), width=clock.width, hop=clock.hop)
-            soft += scores.softmax(-1).double().sum(0).cpu().numpy()
             rows.append((scores.argmax(-1).cpu().numpy(), np.full(T, i), np.arange(T), phones, mel))
     if not rows:
         raise ValueError(f"{speech!r}: no utterance gives a frame")
     codes, owner, steps, names, mels = (np.concatenate(column) for column in zip(*rows, strict=True))
-    hop, width = clock.step, clock.width / clock.rate
-    return CodeFrames(speech, codes, owner, steps, names, mels, soft, *target_shares(model), hop, width)
-
-
-@torch.no_grad()
-def target_shares(model: Wav2Vec2ConformerForPreTraining) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What each code adds to the target of the loss, `[G, V, proj_codevector_dim]`, and the bias of `project_q`.
-
-    `project_q(e_1, e_2) = share_1 + share_2 + bias`.
-    """
-    quantizer, project = model.quantizer, model.project_q
-    table = quantizer.codevectors.float().view(quantizer.num_groups, quantizer.num_vars, -1)  # [G, V, d]
-    columns = project.weight.float().view(project.out_features, quantizer.num_groups, -1)  # [P, G, d]
-    return torch.einsum("gvd,pgd->gvp", table, columns).cpu().numpy(), project.bias.float().cpu().numpy()
+    vectors, bias = project_codevectors(model)
+    width = clock.width / clock.rate
+    return CodeFrames(speech, codes, owner, steps, names, mels, soft, vectors, bias, clock.step, width)
 
 
 # %% ../../nbs/explore/codevectors.ipynb #6bf42162
 class CodeUsage(NamedTuple):
-    """How the codes of each group are used.
+    """How the codes of each group are used."""
 
-    Attributes:
-        counts: `[G, V]`, frames that chose each code.
-        hard: `[G]`, perplexity of the choices: as many codes as if all were used alike.
-        soft: `[G]`, perplexity of the average probabilities, which the diversity loss raises.
-        dead: For each group the codes that no frame chose.
-    """
-
-    counts: NDArray[np.int64]
-    hard: list[float]
-    soft: list[float]
-    dead: list[list[int]]
+    counts: NDArray[np.int64]  # [G, V], frames that chose each code
+    hard: list[float]  # [G], perplexity of the choices: as many codes as if all were used alike
+    soft: list[float]  # [G], perplexity of the average probabilities, which the diversity loss raises
+    dead: list[list[int]]  # for each group the codes that no frame chose
 
 
 def code_usage(frames: CodeFrames) -> CodeUsage:
@@ -217,17 +186,11 @@ def main_phones(frames: CodeFrames, group: int) -> list[str]:
     return [names[int(row.argmax())] if row.any() else "" for row in counts]
 
 
-# %% ../../nbs/explore/codevectors.ipynb #f021c88d
-class CodeTable(NamedTuple):
-    """How often the codes of a group meet the phones: frames `[codes, phones]`, and the names of its rows and columns."""
-
-    counts: NDArray[np.int64]
-    codes: list[int]
-    phones: list[str]
-
-
+# %% ../../nbs/explore/codevectors.ipynb #c1239340
 def order_together(table: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Order rows and columns so that those that meet often lie near each other: spectral co-clustering (Dhillon, 2001).
+    """Order rows and columns so that those that meet often lie near each other.
+
+    Spectral co-clustering (Dhillon, 2001).
 
     Args:
         table: Counts `[rows, columns]`, no row and no column empty.
@@ -247,6 +210,17 @@ def order_together(table: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.i
 
 
 # %% ../../nbs/explore/codevectors.ipynb #35e4b792
+class CodeTable(NamedTuple):
+    """How often the codes of a group meet the phones.
+
+    Frames `[codes, phones]`, and the names of its rows and columns.
+    """
+
+    counts: NDArray[np.int64]
+    codes: list[int]
+    phones: list[str]
+
+
 def code_phone_table(frames: CodeFrames, group: int, *, least: int = 1) -> CodeTable:
     """Count codes against phones, without those of fewer than `least` frames, and order both.
 
@@ -264,26 +238,27 @@ def code_phone_table(frames: CodeFrames, group: int, *, least: int = 1) -> CodeT
     return CodeTable(counts[np.ix_(codes, phones)], codes.tolist(), [names[p] for p in phones])
 
 
+# %% ../../nbs/explore/codevectors.ipynb #38b00b0f
 def plot_code_table(table: CodeTable, ax: Axes | None = None) -> Axes:
-    """Draw a code x phone table: each column is a code and shows how its frames are shared out among the phones."""
+    """Draw a code x phone table: each column is a code, and shows the share of each phone in its frames."""
     from matplotlib.colors import PowerNorm
 
-    ax = figure(height=6.2)[1] if ax is None else ax
+    ax = figure(height=6.4)[1] if ax is None else ax
     shares = table.counts / table.counts.sum(1, keepdims=True).clip(1)
-    plot_matrix(
-        shares.T, ax, xlabel="code", ylabel="phone", colorbar="share of the code's frames", vmin=0, vmax=1
-    )
+    plot_matrix(shares.T, ax, "code", "phone", colorbar="share of the code's frames", vmin=0, vmax=1)
     ax.images[0].set_norm(PowerNorm(0.5, 0, 1))  # small shares are to be seen, too
-    ax.set_yticks(range(len(table.phones)), table.phones)
-    few = range(0, len(table.codes), max(1, len(table.codes) // 48))
-    ax.set_xticks(few, [str(table.codes[i]) for i in few], rotation=90)
-    ax.tick_params(labelsize=7)
+    ax.set_yticks(range(len(table.phones)), table.phones, fontsize=9)
+    every = range(0, len(table.codes), max(2, len(table.codes) // 24))
+    ax.set_xticks(every, [str(table.codes[i]) for i in every], fontsize=9)
     return ax
 
 
 # %% ../../nbs/explore/codevectors.ipynb #16ce2f95
 def phone_thirds(frames: CodeFrames) -> NDArray[np.str_]:
-    """Say for each frame whether its middle lies in the first, middle or last third of its phone; "" = unknown."""
+    """Say for each frame whether its middle lies in the first, middle or last third of its phone.
+
+    "" = unknown.
+    """
     parts: list[str] = []
     for i, n in zip(*np.unique(frames.owner, return_counts=True), strict=True):
         thirds = [
@@ -298,11 +273,12 @@ def phone_thirds(frames: CodeFrames) -> NDArray[np.str_]:
 def code_information(
     frames: CodeFrames, codes: ArrayLike | None = None, *, seed: int = 0
 ) -> dict[str, dict[str, CodeMeasures]]:
-    """Ask codes for the phone, the third of the phone, and the speaker, on all frames with a known phone.
+    """Measure what codes tell about the phone, the third of the phone and the speaker of a frame.
 
     Args:
         frames: As collected.
-        codes: Other numbers to be asked, `[frames, groups]`, such as clusters; None: the codes of the model.
+        codes: Other numbers to be measured, `[frames, groups]`, such as clusters; None: the codes of the
+            model.
         seed: For the shuffles that give the `chance` beside what is `known`.
 
     Returns:
@@ -318,25 +294,18 @@ def code_information(
 
 # %% ../../nbs/explore/codevectors.ipynb #10027e1f
 class CodeSegment(NamedTuple):
-    """Frames in a row with the same code.
+    """Frames in a row with the same code."""
 
-    Attributes:
-        utterance: Its place in the speech.
-        start: Seconds, where the first frame begins to hear.
-        end: Seconds, where the last frame ends.
-        phone: In the middle; "" = unknown.
-    """
-
-    utterance: int
-    start: float
-    end: float
-    phone: str
+    utterance: int  # its place in the speech
+    start: float  # seconds, where the first frame begins to hear
+    end: float  # seconds, where the last frame ends
+    phone: str  # in the middle; "" = unknown
 
 
 def code_segments(
     frames: CodeFrames, group: int, code: int, *, n: int | None = None, seed: int = 0
 ) -> list[CodeSegment]:
-    """List the stretches of sound that chose a code, in the order of time; or `n` of them, drawn by lot."""
+    """List the runs of a code, in the order of time; or `n` of them, drawn by lot."""
     hits = np.flatnonzero(frames.codes[:, group] == code)
     new = (np.diff(hits, prepend=-2) > 1) | (np.diff(frames.owner[hits], prepend=-1) != 0)
     runs = np.split(hits, np.flatnonzero(new)[1:]) if len(hits) else []
@@ -346,17 +315,17 @@ def code_segments(
 
 
 def _segment(frames: CodeFrames, first: int, last: int) -> CodeSegment:
-    """The stretch of two rows of `frames` and all between."""
+    """The segment of two rows of `frames` and all between."""
     start, end = frames.steps[first] * frames.hop, frames.steps[last] * frames.hop + frames.width
-    return CodeSegment(
-        int(frames.owner[first]), float(start), float(end), str(frames.phones[(first + last) // 2])
-    )
+    phone = str(frames.phones[(first + last) // 2])
+    return CodeSegment(int(frames.owner[first]), float(start), float(end), phone)
 
 
+# %% ../../nbs/explore/codevectors.ipynb #026699e2
 def hear_segments(
     frames: CodeFrames, segments: Sequence[CodeSegment], *, context: float = 0.08, pause: float = 0.15
 ) -> Samples:
-    """Join stretches of sound, brought to one loudness, to samples `[S]` at 16 kHz.
+    """Join pieces of sound, brought to one loudness, to samples `[S]` at 16 kHz.
 
     Args:
         frames: Where the segments come from.
@@ -382,7 +351,9 @@ def hear_segments(
 def mean_patch(
     frames: CodeFrames, group: int, code: int | None = None, *, reach: int = 6
 ) -> NDArray[np.float32]:
-    """Average the log-mel bands around the frames of a code; None: around all frames, the background to compare with.
+    """Average the log-mel bands around the frames of a code; None.
+
+    Around all frames, the background to compare with.
 
     Returns:
         `[2 * reach + 1, bands]`, the code's own frame in the middle; NaN where no utterance reaches.
@@ -397,9 +368,12 @@ def mean_patch(
     return rows
 
 
-# %% ../../nbs/explore/codevectors.ipynb #e4640a67
+# %% ../../nbs/explore/codevectors.ipynb #1a3d45d0
 def code_directions(frames: CodeFrames, group: int) -> NDArray[np.float32]:
-    """Vectors of length 1 of a group's codes `[V, proj_codevector_dim]`, around their average: the loss compares directions."""
+    """Vectors of length 1 of a group's codes, `[V, P]`, around their average.
+
+    The loss compares directions.
+    """
     return _unit(frames.vectors[group] - frames.vectors[group].mean(0))
 
 
@@ -409,7 +383,10 @@ def _unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def flatten_to_plane(vectors: ArrayLike) -> tuple[NDArray[np.float32], str]:
-    """Lay vectors `[V, width]` on the plane in which they spread most (PCA): points `[V, 2]`, and what is kept."""
+    """Lay vectors `[V, width]` on the plane in which they spread most (PCA).
+
+    Points `[V, 2]`, and what is kept.
+    """
     points = np.asarray(vectors, np.float64)
     left, spread, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
     flat = left[:, :2] * spread[:2]
@@ -421,7 +398,10 @@ def flatten_to_plane(vectors: ArrayLike) -> tuple[NDArray[np.float32], str]:
 
 # %% ../../nbs/explore/codevectors.ipynb #27ca1763
 def nearest_codes(frames: CodeFrames, group: int, code: int, n: int = 5) -> list[tuple[int, float]]:
-    """The used codes whose vectors point most nearly in the same direction: (code, cosine), the nearest first."""
+    """The used codes whose vectors point most nearly in the same direction.
+
+    (code, cosine), the nearest first.
+    """
     directions = code_directions(frames, group)
     cosines = directions @ directions[code]
     used = np.flatnonzero(frames.counts[group] > 0)
@@ -431,33 +411,31 @@ def nearest_codes(frames: CodeFrames, group: int, code: int, n: int = 5) -> list
 
 # %% ../../nbs/explore/codevectors.ipynb #64330590
 class Neighbour(NamedTuple):
-    """A stretch of speech and how much its targets resemble those asked for: the mean cosine, 1 = the same codes."""
+    """A piece of speech and how much its targets resemble those of the query.
+
+    The mean cosine, 1 = the same codes.
+    """
 
     segment: CodeSegment
     cosine: float
 
 
 def code_targets(frames: CodeFrames) -> NDArray[np.float32]:
-    """What the loss would compare with at each frame, as vectors of length 1: `[frames, proj_codevector_dim]`."""
-    shares = [frames.vectors[g, column] for g, column in enumerate(frames.codes.T)]
-    return _unit(np.sum(shares, 0) + frames.bias)
+    """What the loss would compare with at each frame, as vectors of length 1: `[frames, P]`."""
+    parts = [frames.vectors[g, column] for g, column in enumerate(frames.codes.T)]
+    return _unit(np.sum(parts, 0) + frames.bias)
 
 
+# %% ../../nbs/explore/codevectors.ipynb #3aa7b126
 def nearest_segments(
     frames: CodeFrames, utterance: int, start: float, end: float, n: int = 5, *, other_speakers: bool = False
 ) -> list[Neighbour]:
-    """Find where the codes run most alike, by sliding a stretch over all the speech.
+    """Find `n` places, each in another utterance, with codes most like those from `start` to `end` seconds.
 
-    Args:
-        frames: As collected.
-        utterance: Where the stretch lies.
-        start: Seconds.
-        end: Seconds.
-        n: How many; each from another utterance.
-        other_speakers: Look among the other speakers only.
+    `other_speakers`: look among the other speakers only.
 
     Raises:
-        ValueError: The stretch holds no frame's middle.
+        ValueError: No frame's middle lies there.
     """
     middles = frames.steps * frames.hop + frames.width / 2
     query = np.flatnonzero((frames.owner == utterance) & (middles >= start) & (middles < end))
@@ -473,99 +451,3 @@ def nearest_segments(
     for i in places[fit][np.argsort(-scores[fit], kind="stable")].tolist():
         best.setdefault(int(frames.owner[i]), i)
     return [Neighbour(_segment(frames, i, i + size - 1), float(scores[i])) for i in [*best.values()][:n]]
-
-
-# %% ../../nbs/explore/codevectors.ipynb #8e5973c4
-def cover_codes(frames: CodeFrames, per_code: int = 6) -> list[int]:
-    """Choose few utterances in which every code is heard several times: always the one that adds most per second.
-
-    Args:
-        frames: As collected.
-        per_code: So many stretches of each code are wanted, at most two of them from one utterance.
-
-    Returns:
-        Places in the speech, the most useful first.
-    """
-    owners, (G, V) = np.unique(frames.owner).tolist(), frames.soft.shape
-    runs = np.zeros((len(owners), G, V))
-    for row, i in enumerate(owners):
-        codes = frames.of(i)
-        first = np.diff(codes, axis=0, prepend=-1) != 0  # the first frame of each stretch
-        for g in range(G):
-            runs[row, g] = np.bincount(codes[first[:, g], g], minlength=V).clip(max=2)
-    wanted = np.minimum(runs.sum(0), per_code)
-    seconds = np.array([frames.speech[i].seconds for i in owners])
-    chosen: list[int] = []
-    while wanted.any() and len(chosen) < len(owners):
-        best = int((np.minimum(runs, wanted).sum((1, 2)) / seconds).argmax())
-        wanted = (wanted - runs[best]).clip(0)
-        runs[best] = 0
-        chosen.append(owners[best])
-    return chosen
-
-
-# %% ../../nbs/explore/codevectors.ipynb #9156ec01
-def _group_data(frames: CodeFrames, group: int, usage: CodeUsage, reach: int) -> dict[str, Any]:
-    """What a page needs of a group: its table, usage, nearest codes and mean spectrograms."""
-    if (frames.phones != "").any():
-        table = code_phone_table(frames, group)
-    else:
-        counts = usage.counts[group]
-        order = [v for v in np.argsort(-counts, kind="stable").tolist() if counts[v]]
-        table = CodeTable(counts[order][:, None], order, ["any sound"])
-    # [codes, bands, time]
-    patches = np.stack([mean_patch(frames, group, code, reach=reach).T[::-1] for code in table.codes])
-    low, high = np.percentile(frames.mel, [2, 99.5])
-    level = (np.nan_to_num(patches, nan=low).clip(low, high) - low) / max(float(high - low), 1e-6)
-    return {
-        "hard": round(usage.hard[group], 1), "soft": round(usage.soft[group], 1), "dead": usage.dead[group],
-        "codes": table.codes, "phones": table.phones, "counts": table.counts.tolist(),
-        "frames": usage.counts[group][table.codes].tolist(),
-        "runs": [len(code_segments(frames, group, code)) for code in table.codes],
-        "near": [[[c, round(x, 2)] for c, x in nearest_codes(frames, group, code, 4)] for code in table.codes],
-        "patches": gray_png(np.round(level * 63).astype(np.uint8).reshape(-1, 2 * reach + 1) * 4),
-    }  # fmt: skip
-
-
-# %% ../../nbs/explore/codevectors.ipynb #c69ab206
-def codevector_explorer(
-    frames: CodeFrames, *, per_code: int = 6, sound_bytes: int = 400_000, title: str = "What the codes hear"
-) -> Explorer:
-    """Make a page object to choose a code and see its phones, its mean spectrogram, its neighbours, and hear it.
-
-    Args:
-        frames: From `collect_codes(model, speech)`; with phones if codes are to be named.
-        per_code: So many stretches of each code are wanted on the page, in whole utterances from `cover_codes`.
-        sound_bytes: Bound on the text that holds the sound, about 7 kB a second.
-        title: Heading.
-    """
-    usage, reach = code_usage(frames), 6
-    clips: list[dict[str, Any]] = []
-    size = 0
-    for i in cover_codes(frames, per_code):
-        u = frames.speech[i]
-        clip = clip_data(u, strokes=300, spectrogram=False)
-        clip |= {"who": u.speaker, "codes": frames.of(i).T.tolist()}
-        if size + len(clip["sound"]) > sound_bytes:
-            break
-        size += len(clip["sound"])
-        clips.append(clip)
-    data = {
-        "groups": [_group_data(frames, g, usage, reach) for g in range(frames.codes.shape[1])], "clips": clips,
-        "hop": frames.hop, "width": frames.width, "total": len(frames), "reach": reach,
-    }  # fmt: skip
-    seconds = sum(clip["seconds"] for clip in clips)
-    note = f"Counted over {len(frames)} frames of {len(frames.speech)} utterances; {len(clips)} of them, {seconds:.0f} s of sound, can be heard."
-    return Explorer(title, "codes", data, _still(frames), note)
-
-
-def _still(frames: CodeFrames) -> Picture:
-    """The picture of the first group, for pages where scripts may not run."""
-    known = (frames.phones != "").any()
-    fig, axes = figure(1 + known, width=8, height=7.6 if known else 2.4, height_ratios=[1, 3.2][: 1 + known])
-    plot_code_usage(frames, 0, np.atleast_1d(axes)[0])
-    alt = f"Bars: how often each of the {frames.soft.shape[1]} codes of group 0 is chosen."
-    if known:
-        plot_code_table(code_phone_table(frames, 0), axes[1])
-        alt += " Below, a table of codes and phones, ordered so that bright cells run along the diagonal."
-    return render(fig, alt)

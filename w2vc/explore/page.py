@@ -19,11 +19,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from w2vc.explore.codevectors import (
+    CodeFrames,
+    CodeTable,
+    CodeUsage,
+    code_phone_table,
+    code_segments,
+    code_usage,
+    mean_patch,
+    nearest_codes,
+    plot_code_table,
+    plot_code_usage,
+)
+
 from ..config import refuse
 from ..data.audio import load_audio
-from ..data.corpus import SAMPLING_RATE, Utterance
+from ..data.corpus import SAMPLING_RATE, Utterance, frame_labels
 from ..files.atomic import write_file
-from .viz import Picture, Sound
+from ..files.pretrained import PreTrainedModel
+from ..model.features import FrameClock
+from .attention import attention_maps, head_summary
+from .viz import Picture, Sound, figure, render, timeline
 
 # %% auto #0
 __all__ = [
@@ -36,6 +52,9 @@ __all__ = [
     "Explorer",
     "save_page",
     "slider",
+    "attention_explorer",
+    "cover_codes",
+    "codevector_explorer",
 ]
 
 
@@ -46,7 +65,10 @@ def data_uri(kind: str, data: bytes) -> str:
 
 
 def gray_png(values: NDArray[np.uint8]) -> str:
-    """Pack numbers 0..255 `[rows, columns]` as a gray PNG in a data address; `w.pixels` in the page gets them back exactly."""
+    """Pack numbers 0..255 `[rows, columns]` as a gray PNG in a data address.
+
+    `w.pixels` in the page gets them back exactly.
+    """
     from PIL import Image  # comes with matplotlib
 
     if values.dtype != np.uint8 or values.ndim != 2 or not values.size:
@@ -60,7 +82,8 @@ def gray_png(values: NDArray[np.uint8]) -> str:
 def root_bytes(weights: Any) -> tuple[NDArray[np.uint8], float]:
     """Round weights `[rows, columns]` to bytes that grow with their roots; returns the largest weight, too.
 
-    `largest * (byte / 255)²` is about the weight: the error is at most 1/255 of the largest weight at the top, less below.
+    `largest * (byte / 255)²` is about the weight: the error is at most 1/255 of the largest weight at the
+    top, less below.
     """
     values = np.asarray(weights, np.float64).clip(min=0)
     largest = max(float(values.max()), 1e-12)
@@ -75,7 +98,10 @@ def sound_uri(audio: NDArray[Any], rate: int = SAMPLING_RATE) -> str:
 
 # %% ../../nbs/appendix/pages.ipynb #9b36e074
 def as_utterance(audio: Any) -> Utterance:
-    """Make an `Utterance` of whatever sound is given: an utterance, a path, samples `[S]` at 16 kHz, …, as for `load_audio`."""
+    """Make an `Utterance` of whatever sound is given.
+
+    An utterance, a path, samples `[S]` at 16 kHz, …, as for `load_audio`.
+    """
     if isinstance(audio, Utterance):
         return audio
     name = Path(audio).stem if isinstance(audio, str | Path) else "recording"
@@ -88,7 +114,8 @@ def clip_data(utterance: Utterance, strokes: int = 1000, spectrogram: bool = Tru
     """Pack a recording for a page, to be drawn with the tools of `tools.js`.
 
     Returns:
-        `id`, `text`, `seconds`, `top` (kHz), `wave` (lowest and highest sample of each stroke, in hundredths of the
+        `id`, `text`, `seconds`, `top` (kHz), `wave` (lowest and highest sample of each stroke, in
+        hundredths of the
         loudest), `words` and `phones` (`[label, start, end]`), `sound` and `spectrogram` (data addresses).
     """
     audio, rate = utterance.audio, utterance.sampling_rate
@@ -97,7 +124,8 @@ def clip_data(utterance: Utterance, strokes: int = 1000, spectrogram: bool = Tru
     )
     wave = np.stack([pieces.min(1), pieces.max(1)], axis=1) * (100 / max(float(np.abs(audio).max()), 1e-6))
     data: dict[str, Any] = {
-        "id": utterance.id, "text": utterance.text, "seconds": round(audio.size / rate, 4), "top": rate / 2000,
+        "id": utterance.id, "text": utterance.text,
+        "seconds": round(audio.size / rate, 4), "top": rate / 2000,
         "wave": np.round(wave).astype(int).ravel().tolist(), "sound": sound_uri(audio, rate),
     }  # fmt: skip
     for row in ("words", "phones"):
@@ -110,7 +138,10 @@ def clip_data(utterance: Utterance, strokes: int = 1000, spectrogram: bool = Tru
 def _spectrogram(
     audio: NDArray[Any], rate: int, hop: float = 0.008, decibels: float = 60
 ) -> NDArray[np.uint8]:
-    """Loudness over time and frequency: `[128, columns]`, high frequencies on top; 255 = the loudest, 3 = `decibels` below."""
+    """Loudness over time and frequency: `[128, columns]`, high frequencies on top.
+
+    255 = the loudest, 3 = `decibels` below.
+    """
     width, step = round(0.025 * rate), max(round(hop * rate), 1)
     padded = np.pad(np.asarray(audio, np.float64), (width // 2, width))
     starts = np.arange(0, max(audio.size, 1), step)
@@ -134,14 +165,16 @@ def _script_value(value: Any) -> str:
 
 # %% ../../nbs/appendix/pages.ipynb #9b3ffbf3
 class Explorer:
-    """One thing to play with on a page: HTML, a script, its data and sound, and a picture where scripts may not run.
+    """One thing to play with on a page: HTML, script, data, sound, and a picture where scripts may not run.
 
-    It needs no server and loads nothing. A notebook shows it as the value of a cell, `save` writes a page of its own.
+    It needs no server and loads nothing. A notebook shows it as the value of a cell, `save` writes a page
+    of its own.
     Equal content gives equal HTML.
 
     Args:
         title: Heading, and the name that screen readers give to the whole.
-        page: A page of this package ("attention", "codes", "slider", "tracks"), or a path without ending, such as
+        page: A page of this package ("attention", "codes", "slider", "tracks"), or a path without ending,
+            such as
             `mine` for `mine.html`, `mine.css` (rules for the class `w2vc-mine`) and `mine.js`, which defines
             `async function start(w, data)`; `w` are the tools of `tools.js`.
         data: What the script gets; anything that JSON can say.
@@ -206,7 +239,7 @@ def _cividis() -> str:
 
 
 def save_page(path: str | Path, parts: Sequence[Explorer | str], *, title: str) -> Path:
-    """Write explorers, and pieces of HTML between them such as `"<h2>Codes</h2>"`, as one page that needs nothing else."""
+    """Write explorers, and pieces of HTML between them such as `"<h2>Codes</h2>"`, as one page of its own."""
     content = "\n".join(part if isinstance(part, str) else part._repr_html_() for part in parts)
     template = Template((_PAGES / "page.html").read_text("utf-8"))
     write_file(path, template.substitute(title=html.escape(title), content=content))
@@ -220,7 +253,8 @@ def slider(title: str, label: str, pictures: Mapping[str, Picture], *, start: in
     Args:
         title: Heading.
         label: What the slider changes, such as "layer"; stands beside it.
-        pictures: Value -> picture with its description, `w2vc.explore.viz.render(fig, alt)`; in the order of the slider.
+        pictures: Value -> picture with its description, `w2vc.explore.viz.render(fig, alt)`; in the order
+            of the slider.
         start: Number of the picture to begin with, which also stands where scripts may not run.
 
     Raises:
@@ -238,3 +272,177 @@ def slider(title: str, label: str, pictures: Mapping[str, Picture], *, start: in
     return Explorer(
         title, "slider", {"label": label, "pages": pages, "start": start}, list(pictures.values())[start]
     )
+
+
+# %% ../../nbs/appendix/pages.ipynb #e54b28c9
+_MOST_PIXELS = 24_000_000  # of all maps of one page together; about 20 MB
+
+
+def attention_explorer(
+    model: PreTrainedModel,
+    audio: Any,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    start: tuple[int, int] | None = None,
+) -> Explorer:
+    """Make a page to look around in the attention of one recording.
+
+    Waveform, spectrogram, words, phones and the weights of the selected frame stand on one time axis, the
+    whole map
+    below. Choose a layer and a head by its map; point at a frame, or use the arrow keys; click to hear.
+
+    Args:
+        model: Any model of this package, trained or not.
+        audio: An `Utterance` (with words and phones, where they are known), a path, samples `[S]` at 16
+            kHz, ….
+        layers: Counted from 0; None: all. The page grows with layers x heads x T².
+        heads: Counted from 0; None: all.
+        start: Layer and head to begin with; the first ones by default.
+
+    Raises:
+        ValueError: No such layer or head, or more maps than a page should hold.
+    """
+    u, config = as_utterance(audio), model.config
+    clock = FrameClock.of(config, u.sampling_rate)
+    layers = list(range(config.num_hidden_layers) if layers is None else layers)
+    heads = list(range(config.num_attention_heads) if heads is None else heads)
+    if round(u.seconds / clock.step) ** 2 * len(layers) * len(heads) > _MOST_PIXELS:
+        came = f"{u.seconds:.1f} s x {len(layers)} layers x {len(heads)} heads"
+        raise refuse("audio", came, "shorter, or with fewer layers= and heads=: a page of over 20 MB")
+    if start is not None and not (start[0] in layers and start[1] in heads):
+        raise refuse("start", start, f"a layer of {layers} and a head of {heads}")
+    maps = attention_maps(model, u, layers=layers, heads=heads)  # [L, H, T, T]
+    layer, head = start or (layers[0], heads[0])
+    shown, n_frames = (layers.index(layer), heads.index(head)), maps.shape[-1]
+    data = {
+        "clip": clip_data(u), "hop": clock.step, "middle": float(clock.middle(0)), "frames": n_frames,
+        "frame": n_frames // 2, "layers": layers, "heads": heads, "start": shown[0] * len(heads) + shown[1],
+        "maps": [_map_data(weights) for weights in maps.flatten(0, 1)],
+        "summary": _summary_data(u, maps, clock),
+    }  # fmt: skip
+    note = "A weight is the largest of its map times (byte / 255)²; brightness is the byte."
+    rows = {name: part for name, part in (("words", u.words), ("phones", u.phones)) if part}
+    named = {f"layer {layer}, head {head}": maps[shown].sqrt()}
+    fig = timeline(
+        u.audio, u.sampling_rate, segments=rows or None, attention=named, hop=clock.step, spectrogram=False
+    )
+    name = u.text or u.id
+    alt = f"Waveform and attention map of layer {layer}, head {head} for {name}; bright is large."
+    return Explorer(f"Attention: {name}", "attention", data, render(fig, alt), note)
+
+
+def _map_data(weights: Any) -> dict[str, Any]:
+    """A map as a page needs it."""
+    values, largest = root_bytes(weights)
+    return {"png": gray_png(values), "largest": round(largest, 6)}
+
+
+def _summary_data(u: Utterance, maps: Any, clock: FrameClock) -> dict[str, list[list[float]]]:
+    """The numbers of each head, rounded; pauses do not look."""
+    phones = frame_labels(u.phones, maps.shape[-1], clock.step, float(clock.middle(0)))
+    summary = head_summary(maps, ["" if phone == "sil" else phone for phone in phones], clock.step)
+    return {name: [[round(v, 4) for v in row] for row in table.tolist()] for name, table in summary.items()}
+
+
+# %% ../../nbs/appendix/pages.ipynb #2f074de6
+def cover_codes(frames: CodeFrames, per_code: int = 6) -> list[int]:
+    """Choose few utterances in which every code is heard several times.
+
+    Always the one that adds most per second.
+
+    Args:
+        frames: As collected.
+        per_code: So many runs of each code are wanted, at most two of them from one utterance.
+
+    Returns:
+        Places in the speech, the most useful first.
+    """
+    owners, (G, V) = np.unique(frames.owner).tolist(), frames.soft.shape
+    runs = np.zeros((len(owners), G, V))
+    for row, i in enumerate(owners):
+        codes = frames.of(i)
+        first = np.diff(codes, axis=0, prepend=-1) != 0  # the first frame of each run
+        for g in range(G):
+            runs[row, g] = np.bincount(codes[first[:, g], g], minlength=V).clip(max=2)
+    wanted = np.minimum(runs.sum(0), per_code)
+    seconds = np.array([frames.speech[i].seconds for i in owners])
+    chosen: list[int] = []
+    while wanted.any() and len(chosen) < len(owners):
+        best = int((np.minimum(runs, wanted).sum((1, 2)) / seconds).argmax())
+        wanted = (wanted - runs[best]).clip(0)
+        runs[best] = 0
+        chosen.append(owners[best])
+    return chosen
+
+
+# %% ../../nbs/appendix/pages.ipynb #5214dd66
+def _group_data(frames: CodeFrames, group: int, usage: CodeUsage, reach: int) -> dict[str, Any]:
+    """What a page needs of a group: its table, usage, nearest codes and mean spectrograms."""
+    if (frames.phones != "").any():
+        table = code_phone_table(frames, group)
+    else:
+        counts = usage.counts[group]
+        order = [v for v in np.argsort(-counts, kind="stable").tolist() if counts[v]]
+        table = CodeTable(counts[order][:, None], order, ["any sound"])
+    # [codes, bands, time]
+    patches = np.stack([mean_patch(frames, group, code, reach=reach).T[::-1] for code in table.codes])
+    low, high = np.percentile(frames.mel, [2, 99.5])
+    level = (np.nan_to_num(patches, nan=low).clip(low, high) - low) / max(float(high - low), 1e-6)
+    return {
+        "hard": round(usage.hard[group], 1), "soft": round(usage.soft[group], 1), "dead": usage.dead[group],
+        "codes": table.codes, "phones": table.phones, "counts": table.counts.tolist(),
+        "frames": usage.counts[group][table.codes].tolist(),
+        "runs": [len(code_segments(frames, group, code)) for code in table.codes],
+        "near": [
+            [[c, round(x, 2)] for c, x in nearest_codes(frames, group, code, 4)] for code in table.codes
+        ],
+        "patches": gray_png(np.round(level * 63).astype(np.uint8).reshape(-1, 2 * reach + 1) * 4),
+    }  # fmt: skip
+
+
+# %% ../../nbs/appendix/pages.ipynb #69a34965
+def codevector_explorer(
+    frames: CodeFrames, *, per_code: int = 6, sound_bytes: int = 400_000, title: str = "What the codes hear"
+) -> Explorer:
+    """Make a page to choose a code and see its phones, its mean spectrogram and its neighbours, and hear it.
+
+    Args:
+        frames: From `collect_codes(model, speech)`; with phones if codes are to be named.
+        per_code: So many runs of each code are wanted on the page, in whole utterances from `cover_codes`.
+        sound_bytes: Bound on the text that holds the sound, about 7 kB a second.
+        title: Heading.
+    """
+    usage, reach = code_usage(frames), 6
+    clips: list[dict[str, Any]] = []
+    size = 0
+    for i in cover_codes(frames, per_code):
+        u = frames.speech[i]
+        clip = clip_data(u, strokes=300, spectrogram=False)
+        clip |= {"who": u.speaker, "codes": frames.of(i).T.tolist()}
+        if size + len(clip["sound"]) > sound_bytes:
+            break
+        size += len(clip["sound"])
+        clips.append(clip)
+    data = {
+        "groups": [_group_data(frames, g, usage, reach) for g in range(frames.codes.shape[1])],
+        "clips": clips, "hop": frames.hop, "width": frames.width, "total": len(frames), "reach": reach,
+    }  # fmt: skip
+    seconds = sum(clip["seconds"] for clip in clips)
+    note = (
+        f"Counted over {len(frames)} frames of {len(frames.speech)} utterances; "
+        f"{len(clips)} of them, {seconds:.0f} s of sound, can be heard."
+    )
+    return Explorer(title, "codes", data, _codes_picture(frames), note)
+
+
+def _codes_picture(frames: CodeFrames) -> Picture:
+    """The picture of the first group, for pages where scripts may not run."""
+    known = (frames.phones != "").any()
+    fig, axes = figure(1 + known, width=8, height=7.6 if known else 2.4, height_ratios=[1, 3.2][: 1 + known])
+    plot_code_usage(frames, 0, np.atleast_1d(axes)[0])
+    alt = f"Bars: how often each of the {frames.soft.shape[1]} codes of group 0 is chosen."
+    if known:
+        plot_code_table(code_phone_table(frames, 0), axes[1])
+        alt += " Below, a table of codes and phones, ordered so that bright cells run along the diagonal."
+    return render(fig, alt)

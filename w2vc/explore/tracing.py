@@ -24,8 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..data.audio import load_audio
-from ..data.sound import Samples, normalise
+from ..data.audio import Samples, load_audio, normalise
 from ..files.pretrained import BASE, eval_mode
 from ..model.fast import plain_forms
 from ..model.features import FrameClock, conv_output_lengths, frame_mask, receptive_field
@@ -47,8 +46,8 @@ __all__ = [
     "block_map",
     "record",
     "Parity",
-    "parity_strip",
-    "unheard",
+    "layerwise_diff",
+    "masked_samples",
     "masked_audio",
     "Spotting",
     "spot_the_negative",
@@ -63,7 +62,10 @@ def _below_head(name: str, kind: str) -> tuple[bool, str]:
 
 
 def _axes(config: Any, kind: str, below: bool) -> dict[str, str]:
-    """Pattern of a name, below the head or in it -> the axes of what such a part returns; the first that fits counts."""
+    """Pattern of a name, below the head or in it -> the axes of what such a part returns.
+
+    The first that fits counts.
+    """
     in_front = kind.endswith("ForXVector") and config.use_weighted_layer_sum and not below  # of the adapter
     adapted = config.add_adapter and not in_front
     T, D = ("T" + "'" * config.num_adapter_layers, "O") if adapted else ("T", "D")
@@ -104,7 +106,10 @@ def _axes(config: Any, kind: str, below: bool) -> dict[str, str]:
 
 
 def _letters(name: str, config: Any, kind: str) -> tuple[str, ...] | None:
-    """The axes of a part's output, by what the part is, never by its numbers; None for a part that is not known."""
+    """The axes of a part's output, by what the part is, never by its numbers.
+
+    None for a part that is not known.
+    """
     below, part = _below_head(name, kind)
     found = (axes for form, axes in _axes(config, kind, below).items() if re.fullmatch(form, part))
     return next((tuple(axes.replace("-0", "").split()) for axes in found), None)
@@ -115,16 +120,18 @@ _Table = Mapping[str, tuple[int, str]]
 
 
 def _letter_table(config: Any, n_rows: int, n_samples: int) -> dict[str, tuple[int, str]]:
-    """Each letter with its size and meaning, when `n_rows` rows of `n_samples` samples run through a model."""
+    """Each letter with its size and meaning, when `[n_rows, n_samples]` samples run through a model."""
     D, H, G = config.hidden_size, config.num_attention_heads, config.num_codevector_groups
     table = {
         "1": (1, "row for all"), "B": (n_rows, "utterances"), "C": (config.conv_dim[-1], "channels"),
         "D": (D, "model width"), "F": (config.intermediate_size, "inner width of the feed-forward"),
-        "H": (H, "heads"), "K": (D // H, "width of a head"), "O": (config.output_hidden_size, "width after the adapter"),
+        "H": (H, "heads"), "K": (D // H, "width of a head"),
+        "O": (config.output_hidden_size, "width after the adapter"),
         "G": (G, "groups of codes"), "V": (config.num_codevectors_per_group, "codes in a group"),
         "d": (config.codevector_dim // G, "width of one code"), "labels": (len(config.id2label), "classes"),
         "P": (config.proj_codevector_dim, "width in which states and codes are compared"),
-        "vocab": (config.vocab_size, "symbols"), "proj": (config.classifier_proj_size, "width of the projector"),
+        "vocab": (config.vocab_size, "symbols"),
+        "proj": (config.classifier_proj_size, "width of the projector"),
         "xvec": (config.xvector_output_dim, "width of the x-vector"),
         **{f"tdnn{i}": (width, "width of that TDNN layer") for i, width in enumerate(config.tdnn_dim)},
     }  # fmt: skip
@@ -190,7 +197,10 @@ class TraceRow(NamedTuple):
 
 
 def _folded(rows: Iterable[TraceRow], depth: int | None) -> list[tuple[int, str, TraceRow]]:
-    """Depth, label and row of each printed line: only the first of some layers is opened, and alike ones share a line."""
+    """Depth, label and row of each printed line.
+
+    Only the first of some layers is opened, and alike ones share a line.
+    """
     lines: list[tuple[int, str, TraceRow]] = []
     inside: list[str] = []  # prefixes of the parts that we are inside of
     closed = "\0"
@@ -219,7 +229,10 @@ _Lines = Sequence[tuple[int, Sequence[str]]]  # depth and cells of each line
 
 
 def html_table(title: str, heads: Sequence[str], lines: _Lines, remarks: Sequence[str] = ()) -> str:
-    """A table for a page, light or dark: a region that scrolls by keyboard too; the first column is indented by depth."""
+    """A table for a page, light or dark: a region that scrolls by keyboard too.
+
+    The first column is indented by depth.
+    """
     sides, rows = ["left"] * 4 + ["right"] * len(heads), ""
     for depth, cells in [(-1, heads), *lines]:  # the headings, and then the lines
         first = f"{_CELL}left;padding-left:{0.7 + max(depth, 0)}em;font-weight:normal"
@@ -322,7 +335,10 @@ def as_input(model: nn.Module, audio: Any) -> Tensor:
 
 
 def main_tensor(output: Any) -> Tensor | None:
-    """The tensor that an output is about: logits, projected states or last hidden state by name, else the first one."""
+    """The tensor that an output is about.
+
+    Logits, projected states or last hidden state by name, else the first one.
+    """
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "projected_states", "last_hidden_state"):
@@ -375,7 +391,9 @@ def _never_called(model: nn.Module, called: set[str]) -> dict[str, int]:
 def trace(
     model: Any, audio: Any, *, timed: bool = True, depth: int | None = None, repeats: int = 3, **inputs: Any
 ) -> Trace:
-    """Run a model once and write down every part: shape in letters and numbers, parameters, what it sees, time.
+    """Run a model once and write down every part.
+
+    Shape in letters and numbers, parameters, what it sees, time.
 
     Args:
         model: Ours with any head, or one of transformers; it runs in evaluation, and is left as it was.
@@ -410,8 +428,10 @@ def trace(
 def dependency_map(function: Callable[[Tensor], Any], inputs: Tensor, *, chunk: int = 64) -> Tensor:
     """Measure which steps of the input each step of the output depends on, by gradients.
 
-    For each output step one vector-Jacobian product is taken, in a random direction of the channels, so that paths cannot
-    cancel. An entry is the length of that product: 0 says no dependence to first order (an activation that is off, or an
+    For each output step one vector-Jacobian product is taken, in a random direction of the channels, so
+    that paths cannot
+    cancel. An entry is the length of that product: 0 says no dependence to first order (an activation that
+    is off, or an
     underflow, also reads 0: use float64 and random inputs).
 
     Args:
@@ -443,7 +463,10 @@ def dependency_map(function: Callable[[Tensor], Any], inputs: Tensor, *, chunk: 
 
 
 def dependency_spans(map: Tensor) -> Tensor:
-    """First and last input step that each output step depends on: `[T_out, T_in]` to `[T_out, 2]`; -1 where there is none."""
+    """First and last input step that each output step depends on: `[T_out, T_in]` to `[T_out, 2]`.
+
+    -1 where there is none.
+    """
     seen = map > 0
     last = seen.shape[1] - 1 - seen.flip(1).int().argmax(1)
     spans = torch.stack([seen.int().argmax(1), last], 1)
@@ -453,7 +476,10 @@ def dependency_spans(map: Tensor) -> Tensor:
 # %% ../../nbs/explore/tracing.ipynb #a83c5eeb
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Treat the means and variances of all group norms as constants for a while: same values, no gradient through them."""
+    """Treat the means and variances of all group norms as constants for a while.
+
+    Same values, no gradient through them.
+    """
 
     def frozen(norm: nn.GroupNorm, hidden: Tensor, n_valid: Tensor | None = None) -> Tensor:
         B, C, T = hidden.shape
@@ -482,8 +508,10 @@ def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False) 
     Args:
         model: Any of ours, in evaluation while this runs.
         audio: One utterance; see `as_input`.
-        name: The part, such as `"encoder.layers.0.conv_module"`; the prefix of the base model may be left out.
-        from_samples: Follow the dependence back to the samples, `[T_out, S]`; else to the part's own input, `[T_out, T_in]`.
+        name: The part, such as `"encoder.layers.0.conv_module"`; the prefix of the base model may be left
+            out.
+        from_samples: Follow the dependence back to the samples, `[T_out, S]`; else to the part's own
+            input, `[T_out, T_in]`.
 
     Raises:
         ValueError: No such part, or more than one utterance, or a part without a time axis.
@@ -521,16 +549,18 @@ def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False) 
 
 
 # %% ../../nbs/explore/tracing.ipynb #16b6b2f6
-_STRIP = (
-    r"feature_extractor\.conv_layers\.\d+|feature_projection|encoder\.layers\.\d+(\.(ffn1|self_attn|conv_module|ffn2))?"
-    r"|encoder\.layer_norm|adapter\.layers\.\d+|quantizer|project_hid|project_q|lm_head|projector|classifier|tdnn\.\d+"
+_COMPARED = (
+    r"feature_extractor\.conv_layers\.\d+|feature_projection"
+    r"|encoder\.layers\.\d+(\.(ffn1|self_attn|conv_module|ffn2))?|encoder\.layer_norm|adapter\.layers\.\d+"
+    r"|quantizer|project_hid|project_q|lm_head|projector|classifier|tdnn\.\d+"
 )
 
 
-def record(model: nn.Module, audio: Any, *, blocks: str = _STRIP, **inputs: Any) -> dict[str, Tensor]:
+def record(model: nn.Module, audio: Any, *, blocks: str = _COMPARED, **inputs: Any) -> dict[str, Tensor]:
     """Run a model in evaluation and keep what each block returned, in the order in which they finish.
 
-    `blocks` is a pattern for the names to keep, without the prefix of the base model; `inputs` go to the model.
+    `blocks` is a pattern for the names to keep, without the prefix of the base model; `inputs` go to the
+    model.
     """
     kept: dict[str, Tensor] = {}
 
@@ -549,7 +579,10 @@ def record(model: nn.Module, audio: Any, *, blocks: str = _STRIP, **inputs: Any)
 
 
 def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """max|a - b| / max|b|, where one may swap the last two axes or lead with an axis of 1; NaN if the shapes do not fit."""
+    """max|a - b| / max|b|, where one may swap the last two axes or lead with an axis of 1.
+
+    NaN if the shapes do not fit.
+    """
     a, b = ours.double(), theirs.double().to(ours.device)
     forms = [form for form in (b, b.mT if b.dim() > 1 else b, b.squeeze(0)) if form.shape == a.shape]
     gaps = [float((a - form).abs().max() / form.abs().max().clamp_min(1e-30)) for form in forms]
@@ -559,7 +592,10 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
 # %% ../../nbs/explore/tracing.ipynb #d50f2f44
 @dataclass(eq=False, repr=False)
 class Parity(_Printed, Sequence[tuple[str, float]]):
-    """What `parity_strip` returns: pairs of a block and its difference, in the order of the run; prints as a table."""
+    """What `layerwise_diff` returns: pairs of a block and its difference, in the order of the run.
+
+    Prints as a table.
+    """
 
     gaps: dict[str, float]  # largest relative difference after each block
     tolerance: float  # what still counts as equal
@@ -582,7 +618,10 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
         return "Differences after each block", ["block", "relative difference", ""], lines, [verdict]
 
     def plot(self, ax: Any = None, title: str = "") -> Any:
-        """Draw the strip on a logarithmic scale; a ring marks the block that departs first. Returns the axes."""
+        """Draw the differences on a logarithmic scale; a ring marks the block that departs first.
+
+        Returns the axes.
+        """
         from w2vc.explore.viz import OKABE_ITO, figure
 
         ax = figure(height=2.6)[1] if ax is None else ax
@@ -609,12 +648,20 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
         return ax
 
 
-def parity_strip(
-    ours: Any, theirs: Any, audio: Any = None, *, tolerance: float = 1e-5, blocks: str = _STRIP, **inputs: Any
+# %% ../../nbs/explore/tracing.ipynb #1e82500a
+def layerwise_diff(
+    ours: Any,
+    theirs: Any,
+    audio: Any = None,
+    *,
+    tolerance: float = 1e-5,
+    blocks: str = _COMPARED,
+    **inputs: Any,
 ) -> Parity:
-    """Run two models side by side and say how far they differ after each block, and which block departs first.
+    """Run two models side by side: how far do they differ after each block, and which block departs first?
 
-    Two implementations with the same weights, one model in two dtypes, before and after fine-tuning: the parts need the
+    Two implementations with the same weights, one model in two dtypes, before and after fine-tuning: the
+    parts need the
     same names. Parts that only one of them has, such as heads, are left out.
 
     Args:
@@ -639,7 +686,7 @@ def parity_strip(
 
 
 # %% ../../nbs/explore/tracing.ipynb #e68ffdd5
-def unheard(mask: Any, n_samples: int, config: Any = None) -> NDArray[np.bool_]:
+def masked_samples(mask: Any, n_samples: int, config: Any = None) -> NDArray[np.bool_]:
     """The samples that no visible frame sees, `[S]` bool: what a mask `[T]`, True = masked, takes away.
 
     Samples after the last frame count as seen. Without a config, frames are 400 samples every 320.
@@ -663,13 +710,13 @@ def masked_audio(
         audio: One sound; see `sound_of`.
         mask: `[T]` bool, True = masked. 4 ms at the edges of a gap are faded, so that nothing clicks.
         fill: What stands in the gaps: "silence", or "noise" as loud as the sound on average.
-        config: As in `unheard`.
+        config: As in `masked_samples`.
         seed: For the noise.
     """
     if fill not in {"silence", "noise"}:
         raise ValueError(f"fill={fill!r}; allowed are 'silence' and 'noise'")
     sound = np.asarray(sound_of(audio), np.float32)
-    gone, places = unheard(mask, len(sound), config), np.arange(len(sound))
+    gone, places = masked_samples(mask, len(sound), config), np.arange(len(sound))
     before = places - np.maximum.accumulate(np.where(gone, -64, places))  # samples since the last one heard
     after = places - np.maximum.accumulate(np.where(gone[::-1], -64, places))  # the same, from the end
     keep = np.maximum(1 - np.minimum(before, after[::-1]) / 64, 0)
@@ -680,7 +727,10 @@ def masked_audio(
 # %% ../../nbs/explore/tracing.ipynb #76e1aba3
 @dataclass(eq=False, repr=False)
 class Spotting:
-    """One question of pre-training, to be answered by ear; in a notebook it shows its players, without the answer."""
+    """One question of pre-training, to be answered by ear.
+
+    In a notebook it shows its players, without the answer.
+    """
 
     audio: Samples  # the sound, [S] at 16 kHz
     left: Samples  # what the model gets of it, with noise in the gaps
@@ -715,7 +765,7 @@ class Spotting:
     def _repr_html_(self) -> str:
         from w2vc.explore.viz import Sound
 
-        asked = f"the question: what belongs into the noise in the middle, at {self.clock.middle(self.frame):.2f} s?"
+        asked = f"what belongs into the noise in the middle, at {self.clock.middle(self.frame):.2f} s?"
         clips = {asked: self.clip(self.frame, 2.0, self.left)}
         clips |= {f"candidate {x}": self.clip(t) for x, t in zip(self.letters, self.candidates, strict=True)}
         players = [Sound(clip, 16_000, label)._repr_html_() for label, clip in clips.items()]
@@ -752,20 +802,25 @@ class Spotting:
 def spot_the_negative(
     model: Any, audio: Any, frame: int | None = None, *, distractors: int = 4, mask: Any = None, seed: int = 0
 ) -> Spotting:
-    """Make one question of pre-training audible: a masked frame, its true sound among others, and what the model says.
+    """Make one question of pre-training audible.
 
-    Distractors are masked frames of the same recording, as in training, but no two candidates have the same codes.
+    A masked frame, its true sound among others, and what the model says.
+
+    Distractors are masked frames of the same recording, as in training, but no two candidates have the
+    same codes.
 
     Args:
         model: A pre-training model, ours.
         audio: One sound; see `sound_of`.
-        frame: The frame that asks; None: one is drawn. If the mask leaves it visible, a span around it is masked too.
+        frame: The frame that asks; None: one is drawn. If the mask leaves it visible, a span around it is
+            masked too.
         distractors: N, at most 25.
         mask: `[T]` bool, True = masked; None: spans are drawn.
         seed: For the mask, the frame, the distractors and their order.
 
     Raises:
-        ValueError: No pre-training model, a frame outside the recording, or too few masked frames with other codes.
+        ValueError: No pre-training model, a frame outside the recording, or too few masked frames with
+            other codes.
     """
     if not hasattr(model, "quantizer"):
         raise ValueError(f"model is a {type(model).__name__}; …ForPreTraining, with a quantizer, is needed")

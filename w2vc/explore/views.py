@@ -19,14 +19,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from w2vc.explore.page import (
+    Explorer,
+    as_utterance,
+    attention_explorer,
+    clip_data,
+    gray_png,
+    root_bytes,
+    save_page,
+    slider,
+)
+
 from ..config import refuse
 from ..data.batches import turn_order
 from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
 from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
 from ..evaluation.reports import model_class
-from .attention import attention_explorer
 from .codevectors import collect_codes, flatten_to_plane, phone_counts
-from .page import Explorer, as_utterance, clip_data, gray_png, root_bytes, save_page, slider
 from .tracing import as_input, html_table, trace
 from .viz import OKABE_ITO, Picture, figure, plot_matrix, plot_segments, plot_spectrogram
 
@@ -192,7 +201,10 @@ def plain_track(name: str, segments: Sequence[Any]) -> Track:
 
 
 def plot_tracks(utterance: Utterance, tracks: Sequence[Track], hop: float) -> Any:
-    """Draw tracks under waveform and spectrogram, `hop` seconds a frame; errors carry a pattern. Returns the figure."""
+    """Draw tracks under waveform and spectrogram, `hop` seconds a frame; errors carry a pattern.
+
+    Returns the figure.
+    """
     heights = [0.8 * len(t.labels) if t.heat is not None else 1.5 if t.curve is None else 2.2 for t in tracks]
     ratios = [3.2, 4.5, *heights]
     fig, axes = figure(len(ratios), height=0.6 + 0.17 * sum(ratios), sharex=True, height_ratios=ratios)
@@ -239,7 +251,7 @@ def wrong_words(read: Sequence[str], said: Sequence[str]) -> list[bool]:
 
 
 def ctc_tracks(reading: CTCReading, least: float = 0.1) -> list[Track]:
-    """The tracks of a reading: words said, aligned and read, and the symbols that reach the probability `least`."""
+    """The tracks of a reading: words said, aligned and read, and symbols with probabilities from `least`."""
     chances, read, aligned = reading.log_probs.exp(), reading.read, reading.aligned
     peaks = [i for i in range(chances.shape[1]) if i != reading.blank and chances[:, i].max() >= least]
     peaks.sort(key=lambda i: int((chances[:, i] >= 0.5 * chances[:, i].max()).int().argmax()))
@@ -259,7 +271,7 @@ def ctc_tracks(reading: CTCReading, least: float = 0.1) -> list[Track]:
 def track_explorer(
     title: str, u: Utterance, tracks: list[Track], said: list[str], clock: FrameClock, *, facts: str, alt: str
 ) -> Explorer:
-    """Make tracks alive: point at a frame or step with the arrow keys to read what is said of it, and click to hear it.
+    """Make tracks alive: point at a frame, or step with the arrow keys, to read about it; click to hear it.
 
     Args:
         title: Heading.
@@ -281,7 +293,8 @@ def track_explorer(
     if any(track.heat is not None for track in tracks):
         notes.append("brightness grows with the root of the probability")
     data = {
-        "clip": clip_data(u), "hop": clock.step, "middle": clock.middle(), "frames": len(said), "frame": len(said) // 2,
+        "clip": clip_data(u), "hop": clock.step, "middle": clock.middle(),
+        "frames": len(said), "frame": len(said) // 2,
         "tracks": [_track_data(track) for track in tracks], "said": said, "facts": facts,
         "key": ("; ".join(notes) + ".").capitalize() if notes else "",
     }  # fmt: skip
@@ -300,7 +313,10 @@ def _track_data(track: Track) -> dict[str, Any]:
 
 # %% ../../nbs/explore/views.ipynb #77bd00d6
 def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None = None) -> Explorer:
-    """Show how a CTC model reads: letters over time, the text read, the known text aligned; arguments as of `read_ctc`."""
+    """Show how a CTC model reads: letters over time, the text read, the known text aligned.
+
+    Arguments as of `read_ctc`.
+    """
     reading = read_ctc(model, audio, processor, text=text)
     u, clock, said = reading.utterance, reading.clock, []
     values, best = reading.log_probs.exp().topk(min(3, len(reading.symbols)))
@@ -320,7 +336,10 @@ def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None 
         blanks = 100 * float((reading.path == reading.blank).float().mean())
         facts += f"The blank is the best symbol of {blanks:.0f} % of the frames."
     name = u.text or u.id
-    alt = f"Letters over time for {name}: short peaks of probability for each letter, with blanks between, under the sound; the model reads: {reading.text or 'nothing'}."
+    alt = (
+        f"Letters over time for {name}: short peaks of probability for each letter, with blanks between, "
+        f"under the sound; the model reads: {reading.text or 'nothing'}."
+    )
     title, tracks = f"Letters over time: {name}", ctc_tracks(reading)
     return track_explorer(title, u, tracks, said, clock, facts=facts, alt=alt)
 
@@ -332,7 +351,9 @@ def _at(segments: Sequence[Any], time: float) -> Any:
 
 # %% ../../nbs/explore/views.ipynb #9a7e4f31
 def viterbi_scores(log_probs: Tensor, states: Tensor, bars: Tensor) -> Tensor:
-    """Log probability of the best path to each state of a trellis at each frame, `[T, states]`: Viterbi's forward pass.
+    """Log probability of the best path to each state of a trellis at each frame, `[T, states]`.
+
+    Viterbi's forward pass.
 
     Args:
         log_probs: `[T, V]`.
@@ -351,7 +372,9 @@ def viterbi_scores(log_probs: Tensor, states: Tensor, bars: Tensor) -> Tensor:
 def trellis_view(
     model: Any, audio: Any, processor: Any = None, *, text: str | None = None, words: slice = slice(None)
 ) -> Picture:
-    """Draw the trellis of some words of a known text, with the best path through it; other arguments as of `read_ctc`.
+    """Draw the trellis of some words of a known text, with the best path through it.
+
+    Other arguments as of `read_ctc`.
 
     Raises:
         ValueError: No text is known, or none of its words is chosen; and as `read_ctc`.
@@ -387,7 +410,9 @@ def trellis_view(
     said = " ".join(w.label for w in chosen)
     return render(
         fig,
-        f"The trellis of {said}: time to the right, letters with blanks between them downwards. A narrow bright ridge runs from the upper left to the lower right, and the line of the best path lies on it, in steps.",
+        f"The trellis of {said}: time to the right, letters with blanks between them downwards. A narrow "
+        "bright ridge runs from the upper left to the lower right, and the line of the best path lies on "
+        "it, in steps.",
     )
 
 
@@ -404,7 +429,8 @@ def beam_view(
 ) -> Explorer:
     """Show the `n_best` hypotheses of a beam search as the sound goes on, a picture `every` so many seconds.
 
-    Further options are those of `CTCDecoder`, such as `language_model=`; other arguments are those of `read_ctc`.
+    Further options are those of `CTCDecoder`, such as `language_model=`; other arguments are those of
+    `read_ctc`.
     """
     model, processor = open_checkpoint(model, processor, head="ctc")
     reading = read_ctc(model, audio, processor)
@@ -479,7 +505,7 @@ def plot_scores(scores: Any, same: Any, ax: Any = None, *, threshold: float | No
 
 # %% ../../nbs/explore/views.ipynb #fa654130
 def speaker_view(model: Any, speech: Speech) -> Picture:
-    """Draw how well voices part: a map (PCA), all cosines sorted by speaker, and the scores with the EER threshold.
+    """Draw how well voices part: a map (PCA), all cosines by speaker, and the scores with the EER threshold.
 
     Args:
         model: As for `speaker_vectors`.
@@ -515,7 +541,10 @@ def speaker_view(model: Any, speech: Speech) -> Picture:
     one, two = np.median(cosines[upper][same[upper]]), np.median(cosines[upper][~same[upper]])
     return render(
         fig,
-        f"{len(speakers)} voices, {len(names)} utterances. Upper left, a map of their vectors, one sign per voice. Upper right, all cosines, sorted by voice: squares along the diagonal are pairs of one voice. Below, histograms of cosines: the median of one voice is {one:.2f}, of two {two:.2f}; the equal error rate is {100 * equal.value:.1f} % at {equal.threshold:.2f}.",
+        f"{len(speakers)} voices, {len(names)} utterances. Upper left, a map of their vectors, one sign "
+        f"per voice. Upper right, all cosines, sorted by voice: squares along the diagonal are pairs of "
+        f"one voice. Below, histograms of cosines: the median of one voice is {one:.2f}, of two {two:.2f}; "
+        f"the equal error rate is {100 * equal.value:.1f} % at {equal.threshold:.2f}.",
     )
 
 
@@ -542,7 +571,9 @@ def _plot_voices(ax: Any, vectors: Tensor, names: Sequence[str]) -> None:
 
 # %% ../../nbs/explore/views.ipynb #cdc8ab63
 def error_stretches(truth: Tensor, found: Tensor, hop: float) -> list[tuple[str, float, float, str]]:
-    """Name the error of each frame and join equal neighbours: stretches for a `Track`, with the error as sign.
+    """Name the error of each frame and join equal neighbours.
+
+    Stretches for a `Track`, with the error as sign.
 
     Args:
         truth: `[T, speakers]` bool.
@@ -558,11 +589,13 @@ def error_stretches(truth: Tensor, found: Tensor, hop: float) -> list[tuple[str,
 
 
 def turns_view(model: Any, audio: Any) -> Explorer:
-    """Show who speaks when: the true turns, the probability and the turns that a frame head finds, and its errors.
+    """Show who speaks when: the true turns, those that a frame head finds, its probabilities, and its errors.
 
     Args:
-        model: A `Wav2Vec2ConformerForAudioFrameClassification` whose labels may be true together; a folder or hub id; None: the demo checkpoint.
-        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …; truth is drawn where an utterance brings turns.
+        model: A `Wav2Vec2ConformerForAudioFrameClassification` whose labels may be true together; a folder
+            or hub id; None: the demo checkpoint.
+        audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …; truth is drawn where an utterance brings
+            turns.
 
     Raises:
         ValueError: Another kind of model.
@@ -588,7 +621,10 @@ def turns_view(model: Any, audio: Any) -> Explorer:
         back = {theirs: ours for ours, theirs in rate.mapping.items()}
         order = [labels.index(back.get(label, label)) for label in labels]
         ordered = found[:, order] if len(set(order)) == len(labels) else found
-        facts = f"Error rate {100 * rate.rate:.1f} % of {rate.total:.1f} s of speech: missed {rate.missed:.2f} s, false alarm {rate.false_alarm:.2f} s, confused {rate.confusion:.2f} s."
+        facts = (
+            f"Error rate {100 * rate.rate:.1f} % of {rate.total:.1f} s of speech: missed {rate.missed:.2f} "
+            f"s, false alarm {rate.false_alarm:.2f} s, confused {rate.confusion:.2f} s."
+        )
         truths = [[t for t in known if t.label == name] for name in labels]
         above = [plain_track("" if i else "true", row) for i, row in enumerate(truths)]
         errors = [Track("errors", error_stretches(truth, ordered, hop))]
@@ -601,7 +637,11 @@ def turns_view(model: Any, audio: Any) -> Explorer:
     answers = [[Segment(names[name], t.start, t.end) for t in turns if t.label == name] for name in labels]
     tracks = [*above, *(plain_track("" if i else "model", row) for i, row in enumerate(answers)), *errors]
     tracks += [Track(f"chance {i + 1}", curve=chances[:, i].numpy()) for i in range(len(labels))]
-    alt = f"Who speaks when in {u.id}: turns over time{' as they are, the errors of the model with a pattern for each kind,' if u.turns else ''} and the turns that the model finds, with its probability for each speaker. {facts}"
+    told = " as they are, the errors of the model with a pattern for each kind," if u.turns else ""
+    alt = (
+        f"Who speaks when in {u.id}: turns over time{told} and the turns that the model finds, "
+        f"with its probability for each speaker. {facts}"
+    )
     return track_explorer(f"Who speaks when: {u.id}", u, tracks, said, clock, facts=facts, alt=alt)
 
 
@@ -639,8 +679,11 @@ def codes_view(model: Any, audio: Any, extractor: Any = None, *, reference: Spee
         for t, code in enumerate(column):
             more = f"mostly {main[code]}, {shares[code]:.0f} %" if main[code] else "never met"
             said[t] += f"{',' if g else ':'} group {g} code {code} ({more})"
-    alt = f"The codes of {codes.shape[1]} groups over time under the sound of {u.text or u.id}: each code lasts one or a few frames, and below it stands the phone that uses it most."
-    facts = f"The phone that uses a code most was counted on {reference.seconds / 60:.1f} minutes of other speech."
+    alt = (
+        f"The codes of {codes.shape[1]} groups over time under the sound of {u.text or u.id}: each code "
+        "lasts one or a few frames, and below it stands the phone that uses it most."
+    )
+    facts = f"Phones of codes were counted on {reference.seconds / 60:.1f} minutes of other speech."
     said = [f"{text}." for text in said]
     return track_explorer(f"Codes: {u.text or u.id}", u, tracks, said, clock, facts=facts, alt=alt)
 
@@ -680,13 +723,24 @@ def _views(model: PreTrainedModel, processor: Any, u: Utterance, text: str | Non
 
 
 # %% ../../nbs/explore/views.ipynb #285ff7f2
-def explore_page(audio: Any, model: Any = None, output: str | os.PathLike[str] = "page.html", *, processor: Any = None, text: str | None = None,
-                 start: float = 0.0, end: float | None = None, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Path:  # fmt: skip
+def explore_page(
+    audio: Any,
+    model: Any = None,
+    output: str | os.PathLike[str] = "page.html",
+    *,
+    processor: Any = None,
+    text: str | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Path:
     """Write the explorers of one recording as one page, which needs nothing else; returns its path.
 
     Args:
         audio: An `Utterance`, a path, samples `[S]` at 16 kHz, …; some seconds long.
-        model: Any model of this package, a folder or hub id; None: the demo checkpoint, with CTC and with its quantizer.
+        model: Any model of this package, a folder or hub id; None: the demo checkpoint, with CTC and with
+            its quantizer.
         output: File to write; replaced if there, as a whole or not at all.
         processor: Of the model, if that is not a folder.
         text: What is said, to be aligned; None: the utterance's own text.
@@ -696,7 +750,8 @@ def explore_page(audio: Any, model: Any = None, output: str | os.PathLike[str] =
         heads: Its heads; None: all, or four.
 
     Raises:
-        ValueError: Sound or text that cannot be used, no such layer or head, or a recording too long for a page.
+        ValueError: Sound or text that cannot be used, no such layer or head, or a recording too long for a
+            page.
         FileNotFoundError: No such file or checkpoint.
     """
     u = as_utterance(audio)

@@ -157,17 +157,20 @@ def show(fig: Figure | Axes, *, alt: str) -> None:
 
 
 def render(fig: Figure, alt: str) -> Picture:
-    """Draw a figure to PNG in 256 well chosen colours, a heavy one in 128; equal figures give equal bytes."""
+    """Draw a figure to PNG in 256 well chosen colours, a heavy one in fewer.
+
+    Equal figures give equal bytes.
+    """
     from PIL import Image  # comes with matplotlib
 
     drawn, packed = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=120)  # sharper than the page, still small
     image = Image.open(drawn).convert("RGB")
-    for colours in (256, 128):
+    for colours in (256, 128, 64):
         few = image.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
         packed = io.BytesIO()
         few.save(packed, "png", optimize=True)
-        if packed.tell() < 40_000:
+        if packed.tell() < 30_000:
             break
     return Picture(packed.getvalue(), " ".join(alt.split()), round(fig.get_figwidth() * 100))
 
@@ -210,9 +213,12 @@ def plot_waveform(audio: Any, rate: int, ax: Axes | None = None, *, color: str =
 def plot_spectrogram(
     audio: Any, rate: int, ax: Axes | None = None, *, hop: float = 0.005, top_hz: float | None = None
 ) -> Axes:
-    """Draw how much of each frequency sounds when, in windows of 25 ms; bright is loud, 60 dB below the loudest is dark.
+    """Draw how much of each frequency sounds when, in windows of 25 ms.
 
-    Samples `[S]` come at `rate` per second, columns every `hop` seconds; frequencies are drawn up to `top_hz`, else to half
+    Bright is loud, 60 dB below the loudest is dark.
+
+    Samples `[S]` come at `rate` per second, columns every `hop` seconds; frequencies are drawn up to
+    `top_hz`, else to half
     the rate. Without `ax`, a new figure is made, as in all functions here.
     """
     audio, ax = _array(audio, 1, "audio").astype(np.float64), _axes(ax)
@@ -243,7 +249,10 @@ class Sound:
         return f"[sound: {self.label}, {self.audio.size / self.rate:.1f} s]"
 
     def encoded(self) -> tuple[str, bytes]:
-        """Return the media type and the bytes: MP3 (5 kB a second) where soundfile can write it, else 16-bit WAV."""
+        """Return the media type and the bytes.
+
+        MP3 (5 kB a second) where soundfile can write it, else 16-bit WAV.
+        """
         loudest, buffer = float(np.abs(self.audio).max(initial=0.0)), io.BytesIO()
         whole = np.round(self.audio / max(loudest, 1.0) * 32767).astype("<i2")
         try:
@@ -312,8 +321,10 @@ def plot_matrix(
         center: A real zero that positive and negative values lie around; it becomes white.
         title: Heading.
         colorbar: Show the scale; a string labels it.
-        values: Write each value into its cell (small matrices); a string is the number format, such as `".1f"`.
-        **image: Goes to `Axes.imshow`: `vmin`, `vmax`, `cmap`, and `extent` (left, right, bottom, top in units of the axes).
+        values: Write each value into its cell (small matrices); a string is the number format, such as
+            `".1f"`.
+        **image: Goes to `Axes.imshow`: `vmin`, `vmax`, `cmap`, and `extent` (left, right, bottom, top in
+            units of the axes).
     """
     matrix, ax = _array(matrix, 2, "matrix"), _axes(ax, height=3.0)
     numbers = matrix.astype(np.float64)
@@ -398,7 +409,10 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
 
 # %% ../../nbs/appendix/drawing.ipynb #286a7620
 def plot_segments(segments: Iterable[Any], ax: Axes | None = None, *, ylabel: str = "") -> Axes:
-    """Draw labelled stretches of time, such as words: things with `label`, `start` and `end` in seconds, or such tuples."""
+    """Draw labelled stretches of time, such as words.
+
+    Things with `label`, `start` and `end` in seconds, or such tuples.
+    """
     ax = _axes(ax, height=0.9)
     triples = [(s.label, s.start, s.end) if hasattr(s, "label") else tuple(s) for s in segments]
     if ax.get_xlim() == (0.0, 1.0):
@@ -423,7 +437,8 @@ class _FittedText(Text):
 
     def draw(self, renderer: Any) -> None:
         """Draw the label in the size that fits; only now is the width of the axes known."""
-        (left, _), (right, _) = self.axes.transData.transform([(0, 0), (self.room, 0)])  # type: ignore[union-attr]
+        assert self.axes is not None
+        (left, _), (right, _) = self.axes.transData.transform([(0, 0), (self.room, 0)])
         self.set_fontsize(9)
         size = min(9.0, 9 * 0.9 * abs(right - left) / max(self.get_window_extent(renderer).width, 1e-6))
         if size >= 5.5:
@@ -456,9 +471,12 @@ _TINTS = ("#9CCBE8", "#F3C28F", "#8FD1BA", "#F7DE8C", "#DDB3CB", "#C9E3F5", "#EF
 def plot_codes(
     codes: Any, ax: Axes | None = None, hop: float | None = 0.02, *, n_codes: int | None = None
 ) -> Axes:
-    """Draw which codes were chosen when: one row a group, equal neighbours joined, the code's number where it fits.
+    """Draw which codes were chosen when.
 
-    Eight tints take turns with the number of the code, so that neighbours differ; a tint has no other meaning.
+    One row a group, equal neighbours joined, the code's number where it fits.
+
+    Eight tints take turns with the number of the code, so that neighbours differ; a tint has no other
+    meaning.
 
     Args:
         codes: `[T, G]` (or `[T]`) whole numbers from 0.
@@ -624,9 +642,8 @@ def draw_map(block: str | None = None, config: Any = None) -> tuple[Figure, str]
         ax.plot(xs, (128, 158), color="#8E6C96", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     for key, (x, y, w, h, title, kind) in _MAP["boxes"].items():
         lit, high = key.split("/")[0] == block, key in _MAP["signs"]  # room for a sign below the title
-        _panel(
-            ax, (x, y, w, h), "#FFC845" if lit else _MAP["tints"][kind], lit, edgecolor="#6B6B6B", zorder=3
-        )
+        tint = "#FFC845" if lit else _MAP["tints"][kind]
+        _panel(ax, (x, y, w, h), tint, lit, edgecolor="#6B6B6B", zorder=3)
         size = 9.2 if key == "features/projection" else 8.2 if "/" in key else 9.6
         look = {"fontsize": size, "weight": "bold" if lit else "normal", "color": _INK, "linespacing": 1.05}
         _note(ax, x + w / 2, y + h * (0.3 if high else 0.5), title, zorder=5, **look)
@@ -634,7 +651,8 @@ def draw_map(block: str | None = None, config: Any = None) -> tuple[Figure, str]
     for corners in _MAP["arrows"]:
         _arrow(ax, corners)
     sizes = {
-        "C": config.conv_dim[-1], "D": config.hidden_size, "L": config.num_hidden_layers, "d": config.codevector_dim,
+        "C": config.conv_dim[-1], "D": config.hidden_size,
+        "L": config.num_hidden_layers, "d": config.codevector_dim,
         "G": config.num_codevector_groups, "V": config.num_codevectors_per_group, "N": config.num_negatives,
         "hop": math.prod(config.conv_stride),
     }  # fmt: skip
