@@ -334,9 +334,9 @@ def test_every_single_missing_tensor_is_noticed_and_can_be_started_afresh(name: 
         rest = {key: tensor for key, tensor in tensors.items() if key != gone}
         if not gone.endswith("masked_spec_embed"):  # an optional part of its own
             with pytest.raises(ValueError, match=rf"missing \(1\): {gone}"):
-                pretrained.fill(shell, dict(rest))
+                pretrained.load_into(shell, dict(rest))
         with pytest.warns(UserWarning, match="newly initialised"):
-            report = pretrained.fill(shell, dict(rest), strict=False)
+            report = pretrained.load_into(shell, dict(rest), strict=False)
         assert report.missing + report.newly_initialized == [gone]
         assert torch.isfinite(shell.state_dict()[gone]).all()
         assert sum(not torch.equal(t, tensors[key]) for key, t in shell.state_dict().items()) <= 1
