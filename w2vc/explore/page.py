@@ -115,7 +115,10 @@ def clip_data(utterance: Utterance, strokes: int = 1000, spectrogram: bool = Tru
         data[row] = [
             [str(s.label), round(float(s.start), 3), round(float(s.end), 3)] for s in getattr(utterance, row)
         ]
-    return data | ({"spectrogram": gray_png(_spectrogram(audio, rate))} if spectrogram else {})
+    if spectrogram:
+        hop = max(0.008, audio.size / rate / 250)  # seconds: at most some 250 columns
+        data["spectrogram"] = gray_png(_spectrogram(audio, rate, hop))
+    return data
 
 
 def _spectrogram(

@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..data.audio import Samples, load_audio, normalise
+from ..data.audio import load_audio
+from ..data.sound import Samples, normalise
 from ..files.pretrained import BASE, eval_mode
 from ..model.fast import plain_forms
 from ..model.features import FrameClock, conv_output_lengths, frame_mask, receptive_field
