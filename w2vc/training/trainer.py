@@ -19,8 +19,7 @@ from ..data.batches import SampleRequest
 from ..files.pretrained import eval_mode
 
 # %% auto #0
-__all__ = ["find_bad_samples", "Batches", "Update", "Loop"]
-
+__all__ = ['find_bad_samples', 'Batches', 'Update', 'Loop']
 
 # %% ../../nbs/training/trainer.ipynb #f66e7a90
 def find_bad_samples(
@@ -45,7 +44,6 @@ def find_bad_samples(
             finite = False
         names += [] if finite else [name]
     return names or list(batch["ids"])
-
 
 # %% ../../nbs/training/trainer.ipynb #eb8c8705
 class Batches:
@@ -80,7 +78,6 @@ class Batches:
         self.sampler.load_state_dict(state)
         self.epoch, self.position, self._epoch = int(state["epoch"]), int(state["position"]), None
 
-
 # %% ../../nbs/training/trainer.ipynb #a00fa677
 @dataclass
 class Update:
@@ -95,7 +92,6 @@ class Update:
     def finite(self) -> bool:
         """Whether the step was taken."""
         return math.isfinite(self.loss) and math.isfinite(self.length)
-
 
 # %% ../../nbs/training/trainer.ipynb #6e1960f2
 class Loop:
