@@ -19,10 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import refuse
-from ..data.audio import load_audio
-from ..data.corpus import SAMPLING_RATE, Utterance, frame_labels
-from .attention import attention_maps, head_summary
 from w2vc.explore.codevectors import (
     CodeFrames,
     CodeTable,
@@ -35,10 +31,15 @@ from w2vc.explore.codevectors import (
     plot_code_table,
     plot_code_usage,
 )
-from .viz import Picture, Sound, figure, render, timeline
+
+from ..config import refuse
+from ..data.audio import load_audio
+from ..data.corpus import SAMPLING_RATE, Utterance, frame_labels
 from ..files.atomic import write_file
 from ..files.pretrained import PreTrainedModel
 from ..model.features import FrameClock
+from .attention import attention_maps, head_summary
+from .viz import Picture, Sound, figure, render, timeline
 
 # %% auto #0
 __all__ = [

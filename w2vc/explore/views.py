@@ -19,12 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from ..config import refuse
-from ..data.batches import turn_order
-from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
-from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
-from ..evaluation.reports import model_class
-from .codevectors import collect_codes, flatten_to_plane, phone_counts
 from w2vc.explore.page import (
     Explorer,
     as_utterance,
@@ -35,11 +29,17 @@ from w2vc.explore.page import (
     save_page,
     slider,
 )
+
+from ..config import refuse
+from ..data.batches import turn_order
+from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
+from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
+from ..evaluation.reports import model_class
+from .codevectors import collect_codes, flatten_to_plane, phone_counts
 from .tracing import as_input, html_table, trace
 from .viz import OKABE_ITO, Picture, figure, plot_matrix, plot_segments, plot_spectrogram
 
 # isort: split
-from .viz import plot_waveform, render
 from ..files.pretrained import PreTrainedModel, demo_folder, eval_mode
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
@@ -53,6 +53,7 @@ from ..text.alignment import TimedText, align_words, best_path, read_words, vite
 from ..text.decoding import CTCDecoder
 from ..text.tokenizer import AutoProcessor, Wav2Vec2Processor
 from ..text.transcription import frame_logits
+from .viz import plot_waveform, render
 
 # %% auto #0
 __all__ = [

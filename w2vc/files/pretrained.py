@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Wav2Vec2ConformerConfig, refuse
+from ..model.features import frame_mask, valid_lengths
 from .atomic import read_folder, read_json, replace_folder, write_file
 from .hub import find_folder, missing_file
-from ..model.features import frame_mask, valid_lengths
 
 # %% auto #0
 __all__ = [

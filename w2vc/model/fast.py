@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SelfAttention
-from .conformer import ConformerEncoder, run_blocks
-from .convolution import ConvolutionModule
 from w2vc.model.features import (
     ConvLayer,
     FeatureEncoder,
@@ -28,6 +25,10 @@ from w2vc.model.features import (
     conv_output_lengths,
     receptive_field,
 )
+
+from .attention import SelfAttention
+from .conformer import ConformerEncoder, run_blocks
+from .convolution import ConvolutionModule
 
 # %% auto #0
 __all__ = [
