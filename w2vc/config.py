@@ -299,7 +299,7 @@ class Wav2Vec2ConformerConfig:
     activation_dropout: float = _share(0.1, "dropout inside each feed-forward module")
     attention_dropout: float = _share(0.1, "dropout on attention maps and on attention's output")
     layerdrop: float = _share(0.1, "probability that a training step skips a block")
-    initializer_range: float = _option(0.02, "standard deviation of fresh linear weights", least=0)
+    initializer_range: float = _option(0.02, "standard deviation of initial linear weights", least=0)
     layer_norm_eps: float = _option(1e-5, "added to variances in the outer norms", least=1e-12)
     conv_depthwise_kernel_size: int = _option(31, "frames that the convolution sees; odd", odd=True)
     conformer_conv_dropout: float = _share(0.1, "dropout after each convolution module")

@@ -74,7 +74,7 @@ def utterance() -> Utterance:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all the rest."""
     still = views.Picture(b"\x89PNG\r\n\x1a\n", "A picture that says enough about itself", 100)
-    monkeypatch.setattr(views, "plot_tracks", lambda *_: None)
+    monkeypatch.setattr(views, "plot_tracks", lambda *_, **__: None)
     monkeypatch.setattr(views, "render", lambda *_: still)
 
 

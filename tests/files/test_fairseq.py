@@ -625,7 +625,9 @@ def test_settings_and_tensors_must_tell_one_story(files: dict[Any, Any], tmp_pat
     rejected(rope.state_dict(), pretraining_cfg(model_settings("abs")), "pos_enc_type='abs'")
     uneven = rope.state_dict()
     uneven["encoder.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    rejected(uneven, pretraining_cfg(model_settings("rope")), "layers.1.self_attn.rotary_emb.inv_freq differs")
+    rejected(
+        uneven, pretraining_cfg(model_settings("rope")), "layers.1.self_attn.rotary_emb.inv_freq differs"
+    )
     rejected(tuned.state_dict(), ctc_cfg({}) | {"model": {"_name": "wav2vec_ctc"}}, r"w2v_args")
     rejected(tuned.state_dict(), ctc_cfg(model_settings(), blank_weight=2.0), "blank_weight=2.0")
     headless = {name: t for name, t in tuned.state_dict().items() if ".proj." not in name}

@@ -27,7 +27,7 @@ from released import stand_in, write_released
 from w2vc import AutoProcessor, Wav2Vec2FeatureExtractor, load_speech
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.files import pretrained
-from w2vc.files.pretrained import BASE, PreTrainedModel, modern_name, read_checkpoint
+from w2vc.files.pretrained import BASE, PreTrainedModel, best_device, modern_name, read_checkpoint
 from w2vc.model.classification import (
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
@@ -334,9 +334,9 @@ def test_every_single_missing_tensor_is_noticed_and_can_be_started_afresh(name: 
         rest = {key: tensor for key, tensor in tensors.items() if key != gone}
         if not gone.endswith("masked_spec_embed"):  # an optional part of its own
             with pytest.raises(ValueError, match=rf"missing \(1\): {gone}"):
-                pretrained.fill(shell, dict(rest))
+                pretrained.load_into(shell, dict(rest))
         with pytest.warns(UserWarning, match="newly initialised"):
-            report = pretrained.fill(shell, dict(rest), strict=False)
+            report = pretrained.load_into(shell, dict(rest), strict=False)
         assert report.missing + report.newly_initialized == [gone]
         assert torch.isfinite(shell.state_dict()[gone]).all()
         assert sum(not torch.equal(t, tensors[key]) for key, t in shell.state_dict().items()) <= 1
@@ -880,3 +880,16 @@ def test_a_head_is_joined_with_one_whole_encoder(tmp_path: Path) -> None:
     save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(ValueError, match=rf"holds no tensor {BASE}\."):
         Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "both")
+
+
+def test_best_device_is_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("W2VC_DEVICE", "cuda:3")
+    assert best_device() == torch.device("cuda:3"), "the variable wins, whatever is there"
+    monkeypatch.setenv("W2VC_DEVICE", "toaster")
+    with pytest.raises(ValueError, match="toaster"):
+        best_device()
+    monkeypatch.delenv("W2VC_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert best_device().type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert best_device().type == "cpu"

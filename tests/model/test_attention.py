@@ -20,16 +20,16 @@ from helpers import (
     randomise_,
     tiny_config,
 )
-from w2vc.model.attention import SelfAttention, attend, hide_padding, split_heads
-from w2vc.model.positions import Positions, make_positions
+from w2vc.model.attention import SelfAttention, attend, attend_fused, hide_padding, split_heads, turn_frames
+from w2vc.model.positions import Positions, apply_rotary, make_positions
 
 KINDS = ["relative", "rotary", None]
 
 
-def build(kind: str | None, seed: int = 0, **knobs: Any) -> SelfAttention:
+def build(kind: str | None, seed: int = 0, **options: Any) -> SelfAttention:
     """A layer in eval whose every parameter matters (biases and the two position biases are not 0)."""
     torch.manual_seed(seed)
-    layer = SelfAttention(tiny_config(position_embeddings_type=kind, **knobs)).eval()
+    layer = SelfAttention(tiny_config(position_embeddings_type=kind, **options)).eval()
     randomise_(layer, seed)
     for name, p in layer.named_parameters():
         if name.startswith("pos_bias"):
@@ -421,6 +421,31 @@ def test_attend_by_hand() -> None:
         e = [torch.exp(q[i] @ k[j] / 2) for j in range(3)]
         assert torch.allclose(mixed[i], sum(e[j] * v[j] for j in range(3)) / sum(e), atol=1e-6)
         assert torch.allclose(weights[i], torch.stack(e) / sum(e), atol=1e-6)
+
+
+def test_the_fused_kernel_gives_the_same_values_and_drops_out_in_training_alone() -> None:
+    q, k, v, bias = (
+        torch.randn(2, 3, 5, 4),
+        torch.randn(2, 3, 5, 4),
+        torch.randn(2, 3, 5, 4),
+        torch.randn(5, 5),
+    )
+    dropout = nn.Dropout(0.5).eval()
+    fused, none = attend_fused(q, k, v, bias, dropout)
+    assert none is None
+    assert torch.allclose(fused, attend(q, k, v, bias, dropout)[0], atol=1e-6)
+    assert not torch.allclose(fused, attend_fused(q, k, v, bias, dropout.train())[0])
+
+
+def test_frames_are_turned_head_by_head() -> None:
+    hidden = torch.randn(2, 7, 32)
+    positions = positions_for(build("rotary"), 7)
+    assert isinstance(positions, tuple)
+    got = turn_frames(hidden, positions, 4)
+    for head in range(4):
+        part = slice(8 * head, 8 * head + 8)
+        want = apply_rotary(hidden[..., part][:, :, None], *positions)[:, :, 0]
+        assert torch.allclose(got[..., part], want, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

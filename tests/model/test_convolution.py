@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import helpers
-from w2vc.model.convolution import ConvolutionModule, MaskedBatchNorm1d
+from w2vc.model.convolution import ConvolutionModule, MaskedBatchNorm1d, real_statistics
 from w2vc.model.features import frame_mask
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -21,10 +21,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def module_and_peer(**knobs):
+def module_and_peer(**options):
     from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as peer
 
-    config = helpers.tiny_config(conformer_conv_dropout=0.0, **knobs)
+    config = helpers.tiny_config(conformer_conv_dropout=0.0, **options)
     theirs = helpers.randomise_(peer.Wav2Vec2ConformerConvolutionModule(helpers.peer_config(config)), seed=3)
     ours = ConvolutionModule(config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -164,6 +164,19 @@ def test_masked_batch_norm_equals_torch_on_the_valid_frames(lengths, momentum, s
         helpers.assert_close("masked batch norm", a, b, 1e-5 if sum(lengths) > 4 else 1e-3)
         for name in BUFFERS:
             helpers.assert_close(f"masked batch norm {name}", getattr(ours, name), getattr(theirs, name))
+
+
+def test_statistics_are_those_of_the_real_frames_picked_out():
+    x, mask = torch.randn(3, 4, 8, generator=generator()), frame_mask(torch.tensor([8, 5, 0]), 8)
+    x.transpose(1, 2)[~mask] = 1e6
+    real = x.transpose(1, 2)[mask]
+    centred, mean, variance, count = real_statistics(x, mask)
+    assert torch.allclose(mean, real.mean(0), atol=1e-5)
+    assert torch.allclose(variance, real.var(0, unbiased=False), atol=1e-5)
+    assert int(count) == 13
+    assert torch.equal(centred.transpose(1, 2)[~mask], torch.zeros(11, 4))
+    none = real_statistics(x, torch.zeros_like(mask))
+    assert all((value == 0).all() for value in none)
 
 
 def test_the_module_trains_on_the_statistics_of_valid_frames():

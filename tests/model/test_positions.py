@@ -32,13 +32,13 @@ def peer_module() -> Any:
     return modeling_wav2vec2_conformer
 
 
-def table(n_frames: int, dtype: torch.dtype = torch.float32, **knobs: Any) -> Tensor:
-    config = tiny_config(position_embeddings_type="relative", **knobs)
+def table(n_frames: int, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    config = tiny_config(position_embeddings_type="relative", **options)
     return RelativePositions(config)(n_frames, "cpu", dtype)
 
 
-def rotary(**knobs: Any) -> RotaryPositions:
-    return RotaryPositions(tiny_config(position_embeddings_type="rotary", **knobs))
+def rotary(**options: Any) -> RotaryPositions:
+    return RotaryPositions(tiny_config(position_embeddings_type="rotary", **options))
 
 
 # ---------------------------------------------------------------------------------------------- relative

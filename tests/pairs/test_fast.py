@@ -69,7 +69,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def random_config(seed: int, **fixed: Any) -> Any:
     """Sizes and switches drawn at random; without dropout, whose noise has another shape in a packed batch."""
     draw = random.Random(seed)
-    knobs = {
+    options = {
         "feat_extract_norm": draw.choice(["group", "layer"]),
         "conv_bias": draw.choice([False, True]),
         "position_embeddings_type": draw.choice(["relative", "rotary", None]),
@@ -86,7 +86,7 @@ def random_config(seed: int, **fixed: Any) -> Any:
         "mask_time_length": 2,
         **dict.fromkeys(NOISES, 0.0),
     }
-    return tiny_config(**(knobs | fixed))
+    return tiny_config(**(options | fixed))
 
 
 def random_lengths(seed: int, empty: bool = False) -> list[int]:

@@ -184,7 +184,7 @@ def test_on_the_gpu() -> None:
 @pytest.mark.parametrize(
     ("log_probs", "labels", "blank", "message"),
     [
-        (torch.zeros(4), [1], 0, r"float32 \(4,\), expected floats \[T, V\]"),
+        (torch.zeros(4), [1], 0, r"float32 \(4,\), expected floats \[T, A\]"),
         (torch.zeros(2, 4, 3), [1], 0, "one utterance"),
         (torch.zeros(4, 3, dtype=torch.long), [1], 0, "int64"),
         ([[0.0]], [1], 0, "got list"),

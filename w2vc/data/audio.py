@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..config import nearest
+from .sound import Samples, as_float, check_rate, normalise, resample
 from ..files.atomic import read_json, write_file
 from ..files.hub import find_folder, missing_file
-from .sound import Samples, as_float, check_rate, normalise, resample
 
 # %% auto #0
 __all__ = ["load_audio", "pad_rows", "BatchFeature", "Wav2Vec2FeatureExtractor"]

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files.atomic import read_json, replace_folder
 from .audio import load_audio
 from .sound import Samples
+from ..files.atomic import read_json, replace_folder
 
 # %% auto #0
 __all__ = [

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..config import refuse
+from .tracing import as_input
+from .viz import figure, plot_matrix
 from ..files.pretrained import PreTrainedModel, eval_mode
 from ..model.attention import SelfAttention
 from ..model.fast import plain_forms
 from ..model.positions import RelativePositions
-from .tracing import as_input
-from .viz import figure, plot_matrix
 
 # %% auto #0
 __all__ = [

@@ -17,12 +17,12 @@ from ..data.audio import Wav2Vec2FeatureExtractor
 from ..data.corpus import SAMPLING_RATE, Segment, Speech, frame_labels
 from ..data.sound import Samples
 from ..evaluation.probes import CodeMeasures, code_phone_report, cross_table, log_mel_frames
+from .viz import OKABE_ITO, figure, plot_matrix
 from ..files.pretrained import eval_mode
 from ..model.fast import plain_forms
 from ..model.features import FrameClock, conv_output_lengths
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..training.monitoring import perplexity
-from .viz import OKABE_ITO, figure, plot_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

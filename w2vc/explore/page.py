@@ -19,6 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import refuse
+from ..data.audio import load_audio
+from ..data.corpus import SAMPLING_RATE, Utterance, frame_labels
+from .attention import attention_maps, head_summary
 from w2vc.explore.codevectors import (
     CodeFrames,
     CodeTable,
@@ -31,15 +35,10 @@ from w2vc.explore.codevectors import (
     plot_code_table,
     plot_code_usage,
 )
-
-from ..config import refuse
-from ..data.audio import load_audio
-from ..data.corpus import SAMPLING_RATE, Utterance, frame_labels
+from .viz import Picture, Sound, figure, render, timeline
 from ..files.atomic import write_file
 from ..files.pretrained import PreTrainedModel
 from ..model.features import FrameClock
-from .attention import attention_maps, head_summary
-from .viz import Picture, Sound, figure, render, timeline
 
 # %% auto #0
 __all__ = [
@@ -132,7 +131,10 @@ def clip_data(utterance: Utterance, strokes: int = 1000, spectrogram: bool = Tru
         data[row] = [
             [str(s.label), round(float(s.start), 3), round(float(s.end), 3)] for s in getattr(utterance, row)
         ]
-    return data | ({"spectrogram": gray_png(_spectrogram(audio, rate))} if spectrogram else {})
+    if spectrogram:
+        hop = max(0.008, audio.size / rate / 250)  # seconds: at most some 250 columns
+        data["spectrogram"] = gray_png(_spectrogram(audio, rate, hop))
+    return data
 
 
 def _spectrogram(

@@ -550,14 +550,14 @@ def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False) 
 
 
 # %% ../../nbs/explore/tracing.ipynb #16b6b2f6
-_STRIP = (
+_COMPARED = (
     r"feature_extractor\.conv_layers\.\d+|feature_projection"
     r"|encoder\.layers\.\d+(\.(ffn1|self_attn|conv_module|ffn2))?|encoder\.layer_norm|adapter\.layers\.\d+"
     r"|quantizer|project_hid|project_q|lm_head|projector|classifier|tdnn\.\d+"
 )
 
 
-def record(model: nn.Module, audio: Any, *, blocks: str = _STRIP, **inputs: Any) -> dict[str, Tensor]:
+def record(model: nn.Module, audio: Any, *, blocks: str = _COMPARED, **inputs: Any) -> dict[str, Tensor]:
     """Run a model in evaluation and keep what each block returned, in the order in which they finish.
 
     `blocks` is a pattern for the names to keep, without the prefix of the base model; `inputs` go to the
@@ -619,7 +619,7 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
         return "Differences after each block", ["block", "relative difference", ""], lines, [verdict]
 
     def plot(self, ax: Any = None, title: str = "") -> Any:
-        """Draw the strip on a logarithmic scale; a ring marks the block that departs first.
+        """Draw the differences on a logarithmic scale; a ring marks the block that departs first.
 
         Returns the axes.
         """
@@ -649,8 +649,15 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
         return ax
 
 
+# %% ../../nbs/explore/tracing.ipynb #1e82500a
 def layerwise_diff(
-    ours: Any, theirs: Any, audio: Any = None, *, tolerance: float = 1e-5, blocks: str = _STRIP, **inputs: Any
+    ours: Any,
+    theirs: Any,
+    audio: Any = None,
+    *,
+    tolerance: float = 1e-5,
+    blocks: str = _COMPARED,
+    **inputs: Any,
 ) -> Parity:
     """Run two models side by side: how far do they differ after each block, and which block departs first?
 

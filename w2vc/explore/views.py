@@ -19,6 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from ..config import refuse
+from ..data.batches import turn_order
+from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
+from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
+from ..evaluation.reports import model_class
+from .codevectors import collect_codes, flatten_to_plane, phone_counts
 from w2vc.explore.page import (
     Explorer,
     as_utterance,
@@ -29,17 +35,11 @@ from w2vc.explore.page import (
     save_page,
     slider,
 )
-
-from ..config import refuse
-from ..data.batches import turn_order
-from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
-from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
-from ..evaluation.reports import model_class
-from .codevectors import collect_codes, flatten_to_plane, phone_counts
 from .tracing import as_input, html_table, trace
 from .viz import OKABE_ITO, Picture, figure, plot_matrix, plot_segments, plot_spectrogram
 
 # isort: split
+from .viz import plot_waveform, render
 from ..files.pretrained import PreTrainedModel, demo_folder, eval_mode
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
@@ -53,7 +53,6 @@ from ..text.alignment import TimedText, align_words, best_path, read_words, vite
 from ..text.decoding import CTCDecoder
 from ..text.tokenizer import AutoProcessor, Wav2Vec2Processor
 from ..text.transcription import frame_logits
-from .viz import plot_waveform, render
 
 # %% auto #0
 __all__ = [
@@ -200,19 +199,21 @@ def plain_track(name: str, segments: Sequence[Any]) -> Track:
     return Track(name, [(s.label, s.start, s.end, "") for s in segments])
 
 
-def plot_tracks(utterance: Utterance, tracks: Sequence[Track], hop: float) -> Any:
+def plot_tracks(
+    utterance: Utterance, tracks: Sequence[Track], hop: float, *, spectrogram: bool = True
+) -> Any:
     """Draw tracks under waveform and spectrogram, `hop` seconds a frame; errors carry a pattern.
 
     Returns the figure.
     """
     heights = [0.8 * len(t.labels) if t.heat is not None else 1.5 if t.curve is None else 2.2 for t in tracks]
-    ratios = [3.2, 4.5, *heights]
+    ratios = [3.2, *[4.5] * spectrogram, *heights]
     fig, axes = figure(len(ratios), height=0.6 + 0.17 * sum(ratios), sharex=True, height_ratios=ratios)
     plot_waveform(utterance.audio, utterance.sampling_rate, axes[0])
-    plot_spectrogram(utterance.audio, utterance.sampling_rate, axes[1])
     axes[0].set(ylabel="wave", yticks=[])
-    axes[1].set_ylabel("kHz")
-    for ax, track in zip(axes[2:], tracks, strict=True):
+    if spectrogram:
+        plot_spectrogram(utterance.audio, utterance.sampling_rate, axes[1]).set_ylabel("kHz")
+    for ax, track in zip(axes[1 + spectrogram :], tracks, strict=True):
         _plot_track(ax, track, hop)
         ax.set_ylabel(track.name, rotation=0, ha="right", va="center")
     for ax in axes:
@@ -298,7 +299,7 @@ def track_explorer(
         "tracks": [_track_data(track) for track in tracks], "said": said, "facts": facts,
         "key": ("; ".join(notes) + ".").capitalize() if notes else "",
     }  # fmt: skip
-    return Explorer(title, "tracks", data, render(plot_tracks(u, tracks, clock.step), alt))
+    return Explorer(title, "tracks", data, render(plot_tracks(u, tracks, clock.step, spectrogram=False), alt))
 
 
 def _track_data(track: Track) -> dict[str, Any]:

@@ -19,11 +19,11 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from ..config import refuse
+from .atomic import replace_folder
 from ..model.attention import SelfAttention, attend, hide_padding
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.fast import slow_down
 from ..model.features import receptive_field
-from .atomic import replace_folder
 
 # %% auto #0
 __all__ = ["export_model", "export_onnx", "onnx_session", "onnx_difference"]

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ..config import Wav2Vec2ConformerConfig
 from ..data.audio import Wav2Vec2FeatureExtractor
+from .atomic import replace_folder
+from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, load_into, modern_name, read_dtype
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
-from .atomic import replace_folder
-from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, load_into, modern_name, read_dtype
 
 # %% auto #0
 __all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq", "convert_fairseq"]

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Wav2Vec2ConformerConfig, refuse
-from ..model.features import frame_mask, valid_lengths
 from .atomic import read_folder, read_json, replace_folder, write_file
 from .hub import find_folder, missing_file
+from ..model.features import frame_mask, valid_lengths
 
 # %% auto #0
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "read_dtype",
     "PreTrainedModel",
     "eval_mode",
+    "best_device",
     "save_head",
     "demo_folder",
 ]
@@ -320,7 +321,7 @@ def _check_rotary(loaded: Mapping[str, Tensor], base: float, source: str) -> Non
                 raise refuse("rotary_embedding_base", base, allowed)
 
 
-# %% ../../nbs/files/pretrained.ipynb #0fb3a056
+# %% ../../nbs/files/pretrained.ipynb #1c37dc56
 def load_into(
     model: PreTrainedModel,
     tensors: dict[str, Tensor],
@@ -328,10 +329,12 @@ def load_into(
     device: torch.device | str | None = None,
     strict: bool = True,
     source: str = "the file",
+    stacklevel: int = 3,
 ) -> LoadReport:
     """Put a checkpoint's tensors (the dict is emptied) into a model that was built on the meta device.
 
-    What is absent gets initial values, with a warning; `source` is what messages call the file.
+    What is absent gets initial values, with a warning that points `stacklevel` callers up; `source` is what
+    messages call the file.
 
     Raises:
         ValueError: With `strict`, the lists of what does not fit; always, rotary frequencies of another base.
@@ -351,14 +354,14 @@ def load_into(
         parts = {name.removeprefix(f"{BASE}.") for name in absent}
         parts = {n if n.startswith(("encoder.", "feature_")) else n.split(".")[0] for n in parts}
         text = f"{source} lacks {_list_some(sorted(parts))}: newly initialised, to be trained"
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=stacklevel)
     everything = dict(model.named_parameters()) | dict(model.named_buffers())
     if left := [name for name, tensor in everything.items() if tensor.is_meta]:
         raise RuntimeError(f"{type(model).__name__} keeps tensors that no file can hold: {_list_some(left)}")
     return report
 
 
-# %% ../../nbs/files/pretrained.ipynb #cee57953
+# %% ../../nbs/files/pretrained.ipynb #672060b0
 def _initialise(model: PreTrainedModel, names: Collection[str] | None) -> None:
     """Give the tensors of a model their initial values: its own ones, or those that are named."""
     parts = [child for child in model.modules() if child is not model and isinstance(child, PreTrainedModel)]
@@ -373,7 +376,7 @@ def _initialise(model: PreTrainedModel, names: Collection[str] | None) -> None:
                 continue
             known = _initial_values(name, own[name], module, model.config.initializer_range)
             if names is not None and not known:
-                raise RuntimeError(f"{name} is not in the file; there is no rule for its initial values")
+                raise RuntimeError(f"{name} is not in the file, and there is no rule for it")
 
 
 # %% ../../nbs/files/pretrained.ipynb #8e43a847
@@ -401,12 +404,12 @@ def _save_weights(tensors: Mapping[str, Tensor], folder: Path, most_bytes: int) 
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
 
 
-# %% ../../nbs/files/pretrained.ipynb #3074cbc3
+# %% ../../nbs/files/pretrained.ipynb #8693c968
 def _save(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
-    most_bytes: int = 5_000_000_000,
+    most_bytes: int,
     **keys: str,
 ) -> None:
     """Write some tensors of a model, and its config with more keys."""
@@ -423,7 +426,7 @@ def _save(
         _save_weights(tensors, fresh, most_bytes)
 
 
-# %% ../../nbs/files/pretrained.ipynb #10522492
+# %% ../../nbs/files/pretrained.ipynb #47a647d2
 ENCODER = "encoder_folder"  # key of config.json beside a head alone: where its base model is, seen from there
 
 
@@ -433,7 +436,8 @@ def _join_head(
     """Put a head and the base model of another checkpoint together, each tensor from one place only."""
     prefix, name = f"{BASE}.", repr(os.fspath(source))
     if double := [name for name in head if name.startswith(prefix)]:
-        raise ValueError(f"{name} names an encoder's folder and has an encoder itself: {_list_some(double)}")
+        why = "names an encoder's folder and holds an encoder itself"
+        raise ValueError(f"{name} {why}: {_list_some(double)}")
     base = {name: tensor for name, tensor in encoder.items() if name.startswith(prefix)}
     if not base:
         raise ValueError(f"{name}: the folder that its {ENCODER} names holds no tensor {prefix}*")
@@ -452,7 +456,7 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-# %% ../../nbs/files/pretrained.ipynb #1eb9551c
+# %% ../../nbs/files/pretrained.ipynb #633da1b0
 _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
@@ -483,19 +487,20 @@ def _load(  # noqa: PLR0917
 
     model, tensors = read_folder(folder, read)
     source = repr(os.fspath(name_or_path))
-    model.load_report = load_into(model, tensors, device=device, strict=strict, source=source)
+    options: dict[str, Any] = {"device": device, "strict": strict, "source": source}
+    model.load_report = load_into(model, tensors, stacklevel=4, **options)  # the warning points at the caller
     # a local path in full, for a program that later works in another folder
     model.name_or_path = os.path.abspath(name_or_path) if local else os.fspath(name_or_path)
     model.revision = revision
     return model.to(device=device).eval()  # the tensors were read in their dtype
 
 
-# %% ../../nbs/files/pretrained.ipynb #a65ef80f
+# %% ../../nbs/files/pretrained.ipynb #a5c8eb4e
 class PreTrainedModel(nn.Module):
     """What every model here is: a checked config, initial values, and files to go to and come back from.
 
-    A subclass builds its modules and calls `init_weights()` at the end of its constructor. A head has the base
-    model as `self.wav2vec2_conformer`. Every tensor that a module needs is a parameter or a saved buffer.
+    A subclass builds its modules and calls `init_weights()` at the end of its constructor. A head has the
+    base model as `self.wav2vec2_conformer`. Every tensor that a module needs is a parameter or a buffer.
     """
 
     base_model_prefix: ClassVar[str] = BASE
@@ -615,7 +620,24 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-# %% ../../nbs/files/pretrained.ipynb #caec1584
+# %% ../../nbs/files/pretrained.ipynb #b3577d02
+def best_device() -> torch.device:
+    """Where to compute: what `W2VC_DEVICE` names, such as "cpu" or "cuda:1"; else the first GPU; else the CPU.
+
+    Raises:
+        ValueError: `W2VC_DEVICE` names no device.
+    """
+    if name := os.environ.get("W2VC_DEVICE"):
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ValueError(
+                f"W2VC_DEVICE={name!r} must name a device, such as cpu, cuda or cuda:1"
+            ) from None
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# %% ../../nbs/files/pretrained.ipynb #144ce655
 def save_head(model: PreTrainedModel, folder: str | os.PathLike[str], encoder: str) -> None:
     """Write a head without its encoder; `from_pretrained` puts them together again.
 
@@ -633,7 +655,7 @@ def save_head(model: PreTrainedModel, folder: str | os.PathLike[str], encoder: s
             changed.append(name)
     if changed:
         raise ValueError(f"encoder={encoder!r} differs from the model's: {_list_some(changed)}")
-    _save(model, folder, head, **{ENCODER: encoder})
+    _save(model, folder, head, 5 * 10**9, **{ENCODER: encoder})
 
 
 def demo_folder(head: str | None = None) -> Path:

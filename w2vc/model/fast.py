@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from .attention import SelfAttention
+from .conformer import ConformerEncoder, run_blocks
+from .convolution import ConvolutionModule
 from w2vc.model.features import (
     ConvLayer,
     FeatureEncoder,
@@ -25,10 +28,6 @@ from w2vc.model.features import (
     conv_output_lengths,
     receptive_field,
 )
-
-from .attention import SelfAttention
-from .conformer import ConformerEncoder, run_blocks
-from .convolution import ConvolutionModule
 
 # %% auto #0
 __all__ = [
@@ -193,8 +192,7 @@ class PackedConvolutionModule(ConvolutionModule):
 class FastSelfAttention(SelfAttention):
     """Let one utterance of a packed batch attend after the other, and long ones in blocks of queries."""
 
-    most_bytes = 2**26  # that the position scores of one block of queries may take
-    fewest = 32  # queries in a block: with fewer, products are slow
+    most_bytes, fewest = 2**26, 32  # bytes of the position scores of one block; queries in a block
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any,  # noqa: PLR0917
         distance_keys: Tensor | None, output_attentions: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip

@@ -12,6 +12,10 @@ from typing import Any, TypeVar, dataclass_transform
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_inputs
+from ..config import Wav2Vec2ConformerConfig
+from ..files.pretrained import PreTrainedModel
+from .conformer import ConformerEncoder
 from w2vc.model.features import (
     FeatureEncoder,
     FeatureProjection,
@@ -19,11 +23,6 @@ from w2vc.model.features import (
     frame_mask,
     valid_lengths,
 )
-
-from ..checks import check_inputs
-from ..config import Wav2Vec2ConformerConfig
-from ..files.pretrained import PreTrainedModel
-from .conformer import ConformerEncoder
 from .masking import apply_spec_augment
 
 # %% auto #0

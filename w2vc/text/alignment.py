@@ -51,6 +51,7 @@ class LabelSpan(NamedTuple):
     score: float
 
 
+# %% ../../nbs/text/alignment.ipynb #33f40154
 @dataclass(frozen=True, eq=False)
 class Alignment:
     """One path through the frames.
@@ -81,7 +82,7 @@ class Alignment:
 
 # %% ../../nbs/text/alignment.ipynb #561d93a2
 def _step(reach: Tensor, emitted: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
-    """Go on by one frame: the best score of each state, and how many states back its walk comes from (0, 1 or 2)."""
+    """Go on by one frame: the best score of each state, and how many states back its walk was (0, 1 or 2)."""
     padded = pad(reach, (2, 0), value=-math.inf)
     best, came = torch.stack([reach, padded[1:-1], padded[:-2] + bars]).max(0)  # if equally good, the fewest
     return best + emitted, came.to(torch.int8)
@@ -91,12 +92,12 @@ def _step(reach: Tensor, emitted: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]
 def viterbi(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
     """Find the most probable walk through the trellis (Viterbi, 1967), in memory for about sqrt(T) frames.
 
-    Forward, the scores are kept at every sqrt(T)-th frame only. Backward, block by block, the steps between are
-    computed again from there. That costs the time of a second pass, and an hour of sound fits into memory.
+    Forward, the scores are kept at every sqrt(T)-th frame only. Backward, block by block, the steps between
+    are computed again. That costs the time of a second pass, and an hour of sound fits into memory.
 
     Args:
-        emissions: log probabilities `[T, V]`.
-        states: the symbol of each state, `extend_labels` of the labels; the walk starts on one of the first two.
+        emissions: log probabilities `[T, A]`.
+        states: the symbol of each state, `extend_labels` of the labels.
         bars: for each state 0 if a walk may come to it from two states before, else minus infinity.
 
     Returns:
@@ -136,18 +137,18 @@ _SHY = math.log(0.9)  # a little less than the best symbol, so that it takes no 
 
 
 def _check(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> Tensor:
-    """Refuse what cannot be aligned; returns the labels, `[1, labels]`."""
+    """Reject what cannot be aligned; returns the labels, `[1, labels]`."""
     if not isinstance(log_probs, Tensor) or log_probs.dim() != 2 or not log_probs.is_floating_point():
         came = type(log_probs).__name__ if not isinstance(log_probs, Tensor) else log_probs.dtype
         shape = tuple(getattr(log_probs, "shape", ()))
-        raise ValueError(f"log_probs: got {came} {shape}, expected floats [T, V] of one utterance")
+        raise ValueError(f"log_probs: got {came} {shape}, expected floats [T, A] of one utterance")
     if log_probs.isnan().any() or (log_probs > 1e-3).any():
         raise ValueError("log_probs: holds NaN or values above 0; of logits, take log_softmax(-1) first")
-    (T, V), row = log_probs.shape, torch.as_tensor(labels, dtype=torch.long).cpu().reshape(1, -1)
-    strange = (row != WILDCARD) & ((row < 0) | (row >= V) | (row == blank))
+    (T, A), row = log_probs.shape, torch.as_tensor(labels, dtype=torch.long).cpu().reshape(1, -1)
+    strange = (row != WILDCARD) & ((row < 0) | (row >= A) | (row == blank))
     if strange.any():
         place = int(strange[0].nonzero()[0])
-        allowed = f"0..{V - 1} without the blank {blank}, and {WILDCARD} for the wildcard"
+        allowed = f"0..{A - 1} without the blank {blank}, and {WILDCARD} for the wildcard"
         raise ValueError(f"labels[{place}] = {int(row[0, place])} is refused: allowed are {allowed}")
     needed = int(min_input_length(row, torch.tensor([row.shape[1]])))
     if needed > T:
@@ -159,20 +160,20 @@ def _check(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> Ten
 
 # %% ../../nbs/text/alignment.ipynb #fa212328
 def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 0) -> Alignment:
-    """Find the most probable path that spells the labels (Graves et al., 2006, section 4.1, with max in place of sum).
+    """Find the most probable path that spells the labels (Graves et al., 2006, section 4.1, max for sum).
 
     Args:
-        log_probs: `[T, V]` of one utterance, on any device; the work is done on the host in float64.
+        log_probs: `[T, A]` of one utterance, on any device; the work is done on the host in float64.
         labels: symbols of the text, without blanks; `WILDCARD` fits whatever is heard.
         blank: the blank's number.
 
     Returns:
-        The path, `[T]`, with its log probability on each frame; its `spans` are those of the labels, in order. Of
-        equally good paths, the one that enters each state as early as it can.
+        The path, `[T]`, with its log probability on each frame; its `spans` are those of the labels, in
+        order. Of equally good paths, the one that enters each state as early as it can.
 
     Raises:
-        ValueError: wrong shapes, logits in place of log probabilities, labels outside the vocabulary, more labels than
-            fit into the frames, or no path with a probability above 0.
+        ValueError: wrong shapes, logits in place of log probabilities, labels outside the vocabulary, more
+            labels than fit into the frames, or no path with a probability above 0.
     """
     row = _check(log_probs, labels, blank)
     emissions = log_probs.detach().to("cpu", torch.float64)
@@ -185,7 +186,7 @@ def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 
 
 
 def best_path(log_probs: Tensor, blank: int = 0) -> Alignment:
-    """Take the most probable symbol of each frame of `[T, V]`, whatever it spells: an alignment of what is read so."""
+    """Take the most probable symbol of each frame of `[T, A]`: an alignment of whatever they spell."""
     scores, path = log_probs.detach().to("cpu", torch.float64).max(1)
     return Alignment(path, scores, blank)
 
@@ -199,8 +200,9 @@ class TimedText:
         label: the word or the letter.
         start: seconds.
         end: seconds.
-        confidence: geometric mean of the probabilities of its letters on their frames, from 0 to 1. The blanks between
-            do not count, nor do wildcards; 0 if there is nothing but wildcards, as nothing is known then.
+        confidence: geometric mean of the probabilities of its letters on their frames, from 0 to 1. The
+            blanks between do not count, nor do wildcards; 0 if there is nothing but wildcards, as nothing is
+            known then.
         chars: the letters of a word; empty for a letter.
     """
 
@@ -232,8 +234,10 @@ def _tokenizer(processor: Wav2Vec2Processor | Wav2Vec2CTCTokenizer) -> Wav2Vec2C
     return processor.tokenizer if isinstance(processor, Wav2Vec2Processor) else processor
 
 
-def _spell(word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, wildcard: bool) -> list[tuple[str, int]]:
-    """Spell a word in letters and labels below `size`; a stretch that cannot be spelled becomes one wildcard, if allowed."""
+def _tokenize_word(
+    word: str, tokenizer: Wav2Vec2CTCTokenizer, size: int, wildcard: bool
+) -> list[tuple[str, int]]:
+    """Spell a word in letters and labels below `size`; what cannot be spelled is one wildcard, if allowed."""
     vocab, special, pairs = tokenizer.get_vocab(), tokenizer.all_special_tokens, list[tuple[str, int]]()
     for token in tokenizer.tokenize(word):
         label = vocab.get(token, size)
@@ -263,27 +267,27 @@ def align_words(
     """Find when each word of a text was said.
 
     Args:
-        logits: `[T, V]` of one utterance, without the frames of padding; log probabilities will do as well.
+        logits: `[T, A]` of one utterance, without the frames of padding; log probabilities will do as well.
         text: what was said: words with spaces between.
         processor: a processor or a tokenizer.
         config: the model's, which says where its frames lie; None: as in the published models.
         seconds: the length of the audio; no time lies beyond it.
-        wildcard: let characters that the vocabulary lacks stand for anything, instead of refusing them.
+        wildcard: let characters that the vocabulary lacks stand for anything, instead of rejecting them.
 
     Returns:
         One entry per word, in order and not overlapping, with its letters in `chars`.
 
     Raises:
-        ValueError: a word cannot be spelled, the text is too long for the audio, or the logits are not `[T, V]` or hold NaN.
+        ValueError: a word cannot be spelled, the text is too long for the audio, or the logits are not `[T,
+            A]` or hold NaN.
     """
-    tokenizer, V = _tokenizer(processor), logits.shape[-1]
+    tokenizer, A = _tokenizer(processor), logits.shape[-1]
     words = text.split()
-    spelled = [_spell(word, tokenizer, V, wildcard) for word in words]
+    spelled = [_tokenize_word(word, tokenizer, A, wildcard) for word in words]
     gap = tokenizer.word_delimiter_token_id
-    between = [gap] if gap is not None and gap < V and gap != tokenizer.pad_token_id else []
-    labels = [label for pairs in spelled for label in (*between, *(label for _, label in pairs))][
-        len(between) :
-    ]
+    between = [gap] if gap is not None and gap < A and gap != tokenizer.pad_token_id else []
+    labels = [label for pairs in spelled for label in (*between, *(label for _, label in pairs))]
+    labels = labels[len(between) :]
     log_probs = log_softmax(logits, -1, dtype=torch.float32)
     spans = iter(force_align(log_probs, labels, tokenizer.pad_token_id or 0).spans)
     clock, timed = FrameClock.of(config, adapter=True), list[TimedText]()
@@ -302,7 +306,7 @@ def read_words(
     config: Wav2Vec2ConformerConfig | None = None,
     seconds: float | None = None,
 ) -> list[TimedText]:
-    """Read the words of a path, such as `best_path(log_probs)`, with their times; arguments as in `align_words`."""
+    """Read the words of a path, such as `best_path(log_probs)`, with times; arguments as in `align_words`."""
     tokenizer, spans = _tokenizer(processor), alignment.spans
     symbols = tokenizer.convert_ids_to_tokens([span.label for span in spans])
     letters = [symbol.lower() if tokenizer.do_lower_case else symbol for symbol in symbols]

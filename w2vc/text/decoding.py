@@ -45,7 +45,7 @@ __all__ = [
 
 # %% ../../nbs/text/decoding.ipynb #cc7df889
 def _check_scores(logits: Any, dims: tuple[int, ...], blank: int) -> torch.Tensor:
-    """Bring scores to a tensor, and refuse what no model says: another shape, NaN, plus infinity."""
+    """Bring scores to a tensor, and reject what no model says: another shape, NaN, plus infinity."""
     scores = torch.as_tensor(logits).detach()
     if scores.dim() not in dims or scores.shape[-1] == 0:
         wanted = " or ".join({2: "(frames, symbols)", 3: "(batch, frames, symbols)"}[d] for d in dims)
@@ -62,18 +62,19 @@ def _check_scores(logits: Any, dims: tuple[int, ...], blank: int) -> torch.Tenso
 
 
 def _frame_counts(lengths: Any, n_rows: int, n_frames: int) -> list[int]:
-    """Bring `lengths` to one int per row, and refuse what does not fit."""
+    """Bring `lengths` to one int per row, and reject what does not fit."""
     counts = [n_frames] * n_rows if lengths is None else torch.as_tensor(lengths).reshape(-1).tolist()
     if len(counts) != n_rows or not all(isinstance(n, int) and 0 <= n <= n_frames for n in counts):
         raise ValueError(f"lengths={counts} must hold {n_rows} whole numbers of frames in 0..{n_frames}")
     return counts
 
 
+# %% ../../nbs/text/decoding.ipynb #8dabd590
 def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
-    """Take the most probable symbol of each frame, and collapse (best path decoding; Graves et al., 2006, section 3.2).
+    """Take the most probable symbol of each frame, and collapse (Graves et al., 2006, section 3.2).
 
     Args:
-        logits: `[T, V]` or `[B, T, V]`; log probabilities do as well.
+        logits: `[T, A]` or `[B, T, A]`; log probabilities do as well.
         lengths: Real frames: a number, or one for each row. None: all.
         blank: The blank's number.
 
@@ -99,7 +100,8 @@ class NGramModel:
     It holds one Python dict entry per n-gram, about 300 bytes: right for up to some millions of them.
 
     Args:
-        logp: n-gram -> natural log probability of its last word after the others; every known word needs a 1-gram.
+        logp: n-gram -> natural log probability of its last word after the others; every known word needs a
+            1-gram.
         backoff: n-gram -> natural log of the toll for forgetting its first word; one that is missing is 0.
 
     Raises:
@@ -124,7 +126,7 @@ class NGramModel:
         return (_BOS,) if self.order > 1 and (_BOS,) in self.logp else ()
 
     def step(self, context: tuple[str, ...], word: str) -> tuple[tuple[str, ...], float]:
-        """Hear a word after the memory `context`: the memory for the next one, and the log probability of this one."""
+        """Add a word to the memory `context`: the next memory, and the log probability of this word."""
         word = word if (word,) in self.logp else _UNK
         after = (*context, word)[-(self.order - 1) :] if self.order > 1 else ()
         score = 0.0
@@ -155,15 +157,7 @@ class NGramModel:
 
     def to_arpa(self, path: str | os.PathLike[str]) -> None:
         """Write an ARPA file; gzipped if its name ends in ".gz"."""
-        orders = range(1, self.order + 1)
-        grams = {n: sorted(gram for gram in self.logp if len(gram) == n) for n in orders}
-        lines = ["\\data\\", *(f"ngram {n}={len(grams[n])}" for n in orders)]
-        for n in orders:
-            lines += ["", f"\\{n}-grams:"]
-            for gram in grams[n]:
-                toll = f"\t{self.backoff.get(gram, 0.0) / _LN10:.7f}" if n < self.order else ""
-                lines.append(f"{self.logp[gram] / _LN10:.7f}\t{' '.join(gram)}{toll}")
-        data = "\n".join([*lines, "", "\\end\\", ""]).encode()
+        data = _arpa_text(self).encode()
         write_file(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
 
 
@@ -171,14 +165,16 @@ class NGramModel:
 def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGramModel:
     """Make a language model of texts, by the method of Witten and Bell (1991, method C; Eq. 2).
 
-    Below the single words stands an even share for every known word, `<unk>` and `</s>`. After any memory all sum to 1.
+    Below the single words stands an even share for every known word, `<unk>` and `</s>`. After any memory all
+    sum to 1.
 
     Args:
         texts: Sentences: strings of words, or lists of symbols.
         order: Words in the longest n-gram.
 
     Raises:
-        ValueError: No texts, a mark such as `<s>` in one, a symbol that is empty or has a space, or an impossible order.
+        ValueError: No texts, a mark such as `<s>` in one, a symbol that is empty or has a space, or an
+            impossible order.
     """
     if order < 1:
         raise ValueError(f"order={order} is refused: it must be at least 1")
@@ -207,6 +203,20 @@ def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGra
     logp = {gram: math.log(p) for gram, p in chance.items()} | {(_BOS,): -99.0 * _LN10}  # never said
     tolls = {past: math.log(kinds[past] / (seen[past] + kinds[past])) for past in seen if past}
     return NGramModel(logp, tolls)
+
+
+# %% ../../nbs/text/decoding.ipynb #ad1025ba
+def _arpa_text(model: NGramModel) -> str:
+    """A model as an ARPA file: by order, log10 probability, n-gram and log10 toll in a line."""
+    orders = range(1, model.order + 1)
+    grams = {n: sorted(gram for gram in model.logp if len(gram) == n) for n in orders}
+    lines = ["\\data\\", *(f"ngram {n}={len(grams[n])}" for n in orders)]
+    for n in orders:
+        lines += ["", f"\\{n}-grams:"]
+        for gram in grams[n]:
+            toll = f"\t{model.backoff.get(gram, 0.0) / _LN10:.7f}" if n < model.order else ""
+            lines.append(f"{model.logp[gram] / _LN10:.7f}\t{' '.join(gram)}{toll}")
+    return "\n".join([*lines, "", "\\end\\", ""])
 
 
 # %% ../../nbs/text/decoding.ipynb #2b700d11
@@ -271,7 +281,8 @@ class HotWords:
 
     Args:
         words: Words or phrases (words with spaces between), or a dict that gives each its own bonus.
-        weight: The bonus of words without their own, a natural logarithm: 10 makes a word e^10 times as good as it sounds.
+        weight: The bonus of words without their own, a natural logarithm: 10 makes a word e^10 times as good
+            as it sounds.
 
     Raises:
         ValueError: A bonus that is not a number above 0, or an empty word.
@@ -322,6 +333,28 @@ class TextState(NamedTuple):
 
 
 # %% ../../nbs/text/decoding.ipynb #21287b97
+def _check_spelling(scorer: TextScorer) -> None:
+    """Reject a language model and hot-words that the symbols cannot spell: it would be silently wrong."""
+    if scorer.active and scorer.delimiter < 0 and (scorer.unit == "word" or scorer.hot.bonus):
+        raise ValueError("symbols: words need a word delimiter, and there is none")
+    if scorer.model and scorer.boundary and not {(_BOS,), (_EOS,)} <= scorer.model.logp.keys():
+        raise ValueError("language_model has no <s> or no </s>: pass score_boundary=False")
+    plain = [s for s in scorer.symbols if not re.fullmatch(r"[<\[].+[>\]]", s)]  # neither <pad> nor [PAD]
+    symbols, letters = frozenset(plain), frozenset("".join(plain))
+    for word in scorer.hot.bonus:
+        if strange := sorted(frozenset(word) - letters - {" "}):
+            raise ValueError(f"hotwords: {word!r} cannot be spelled, no symbol has {str(strange)[1:-1]}")
+    spelled = symbols.__contains__ if scorer.unit == "symbol" else letters.issuperset
+    if scorer.model and not any(map(spelled, scorer.known)):
+        words, these = (str(some[:3])[1:-1] for some in (scorer.sorted_known, plain))
+        raise ValueError(
+            f"language_model: none of its words ({words}, …) can be spelled "
+            f"with the symbols ({these}, …): "
+            f"is one side in upper case, or unit={scorer.unit!r} wrong?"
+        )
+
+
+# %% ../../nbs/text/decoding.ipynb #b131391c
 class TextScorer:
     """Scores the text of prefixes while they grow: language model, number of words, hot-words (Eq. 3).
 
@@ -331,7 +364,8 @@ class TextScorer:
         language_model: An n-gram model of words, or of symbols.
         alpha: Weight of its natural log probability.
         beta: Bonus for each of its words, a natural logarithm.
-        unk_score_offset: Added to the log10 probability of a word that the model does not know; `alpha` weighs it too.
+        unk_score_offset: Added to the log10 probability of a word that the model does not know; `alpha`
+            weighs it too.
         score_boundary: Whether the beginning and the end of the sentence count.
         unit: What the model's words are: "word", or "symbol" for a model of letters.
         known_words: Words beyond these count as unknown; None: those of the model.
@@ -370,26 +404,7 @@ class TextScorer:
             raise ValueError(
                 f"{unit=} must be 'word' or 'symbol', and {alpha=}, {beta=}, {unk_score_offset=} finite"
             )
-        self._check_spelling()
-
-    def _check_spelling(self) -> None:
-        """Refuse a language model and hot-words that these symbols cannot spell: the result would be silently wrong."""
-        if self.active and self.delimiter < 0 and (self.unit == "word" or self.hot.bonus):
-            raise ValueError("symbols: words need a word delimiter, and there is none")
-        if self.model and self.boundary and not {(_BOS,), (_EOS,)} <= self.model.logp.keys():
-            raise ValueError("language_model has no <s> or no </s>: pass score_boundary=False")
-        plain = [s for s in self.symbols if not re.fullmatch(r"[<\[].+[>\]]", s)]  # neither <pad> nor [PAD]
-        symbols, letters = frozenset(plain), frozenset("".join(plain))
-        for word in self.hot.bonus:
-            if strange := sorted(frozenset(word) - letters - {" "}):
-                raise ValueError(f"hotwords: {word!r} cannot be spelled, no symbol has {str(strange)[1:-1]}")
-        spelled = symbols.__contains__ if self.unit == "symbol" else letters.issuperset
-        if self.model and not any(map(spelled, self.known)):
-            words, these = (str(some[:3])[1:-1] for some in (self.sorted_known, plain))
-            raise ValueError(
-                f"language_model: none of its words ({words}, …) can be spelled with the symbols ({these}, …): "
-                f"is one side in upper case, or unit={self.unit!r} wrong?"
-            )
+        _check_spelling(self)
 
     def start(self) -> TextState:
         """Before anything is said."""
@@ -400,7 +415,7 @@ class TextScorer:
         if not self.active:
             return said
         if self.unit == "symbol":
-            said = self._hear(said, self.symbols[symbol])
+            said = self._query_model(said, self.symbols[symbol])
         if symbol == self.delimiter:
             said = self._end_word(said) if said.part else said
             return said._replace(ahead=self.hot.ahead(said.words, "")) if self.hot.memory else said
@@ -424,10 +439,10 @@ class TextScorer:
         hot = said.hot + self.hot.whole(said.words, said.part)
         words = (*said.words, said.part)[-self.hot.memory :] if self.hot.memory else ()
         whole = said._replace(words=words, part="", hot=hot, ahead=0.0)
-        return self._hear(whole, said.part) if self.unit == "word" else whole
+        return self._query_model(whole, said.part) if self.unit == "word" else whole
 
-    def _hear(self, said: TextState, token: str) -> TextState:
-        """Ask the language model, if there is one."""
+    def _query_model(self, said: TextState, token: str) -> TextState:
+        """Query the language model, if there is one."""
         if self.model is None:
             return said
         context, logp = self.model.step(said.context, token)
@@ -443,9 +458,7 @@ class _Prefix:
 
     def __init__(self, parent: _Prefix | None, symbol: int, said: TextState) -> None:
         self.parent, self.symbol, self.said = parent, symbol, said
-        self.text: dict[
-            int, float
-        ] = {}  # what the text adds to the rank with one symbol more, as far as asked
+        self.text: dict[int, float] = {}  # what one symbol more adds to the rank, as far as computed
 
     def labels(self) -> tuple[int, ...]:
         """Walk up to the root."""
@@ -456,7 +469,7 @@ class _Prefix:
         return tuple(reversed(symbols))
 
     def __lt__(self, other: _Prefix) -> bool:
-        return self.labels() < other.labels()  # asked only where ranks are equal
+        return self.labels() < other.labels()  # called only where ranks are equal
 
 
 class _Ways(NamedTuple):
@@ -499,7 +512,7 @@ class _Search:
         self.alive: WeakValueDictionary[tuple[_Prefix, int], _Prefix] = WeakValueDictionary()
 
     def grow(self, beam: _Beam, frame: Sequence[float], symbols: Sequence[int]) -> tuple[_Beam, list[_New]]:
-        """Let every prefix stay as it is, or take one symbol more (Hannun et al., 2014, algorithm 1; Eq. 1)."""
+        """Let every prefix stay, or take one symbol more (Hannun et al., 2014, algorithm 1; Eq. 1)."""
         grown: _Beam = {}
         new: list[_New] = []
         inside = {(prefix.parent, prefix.symbol): prefix for prefix in beam}
@@ -521,7 +534,7 @@ class _Search:
                 if (child := inside.get((prefix, symbol))) is not None:
                     add(child, before, symbol)
                 elif before.total > -math.inf:
-                    if symbol not in text:  # asked once for each prefix and symbol, not in every frame
+                    if symbol not in text:  # computed once for each prefix and symbol, not in every frame
                         text[symbol] = self.scorer.extend(prefix.said, symbol).rank
                     new.append((before.total + frame[symbol] + text[symbol], prefix, symbol, before))
         return grown, new
@@ -556,7 +569,8 @@ class Hypothesis:
         lm: What the language model adds: alpha times its log probability, and beta for each word.
         hot: What hot-words add.
         text: The labels as text; "" where no symbols were given.
-        char_offsets: A dict of "char", "start_offset", "end_offset" (frames) for each character, by `CTCDecoder`.
+        char_offsets: A dict of "char", "start_offset", "end_offset" (frames) for each character, by
+            `CTCDecoder`.
         word_offsets: A dict of "word", "start_offset", "end_offset" (frames) for each word, by `CTCDecoder`.
     """
 
@@ -582,6 +596,7 @@ class Hypothesis:
         )
 
 
+# %% ../../nbs/text/decoding.ipynb #21059d8c
 def _finish(beam: _Beam, scorer: TextScorer, blank: int) -> Iterator[Hypothesis]:
     """Score the ends of the texts, sort, and walk the best paths back."""
     ends = {prefix: scorer.finish(prefix.said) for prefix in beam}
@@ -599,9 +614,9 @@ def _finish(beam: _Beam, scorer: TextScorer, blank: int) -> Iterator[Hypothesis]
         )
 
 
-# %% ../../nbs/text/decoding.ipynb #21059d8c
+# %% ../../nbs/text/decoding.ipynb #b7d887a0
 def _log_probs(logits: Any, blank: int, normalise: bool) -> list[list[float]]:
-    """Make log probabilities of scores: `[T, V]`, in float64."""
+    """Make log probabilities of scores: `[T, A]`, in float64."""
     scores = _check_scores(logits, (2,), blank).to("cpu", torch.float64)
     if not normalise and scores.numel() and scores.max() > 1e-4:
         raise ValueError(f"logits: {float(scores.max()):.3g} is no log probability: pass normalise=True")
@@ -615,6 +630,17 @@ def _considered(frame: Sequence[float], token_min_logp: float, top_k: int | None
     floor = min(token_min_logp, max(frame))
     kept = [symbol for symbol, logp in enumerate(frame) if logp >= floor and logp > -math.inf]
     return sorted(sorted(kept, key=lambda symbol: -frame[symbol])[:top_k])
+
+
+# %% ../../nbs/text/decoding.ipynb #a055c3a8
+def _check_search(counts: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
+    """Reject counts that are no whole numbers from 1 up, and limits that are no log probabilities."""
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name}={count!r} is refused: it must be a whole number from 1 up")
+    for name, limit in limits.items():
+        if limit is not None and not limit <= 0:
+            raise ValueError(f"{name}={limit!r} is refused: it must be a log probability, at most 0, or None")
 
 
 def beam_search(
@@ -635,7 +661,7 @@ def beam_search(
     """Search the most probable labels by growing prefixes frame by frame (Hannun et al., 2014, algorithm 1).
 
     Args:
-        logits: Scores of one utterance, `[T, V]`; log probabilities do as well.
+        logits: Scores of one utterance, `[T, A]`; log probabilities do as well.
         beam_width: Prefixes that live at once.
         blank: The blank's number.
         n_best: Hypotheses to return; there may be fewer.
@@ -643,24 +669,23 @@ def beam_search(
         token_min_logp: Symbols of a frame below this log probability are not considered; None: all are.
         top_k: Consider at most so many symbols of a frame; None: all.
         beam_prune_logp: Prefixes worse than the best one by more than this are dropped; None: none are.
-        normalise: Take the log softmax first, which does no harm to log probabilities. False takes them as they are.
+        normalise: Take the log softmax first, which does no harm to log probabilities. False takes them as
+            they are.
         symbols: The symbols by their numbers; needed for text.
         scorer: Scores the text, and brings its own symbols.
-        **text: In place of a scorer, options of `TextScorer`, such as `language_model=`, `hotwords=`, `alpha=`.
+        **text: In place of a scorer, options of `TextScorer`, such as `language_model=`, `alpha=`.
 
     Returns:
         Hypotheses, the best first; of equal ones, the one with the smaller labels.
 
     Raises:
-        ValueError: Scores of another shape, NaN, or probabilities; an impossible option; text to score without symbols; or
-            both a scorer and what would make one.
+        ValueError: Scores of another shape, NaN, or probabilities; an impossible option; text to score
+            without symbols; or both a scorer and what would make one.
     """
-    for name, count in {"beam_width": beam_width, "n_best": n_best, "top_k": top_k}.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name}={count!r} is refused: it must be a whole number from 1 up")
-    for name, limit in {"token_min_logp": token_min_logp, "beam_prune_logp": beam_prune_logp}.items():
-        if limit is not None and not limit <= 0:
-            raise ValueError(f"{name}={limit!r} is refused: it must be a log probability, at most 0, or None")
+    _check_search(
+        {"beam_width": beam_width, "n_best": n_best, "top_k": top_k},
+        {"token_min_logp": token_min_logp, "beam_prune_logp": beam_prune_logp},
+    )
     if scorer is not None and (symbols is not None or text):
         raise ValueError(f"scorer= was given, so {', '.join(text) or 'symbols'} would have no effect")
     if symbols is None and any(value is not None for value in text.values()):
@@ -684,6 +709,17 @@ def beam_search(
 
 
 # %% ../../nbs/text/decoding.ipynb #f46facc9
+def _read_path(hypothesis: Hypothesis, tokenizer: Wav2Vec2CTCTokenizer) -> Hypothesis:
+    """Let the tokenizer read the best path: the text by its rules, and where its parts are."""
+    both = {"output_char_offsets": True, "output_word_offsets": True}
+    read = tokenizer.decode(list(hypothesis.path), **both)
+    gap = re.escape(tokenizer.replace_word_delimiter_char)
+    text = re.sub(f"({gap})+", r"\1", read.text) if gap else read.text
+    chars, words = tuple(read.char_offsets), tuple(read.word_offsets)
+    return replace(hypothesis, text=text, char_offsets=chars, word_offsets=words)
+
+
+# %% ../../nbs/text/decoding.ipynb #9bdddc0f
 _SEARCH = {"beam_width", "token_min_logp", "top_k", "beam_prune_logp", "normalise"}
 _TEXT = {*signature(TextScorer).parameters} - {"symbols", "word_delimiter", "language_model"}
 _ALPHABET_FILE, _FOLDER = "alphabet.json", "language_model"
@@ -695,12 +731,11 @@ class CTCDecoder:
     Args:
         tokenizer: A tokenizer, or a processor that has one; its padding symbol is the blank.
         language_model: An n-gram model, or the path of an ARPA file.
-        **options: Any of `beam_search` (`beam_width`, `token_min_logp`, `top_k`, `beam_prune_logp`, `normalise`) and of
-            `TextScorer` (`alpha`, `beta`, `unk_score_offset`, `score_boundary`, `unit`, `known_words`, `hotwords`,
-            `hotword_weight`), with the defaults there.
+        **options: Any of `beam_search` (`beam_width`, `token_min_logp`, `top_k`, `beam_prune_logp`,
+            `normalise`) and of `TextScorer` (all but the first three), with the defaults there.
 
     Raises:
-        ValueError: An unknown option, or what those two refuse.
+        ValueError: An unknown option, or those of the two.
     """
 
     def __init__(
@@ -712,7 +747,8 @@ class CTCDecoder:
         self.tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Wav2Vec2Processor) else tokenizer
         if not isinstance(self.tokenizer, Wav2Vec2CTCTokenizer) or self.tokenizer.pad_token_id is None:
             raise ValueError(
-                f"tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor, with a pad_token, not {tokenizer!r}"
+                "tokenizer must be a Wav2Vec2CTCTokenizer or a Wav2Vec2Processor, "
+                f"with a pad_token, not {tokenizer!r}"
             )
         if isinstance(language_model, (str, os.PathLike)):
             language_model = NGramModel.from_arpa(language_model)
@@ -728,7 +764,7 @@ class CTCDecoder:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _scorer(self, options: Mapping[str, Any]) -> TextScorer:
-        """The scorer that some options ask for."""
+        """The scorer that some options request."""
         known = dict.fromkeys(_SEARCH | _TEXT)
         for name in options:
             if name not in known:
@@ -744,16 +780,18 @@ class CTCDecoder:
         """Decode one utterance.
 
         Args:
-            logits: `[T, V]`.
+            logits: `[T, A]`.
             length: Real frames; None: all.
-            n_best: None for the best hypothesis alone; a number for a list of the best, no two with the same words.
+            n_best: None for the best hypothesis alone; a number for a list of the best, no two with the same
+                words.
             **options: Those that differ for this call, such as `hotwords=`.
 
         Returns:
-            A `Hypothesis`, or a list of them, with text and offsets as the tokenizer writes them (single spaces).
+            A `Hypothesis`, or a list of them, with text and offsets as the tokenizer writes them (single
+            spaces).
 
         Raises:
-            ValueError: Scores that are not those of this vocabulary, or what `beam_search` refuses.
+            ValueError: Scores that are not those of this vocabulary, or those of `beam_search`.
         """
         scorer = self._scorer(self.options | options) if options else self.scorer
         blank = int(self.tokenizer.pad_token_id)
@@ -766,23 +804,14 @@ class CTCDecoder:
         found = beam_search(
             scores[:count], n_best=n_best or 1, blank=blank, scorer=scorer, distinct=True, **search
         )
-        read = [self._read(hypothesis) for hypothesis in found]
+        read = [_read_path(hypothesis, self.tokenizer) for hypothesis in found]
         return read[0] if n_best is None else read
 
     def decode_batch(self, logits: Any, lengths: Any = None, **options: Any) -> list[Any]:
-        """Decode several utterances: `[B, T, V]` and their real frames `[B]`, or a list of `[T, V]`; see `decode`."""
+        """Decode several utterances: `[B, T, A]` and their real frames `[B]`, or a list of `[T, A]`."""
         longest = max(map(len, logits), default=0)
         counts = [None] * len(logits) if lengths is None else _frame_counts(lengths, len(logits), longest)
         return [self.decode(row, count, **options) for row, count in zip(logits, counts, strict=True)]
-
-    def _read(self, hypothesis: Hypothesis) -> Hypothesis:
-        """Let the tokenizer read the best path: the text by its rules, and where its parts are."""
-        both = {"output_char_offsets": True, "output_word_offsets": True}
-        read = self.tokenizer.decode(list(hypothesis.path), **both)
-        gap = re.escape(self.tokenizer.replace_word_delimiter_char)
-        text = re.sub(f"({gap})+", r"\1", read.text) if gap else read.text
-        chars, words = tuple(read.char_offsets), tuple(read.word_offsets)
-        return replace(hypothesis, text=text, char_offsets=chars, word_offsets=words)
 
     @classmethod
     def from_pretrained(
@@ -790,9 +819,9 @@ class CTCDecoder:
     ) -> Self:
         """Open the tokenizer of a checkpoint, and its language model where it has one.
 
-        The model is looked for where transformers' `Wav2Vec2ProcessorWithLM` keeps it, in `language_model/`: an ARPA file,
-        `attrs.json` with the options it was tuned for, and `unigrams.txt` with the words that count as known. An
-        `alphabet.json` must name the symbols in the tokenizer's order.
+        The model is looked for where transformers' `Wav2Vec2ProcessorWithLM` keeps it, in `language_model/`:
+        an ARPA file, `attrs.json` with the options it was tuned for, and `unigrams.txt` with the words that
+        count as known. An `alphabet.json` must name the symbols in the tokenizer's order.
 
         Args:
             name_or_path: A folder or a hub id.
@@ -807,7 +836,7 @@ class CTCDecoder:
         return cls(tokenizer, model, **{**kept, **options})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the tokenizer, and a language model of words where `from_pretrained` and pyctcdecode look for it."""
+        """Write the tokenizer, and a model of words where `from_pretrained` and pyctcdecode look for it."""
         if self.scorer.unit != "word":
             raise ValueError(f"unit={self.scorer.unit!r}: these files hold models of words only")
         old = [f"{_FOLDER}/{pattern}" for pattern in ("*.arpa", "*.arpa.gz", "*.bin", "*.binary")]
@@ -816,24 +845,31 @@ class CTCDecoder:
             content = {"labels": _alphabet_of(self.tokenizer), "is_bpe": False}
             write_file(fresh / _ALPHABET_FILE, json.dumps(content, ensure_ascii=False) + "\n")
             if self.language_model is not None:
-                usual = {"alpha": 0.5, "beta": 1.5, "unk_score_offset": -10.0, "score_boundary": True}
-                attrs = {name: self.options.get(name, value) for name, value in usual.items()}
-                write_file(fresh / _FOLDER / "attrs.json", json.dumps(attrs))
-                known = "".join(f"{word}\n" for word in self.scorer.sorted_known)
-                write_file(fresh / _FOLDER / "unigrams.txt", known)
-                self.language_model.to_arpa(fresh / _FOLDER / "lm.arpa")
+                _write_language_model(fresh / _FOLDER, self.scorer, self.language_model, self.options)
 
 
-# %% ../../nbs/text/decoding.ipynb #9bdddc0f
+# %% ../../nbs/text/decoding.ipynb #8ff1342d
+def _write_language_model(
+    folder: Path, scorer: TextScorer, model: NGramModel, options: Mapping[str, Any]
+) -> None:
+    """Write a model of words, the options it was tuned for, and the words that count as known."""
+    usual = {"alpha": 0.5, "beta": 1.5, "unk_score_offset": -10.0, "score_boundary": True}
+    attrs = {name: options.get(name, value) for name, value in usual.items()}
+    write_file(folder / "attrs.json", json.dumps(attrs))
+    write_file(folder / "unigrams.txt", "".join(f"{word}\n" for word in scorer.sorted_known))
+    model.to_arpa(folder / "lm.arpa")
+
+
+# %% ../../nbs/text/decoding.ipynb #a4e77c47
 def _alphabet_of(tokenizer: Wav2Vec2CTCTokenizer) -> list[str]:
-    """The symbols as pyctcdecode writes them down: "" for the blank, " " for the word delimiter, "⁇" for the unknown."""
+    """The symbols as pyctcdecode writes them: "" for the blank, " " for the word delimiter, "⁇" unknown."""
     roles = {tokenizer.unk_token: "⁇", tokenizer.word_delimiter_token: " ", tokenizer.pad_token: ""}
     symbols = [tokenizer.decoder.get(i, "⁇") for i in range(max(tokenizer.decoder) + 1)]
     return [roles.get(symbol, symbol) for symbol in symbols]
 
 
 def _check_alphabet(tokenizer: Wav2Vec2CTCTokenizer, content: Mapping[str, Any]) -> None:
-    """Refuse an `alphabet.json` that is not the tokenizer's: every word would be spelled wrong."""
+    """Reject an `alphabet.json` that is not the tokenizer's: every word would be spelled wrong."""
     labels, own = content.get("labels"), _alphabet_of(tokenizer)
     if not isinstance(labels, list) or content.get("is_bpe"):
         raise ValueError(f"{_ALPHABET_FILE}: 'labels' must be a list of symbols, with 'is_bpe' false")

@@ -189,11 +189,11 @@ class _Alphabet:
         """Cut a text: special tokens, then at each place the longest symbol that fits, else one character."""
         pieces = self._whole.split(text) if self._whole else [text]  # text, token, text, ..., text
         found: list[str] = []
-        for i, part in enumerate(pieces):
+        for i, piece in enumerate(pieces):
             if i % 2:
-                found.append(part)
+                found.append(piece)
                 continue
-            part = part.lstrip() if i > 0 and pieces[i - 1] in self.spaced else part
+            part = piece.lstrip() if i > 0 and pieces[i - 1] in self.spaced else piece
             part = part.rstrip() if i + 1 < len(pieces) and pieces[i + 1] in self.spaced else part
             symbols = self._symbol.findall(part.upper() if upper else part)
             found += [self.delimiter or " " if symbol == " " else symbol for symbol in symbols]

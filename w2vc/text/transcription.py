@@ -52,6 +52,7 @@ class Chunk(NamedTuple):
     last: int
 
 
+# %% ../../nbs/text/transcription.ipynb #1a4aac60
 def plan_chunks(
     n_samples: int,
     n_frames: int,
@@ -59,11 +60,12 @@ def plan_chunks(
     context_frames: int,
     clock: FrameClock | None = None,
 ) -> list[Chunk]:
-    """Cut a recording into overlapping chunks, and take each frame from the chunk that shows most of its surroundings.
+    """Cut a recording into overlapping chunks; take each frame from the one with most of its surroundings.
 
-    Chunks start on the grid of frames, so that a chunk's frames are frames of the recording. The last one is moved left
-    until it is as long as the others. The border between two lies in the middle of what they share, where a frame has at
-    least `context_frames` on its worse side; the ends of the recording are no loss.
+    Chunks start on the grid of frames, so that a chunk's frames are frames of the recording. The last one is
+    moved left until it is as long as the others. The border between two lies in the middle of what they
+    share, where a frame has at least `context_frames` on its worse side; the ends of the recording are no
+    loss.
 
     Args:
         n_samples: S, the length of the recording.
@@ -73,14 +75,16 @@ def plan_chunks(
         clock: where the model's frames lie; None: as in the published models.
 
     Returns:
-        The chunks in order; what is taken from them covers the frames 0 to T - 1 once each. No chunk if T is 0.
+        The chunks in order; what is taken from them covers the frames 0 to T - 1 once each. No chunk if T is
+        0.
 
     Raises:
         ValueError: the context leaves nothing of a chunk.
     """
     if chunk_frames is not None and not 0 <= 2 * context_frames < chunk_frames:
         raise ValueError(
-            f"a chunk of {chunk_frames} frames must be longer than its context, {context_frames} frames on each side"
+            f"a chunk of {chunk_frames} frames must be longer than its context, "
+            f"{context_frames} frames on each side"
         )
     if chunk_frames is None or n_frames <= chunk_frames:
         return [Chunk(0, n_samples, 0, 0, n_frames)] if n_frames else []
@@ -96,12 +100,24 @@ def plan_chunks(
 
 # %% ../../nbs/text/transcription.ipynb #f93f851b
 def _samples(seconds: float, name: str, rate: int) -> int:
-    """Turn seconds into samples; refuse what is no length."""
+    """Turn seconds into samples; reject what is no length."""
     if not 0 <= seconds < math.inf:
         raise ValueError(f"{name}={seconds} must be a number of seconds, 0 or more")
     return round(seconds * rate)
 
 
+def _chunk_sizes(
+    clock: FrameClock, rate: int, chunk: float | None, context: float | None
+) -> tuple[int | None, int]:
+    """Frames of a chunk and of the context on each side of a cut, from seconds; None: one piece."""
+    if chunk is None:
+        return None, 0
+    size = _samples(chunk, "chunk_seconds", rate)
+    side = _samples(chunk / 6 if context is None else context, "context_seconds", rate)
+    return max((size - clock.width) // clock.hop + 1, 0), -(-side // clock.hop)
+
+
+# %% ../../nbs/text/transcription.ipynb #739db156
 def frame_logits(
     audios: Sequence[Samples],
     model: Wav2Vec2ConformerForCTC,
@@ -112,10 +128,11 @@ def frame_logits(
     context_seconds: float | None = None,
     batch_seconds: float = 60.0,
 ) -> list[Tensor]:
-    """Compute the logits of every frame of recordings of any length: in chunks, in batches of chunks of like length.
+    """Compute the logits of every frame of recordings of any length, in batches of chunks.
 
-    Equal to one pass over each whole recording if the model hears no further than the context, and if no part of it takes
-    statistics over time, as group norm in the feature encoder does. A model that attends to everything is approximated.
+    Equal to one pass over each whole recording if the model hears no further than the context, and if no part
+    of it takes statistics over time, as group norm in the feature encoder does. A model that attends to
+    everything is approximated.
 
     Args:
         audios: each `[S]`, as recorded.
@@ -127,18 +144,13 @@ def frame_logits(
         batch_seconds: padded audio in one forward pass; a longer chunk goes alone.
 
     Returns:
-        For each recording `[T, V]` float32 on the host; T is 0 where it is too short for a frame.
+        For each recording `[T, A]` float32 on the host; T is 0 where it is too short for a frame.
 
     Raises:
         ValueError: a length that is negative or not finite, or a context that leaves nothing of a chunk.
     """
     clock = FrameClock.of(model.config, sampling_rate, adapter=True)
-    chunk_frames, context = None, 0
-    if chunk_seconds is not None:
-        context_seconds = chunk_seconds / 6 if context_seconds is None else context_seconds
-        size = _samples(chunk_seconds, "chunk_seconds", sampling_rate)
-        chunk_frames = max((size - clock.width) // clock.hop + 1, 0)
-        context = -(-_samples(context_seconds, "context_seconds", sampling_rate) // clock.hop)
+    chunk_frames, context = _chunk_sizes(clock, sampling_rate, chunk_seconds, context_seconds)
     most = _samples(batch_seconds, "batch_seconds", sampling_rate)
     counts = [int(model._get_feat_extract_output_lengths(len(audio))) for audio in audios]
     chunks = [
@@ -152,9 +164,8 @@ def frame_logits(
     results = [torch.zeros(T, model.config.vocab_size or 0) for T in counts]
     with fast_forms(model), eval_mode(model):
         for batch in bucket_batches(sizes, max([most, 1, *sizes]), max_rows=max_rows):
-            rows, mask = pad_rows(
-                [audios[chunks[j][0]][chunks[j][1].start : chunks[j][1].end] for j in batch]
-            )
+            cuts = [(audios[i], chunk) for i, chunk in (chunks[j] for j in batch)]
+            rows, mask = pad_rows([audio[chunk.start : chunk.end] for audio, chunk in cuts])
             inputs, valid = (torch.from_numpy(x).to(model.device) for x in (rows, mask.astype(np.int64)))
             logits = model(inputs, valid, return_dict=True).logits.cpu()
             for row, (i, chunk) in enumerate(chunks[j] for j in batch):
@@ -169,6 +180,23 @@ def _timestamp(seconds: float, point: str) -> str:
     return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{point}{ms % 1000:03}"
 
 
+def _join_words(
+    words: Iterable[TimedText], max_chars: int, max_seconds: float, max_gap: float
+) -> list[list[TimedText]]:
+    """Put words into rows, each as long as the limits allow."""
+    rows: list[list[TimedText]] = []
+    for word in words:
+        row = rows[-1] if rows else []
+        size = sum(len(w.label) + 1 for w in row) + len(word.label)
+        fits = bool(row) and size <= max_chars and word.end - row[0].start <= max_seconds
+        if fits and word.start - row[-1].end <= max_gap:
+            row.append(word)
+        else:
+            rows.append([word])
+    return rows
+
+
+# %% ../../nbs/text/transcription.ipynb #8222b469
 @dataclass(frozen=True)
 class Transcript:
     """What was said in a recording, and when.
@@ -176,9 +204,10 @@ class Transcript:
     Attributes:
         text: the words.
         duration: seconds of audio.
-        confidence: geometric mean of the probabilities of all letters over their time, from 0 to 1; 0 without words.
-        words: the words with their times, unless they were not asked for.
-        chars: the letters with their times, if they were asked for.
+        confidence: geometric mean of the probabilities of all letters over their time, from 0 to 1; 0 without
+            words.
+        words: the words with their times, if requested.
+        chars: the letters with their times, if requested.
     """
 
     text: str
@@ -193,9 +222,8 @@ class Transcript:
         for key, items in (("word", self.words), ("char", self.chars)):
             if items:
                 rows = [(t.label, t.start, t.end, t.confidence) for t in items]
-                result[f"{key}s"] = [
-                    dict(zip((key, "start", "end", "confidence"), row, strict=True)) for row in rows
-                ]
+                names = (key, "start", "end", "confidence")
+                result[f"{key}s"] = [dict(zip(names, row, strict=True)) for row in rows]
         return result
 
     def lines(self, max_chars: int = 42, max_seconds: float = 6.0, max_gap: float = 1.0) -> list[TimedText]:
@@ -207,26 +235,15 @@ class Transcript:
             max_gap: seconds; a longer pause starts a new line.
 
         Returns:
-            One entry per line: its text as `label`, its words in `chars`, and the confidence of its least sure word.
+            One entry per line: its text as `label`, its words in `chars`, and the confidence of its least
+            sure word.
 
         Raises:
             ValueError: there is text, and it has no times.
         """
         if self.text and not self.words:
             raise ValueError("the transcript has no times: transcribe(…, timestamps='word')")
-        rows: list[list[TimedText]] = []
-        for word in self.words:
-            row = rows[-1] if rows else []
-            short = sum(len(w.label) + 1 for w in row) + len(word.label) <= max_chars
-            if (
-                row
-                and short
-                and word.end - row[0].start <= max_seconds
-                and word.start - row[-1].end <= max_gap
-            ):
-                row.append(word)
-            else:
-                rows.append([word])
+        rows = _join_words(self.words, max_chars, max_seconds, max_gap)
         texts = [" ".join(word.label for word in row) for row in rows]
         return [
             TimedText(text, row[0].start, row[-1].end, min(word.confidence for word in row), tuple(row))
@@ -254,9 +271,10 @@ class Decoder(Protocol):
     """Anything that finds a text in logits, such as `CTCDecoder`."""
 
     def decode(self, logits: Tensor) -> Any:
-        """Read logits `[T, V]`; the result has a `path` (a symbol per frame) or a `text`, or is a text."""
+        """Read logits `[T, A]`; the result has a `path` (a symbol per frame) or a `text`, or is a text."""
 
 
+# %% ../../nbs/text/transcription.ipynb #2830580a
 def read_transcript(
     logits: Tensor,
     processor: Wav2Vec2Processor,
@@ -269,7 +287,7 @@ def read_transcript(
     """Read logits: the best symbol of each frame, or what a decoder finds; a text without a path is aligned.
 
     Args:
-        logits: `[T, V]` of one recording.
+        logits: `[T, A]` of one recording.
         processor: knows the symbols.
         config: the model's, which says where its frames lie and which symbol is the blank.
         seconds: length of the recording; no time lies beyond it.
@@ -277,7 +295,7 @@ def read_transcript(
         decoder: see `Decoder`; None takes the best symbol of each frame.
 
     Returns:
-        The transcript, with the times that were asked for.
+        The transcript, with the times that were requested.
 
     Raises:
         ValueError: the decoder's text is too long for the audio.
@@ -380,16 +398,17 @@ def transcribe(
 ) -> Any:
     """Write down what was said, in recordings of any length, one or many.
 
-    Sound is decoded about sixteen batches at a time, a file always as a whole (128 kB a second with its normalised copy,
-    460 MB an hour); the model sees one batch of chunks at a time. Each recording is normalised as a whole, as in one pass. See `frame_logits` for
-    when cutting changes nothing.
+    Sound is decoded about sixteen batches at a time, a file always as a whole (128 kB a second with its
+    normalised copy, 460 MB an hour); the model sees one batch of chunks at a time. Each recording is
+    normalised as a whole, as in one pass. See `frame_logits` for when cutting changes nothing.
 
     Args:
-        audio: a path, the bytes of a file, a binary file object, an array or tensor with `sampling_rate`, an `Utterance`,
-            the audio of a data set's row; or a list, an iterator or a `Speech` of those.
-        model: a `Wav2Vec2ConformerForCTC`, on any device and of any type; or a folder or hub id, loaded on each call;
-            None: the small demo checkpoint that comes with the package (English letters).
-        processor: a `Wav2Vec2Processor`, or the folder or hub id of one; None: what lies where the model was loaded from.
+        audio: a path, the bytes of a file, a binary file object, an array or tensor with `sampling_rate`, an
+            `Utterance`, the audio of a data set's row; or a list, an iterator or a `Speech` of those.
+        model: a `Wav2Vec2ConformerForCTC`, on any device and of any type; or a folder or hub id, loaded on
+            each call; None: the small demo checkpoint that comes with the package (English letters).
+        processor: a `Wav2Vec2Processor`, or the folder or hub id of one; None: what lies where the model was
+            loaded from.
         sampling_rate: samples per second of arrays; everything else knows its own.
         chunk_seconds: length of a chunk, context included; None takes each recording in one pass.
         context_seconds: context on each side of a cut; None: a sixth of the chunk.
@@ -398,11 +417,12 @@ def transcribe(
         decoder: finds the text, as `CTCDecoder` does. None: the best symbol of each frame.
 
     Returns:
-        A `Transcript`; of several recordings a list, in their order. One too short for a single frame has the text "".
+        A `Transcript`; of several recordings a list, in their order. One too short for a single frame has the
+        text "".
 
     Raises:
         ValueError: no processor, sound that cannot be used (empty, NaN, no rate, …), unknown `timestamps`, or
-            lengths that `frame_logits` refuses.
+            lengths that `frame_logits` rejects.
         FileNotFoundError: no such file or checkpoint.
     """
     if timestamps not in {None, "word", "char"}:
