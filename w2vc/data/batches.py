@@ -18,13 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import Wav2Vec2ConformerConfig
-from .audio import BatchFeature, Wav2Vec2FeatureExtractor
-from .corpus import SAMPLING_RATE, Segment, Speech, Utterance, frame_activity
-from .sound import Samples
 from ..model.features import conv_output_lengths, frame_mask, receptive_field
 from ..model.masking import span_counts, spans_from_noise
 from ..model.negatives import negatives_from_noise
 from ..text.tokenizer import Wav2Vec2CTCTokenizer
+from .audio import BatchFeature, Wav2Vec2FeatureExtractor
+from .corpus import SAMPLING_RATE, Segment, Speech, Utterance, frame_activity
+from .sound import Samples
 
 # %% auto #0
 __all__ = [

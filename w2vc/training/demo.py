@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from ..files.atomic import read_json
-from ..files.pretrained import PreTrainedModel, demo_folder
 from w2vc.model.classification import (
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
 )
+
+from ..files.atomic import read_json
+from ..files.pretrained import PreTrainedModel, demo_folder
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..model.speaker import Wav2Vec2ConformerForXVector
