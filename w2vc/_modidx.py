@@ -867,6 +867,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'w2vc.files.pretrained._save': ('files/pretrained.html#_save', 'w2vc/files/pretrained.py'),
                                        'w2vc.files.pretrained._save_weights': ( 'files/pretrained.html#_save_weights',
                                                                                 'w2vc/files/pretrained.py'),
+                                       'w2vc.files.pretrained.best_device': ( 'files/pretrained.html#best_device',
+                                                                              'w2vc/files/pretrained.py'),
                                        'w2vc.files.pretrained.demo_folder': ( 'files/pretrained.html#demo_folder',
                                                                               'w2vc/files/pretrained.py'),
                                        'w2vc.files.pretrained.eval_mode': ('files/pretrained.html#eval_mode', 'w2vc/files/pretrained.py'),

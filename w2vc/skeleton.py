@@ -244,7 +244,7 @@ def phone_information(table: Tensor) -> float:
 
 # %% ../nbs/01_skeleton.ipynb #2b9dc34d
 def phones_read(vectors: Tensor, phones: Sequence[str]) -> float:
-    """Share of phones that a linear reader gets right, fitted on one half of the frames, scored on the rest."""
+    """Share of phones that a linear reader gets right, fitted on half of the frames, scored on the rest."""
     names = sorted(set(phones))
     wanted = torch.tensor([names.index(phone) for phone in phones])
     scaled = (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-5)

@@ -27,7 +27,7 @@ from released import stand_in, write_released
 from w2vc import AutoProcessor, Wav2Vec2FeatureExtractor, load_speech
 from w2vc.config import Wav2Vec2ConformerConfig
 from w2vc.files import pretrained
-from w2vc.files.pretrained import BASE, PreTrainedModel, modern_name, read_checkpoint
+from w2vc.files.pretrained import BASE, PreTrainedModel, best_device, modern_name, read_checkpoint
 from w2vc.model.classification import (
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
@@ -880,3 +880,16 @@ def test_a_head_is_joined_with_one_whole_encoder(tmp_path: Path) -> None:
     save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(ValueError, match=rf"holds no tensor {BASE}\."):
         Wav2Vec2ConformerForSequenceClassification.from_pretrained(tmp_path / "both")
+
+
+def test_best_device_is_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("W2VC_DEVICE", "cuda:3")
+    assert best_device() == torch.device("cuda:3"), "the variable wins, whatever is there"
+    monkeypatch.setenv("W2VC_DEVICE", "toaster")
+    with pytest.raises(ValueError, match="toaster"):
+        best_device()
+    monkeypatch.delenv("W2VC_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert best_device().type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert best_device().type == "cpu"

@@ -43,6 +43,7 @@ __all__ = [
     "read_dtype",
     "PreTrainedModel",
     "eval_mode",
+    "best_device",
     "save_head",
     "demo_folder",
 ]
@@ -617,6 +618,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+# %% ../../nbs/files/pretrained.ipynb #b3577d02
+def best_device() -> torch.device:
+    """Where to compute: what `W2VC_DEVICE` names, such as "cpu" or "cuda:1"; else the first GPU; else the CPU.
+
+    Raises:
+        ValueError: `W2VC_DEVICE` names no device.
+    """
+    if name := os.environ.get("W2VC_DEVICE"):
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ValueError(
+                f"W2VC_DEVICE={name!r} must name a device, such as cpu, cuda or cuda:1"
+            ) from None
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # %% ../../nbs/files/pretrained.ipynb #144ce655

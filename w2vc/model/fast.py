@@ -193,8 +193,7 @@ class PackedConvolutionModule(ConvolutionModule):
 class FastSelfAttention(SelfAttention):
     """Let one utterance of a packed batch attend after the other, and long ones in blocks of queries."""
 
-    most_bytes = 2**26  # that the position scores of one block of queries may take
-    fewest = 32  # queries in a block: with fewer, products are slow
+    most_bytes, fewest = 2**26, 32  # bytes of the position scores of one block; queries in a block
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, frame_mask: Any,  # noqa: PLR0917
         distance_keys: Tensor | None, output_attentions: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip

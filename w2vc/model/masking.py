@@ -215,13 +215,13 @@ def apply_spec_augment(  # noqa: PLR0917
         ValueError: a mask of another shape or type, or frames to mask and no mask embedding.
     """
     draws = training and config.apply_spec_augment
-    every = torch.ones_like(hidden, dtype=torch.bool)
     if mask_time_indices is None and draws and config.mask_time_prob > 0:
-        real = every[:, :, 0] if attention_mask is None else attention_mask
+        real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
         mask_time_indices = _drawn_mask(config, "time", real, generator)
     if mask_time_indices is not None:
         hidden = _replace_frames(hidden, mask_time_indices, mask_embedding)
     if draws and config.mask_feature_prob > 0:
-        channels = _drawn_mask(config, "feature", every[:, 0], generator)
+        every = hidden.new_ones(hidden.shape[0], hidden.shape[2])  # channels have no padding
+        channels = _drawn_mask(config, "feature", every, generator)
         hidden = hidden.masked_fill(channels[:, None, :], 0.0)
     return hidden

@@ -77,5 +77,5 @@ def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
 
 # %% ../../nbs/training/demo.ipynb #df89519e
 def demo_figures() -> dict[str, Any]:
-    """What the demo checkpoint reaches on speech that it never heard: head -> set -> report (see its model card)."""
+    """What the demo checkpoint reaches on speech that it never heard: head -> set -> report."""
     return read_json(demo_folder().parent / "figures.json")
