@@ -15,9 +15,22 @@ from .config import Wav2Vec2ConformerConfig, refuse
 from .model.features import receptive_field
 
 # %% auto #0
-__all__ = ['REGRESSION', 'ONE_LABEL', 'MANY_LABELS', 'readable', 'check_inputs', 'check_labels', 'check_speakers',
-           'check_feasible', 'check_long_enough', 'check_label_form', 'invalid_labels', 'check_label_values',
-           'check_pretraining']
+__all__ = [
+    "REGRESSION",
+    "ONE_LABEL",
+    "MANY_LABELS",
+    "readable",
+    "check_inputs",
+    "check_labels",
+    "check_speakers",
+    "check_feasible",
+    "check_long_enough",
+    "check_label_form",
+    "invalid_labels",
+    "check_label_values",
+    "check_pretraining",
+]
+
 
 # %% ../nbs/files/checks.ipynb #297e3f68
 def _check_shape(shape: tuple[int, ...]) -> None:
@@ -33,6 +46,7 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         )
     if len(shape) != 2:
         raise ValueError(f"{came}; it must be [B, S]: one row of samples per utterance")
+
 
 # %% ../nbs/files/checks.ipynb #578ec689
 def _check_audio(input_values: Any, width: int) -> None:
@@ -60,6 +74,7 @@ def _check_audio(input_values: Any, width: int) -> None:
             "pad the audio, or drop it"
         )
 
+
 # %% ../nbs/files/checks.ipynb #05131e72
 def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
     """Reject an attention mask that does not belong to this audio; reads no values."""
@@ -80,6 +95,7 @@ def _check_mask(attention_mask: Any, input_values: Tensor) -> None:
             "mask on the same device, or leave it on the CPU, where its values can be checked without a wait"
         )
 
+
 # %% ../nbs/files/checks.ipynb #3d7107bc
 def readable(values: Tensor) -> bool:
     """Say whether values may be looked at: they are in the CPU's memory, and no graph is being compiled."""
@@ -96,6 +112,7 @@ def _reject_rows(invalid: Tensor, message: str) -> None:
     rows = [str(row) for row in invalid.nonzero()[:, 0].tolist()]
     if rows:
         raise ValueError(message.format(("row " if len(rows) == 1 else "rows ") + _list_some(rows)))
+
 
 # %% ../nbs/files/checks.ipynb #9fd84825
 def check_inputs(
@@ -133,6 +150,7 @@ def check_inputs(
             valid.sum(-1) < width, f"attention_mask leaves {fewer}: drop them, or join them to others"
         )
 
+
 # %% ../nbs/files/checks.ipynb #f6826a9e
 def _holds_integers(values: Tensor) -> bool:
     """Say whether a tensor is of an integer type; True and False are no numbers here."""
@@ -148,6 +166,7 @@ def _check_integers(name: str, values: Any, shape: Sequence[int | None], form: s
         raise ValueError(f"{name} has shape {came}, expected a tensor {form}")
     if not _holds_integers(values):
         raise ValueError(f"{name} has dtype {values.dtype}, expected integers ({what})")
+
 
 # %% ../nbs/files/checks.ipynb #2cfcd453
 def _reject_first(name: str, values: Tensor, invalid: Tensor, allowed: str) -> None:
@@ -182,6 +201,7 @@ def check_speakers(labels: Tensor, n_rows: int, n_speakers: int) -> None:
     if not torch.compiler.is_compiling():
         allowed = f"0..{n_speakers - 1} (num_labels={n_speakers})"
         _reject_first("labels", labels, (labels < 0) | (labels >= n_speakers), allowed)
+
 
 # %% ../nbs/files/checks.ipynb #53ecd18c
 def check_feasible(needed: Tensor, n_labels: Tensor, n_frames: Tensor) -> None:
@@ -218,6 +238,7 @@ def check_long_enough(samples: Tensor, width: int, least: int) -> None:
             f"a row; {_list_some(lists)}. Leave these utterances out, or join them to others"
         )
 
+
 # %% ../nbs/files/checks.ipynb #5ef6aa2a
 REGRESSION = "regression"  # the values of config.problem_type
 ONE_LABEL = "single_label_classification"
@@ -252,6 +273,7 @@ def check_label_form(labels: Tensor, shape: Sequence[int], kind: str) -> Tensor:
         raise ValueError(f"labels has dtype {dtype}, expected {allowed}")
     return (labels if dtype.is_floating_point else labels.long()).reshape(places if as_numbers else full)
 
+
 # %% ../nbs/files/checks.ipynb #eabb7934
 def invalid_labels(labels: Tensor, n_labels: int, kind: str) -> tuple[Tensor, str]:
     """Find labels whose value means nothing, such as class 7 of 4 (True); say in words what is allowed."""
@@ -276,6 +298,7 @@ def check_label_values(labels: Tensor, counted: Tensor, n_labels: int, kind: str
     if not torch.compiler.is_compiling():
         invalid, allowed = invalid_labels(labels, n_labels, kind)
         _reject_first("labels", labels, invalid & counted, allowed)
+
 
 # %% ../nbs/files/checks.ipynb #404bf433
 def check_pretraining(

@@ -38,7 +38,7 @@ from .training.distributed import train
 from .training.recipes import Recipe, recipe_folder
 
 # %% auto #0
-__all__ = ['app', 'main', 'describe_checkpoint']
+__all__ = ["app", "main", "describe_checkpoint"]
 
 # %% ../nbs/appendix/cli.ipynb #cfef4ebe
 app = typer.Typer(
@@ -73,6 +73,7 @@ def _root(
         help="Print the version.")] = False,
 ) -> None:  # fmt: skip
     """Hold the options of the program as a whole."""
+
 
 # %% ../nbs/appendix/cli.ipynb #bd6970fb
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,6 +115,7 @@ def _spare(path: Path, force: bool) -> None:
     """Refuse to write over what is there; an empty folder may be filled."""
     if not force and path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists; --force writes over it")
+
 
 # %% ../nbs/appendix/cli.ipynb #8961ddfe
 def describe_checkpoint(model: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -166,6 +168,7 @@ def describe_checkpoint(model: str, *, revision: str | None = None) -> dict[str,
         "tensors": {name: [list(tensor.shape), dtypes[name]] for name, tensor in tensors.items()},
     }
 
+
 # %% ../nbs/appendix/cli.ipynb #f41bad0e
 @_command(
     "info",
@@ -199,6 +202,7 @@ def _info(
         print(f"note: {note}")
     for name, (shape, dtype) in tensors.items() if keys else ():
         print(f"{name}  {shape}  {dtype}")
+
 
 # %% ../nbs/appendix/cli.ipynb #42a04891
 _PROCESSOR_FILES = (
@@ -246,6 +250,7 @@ def _convert(  # noqa: PLR0917
     kind = str(model.dtype).removeprefix("torch.")
     print(f"{target}: {type(model).__name__}, {model.num_parameters():,} parameters, {kind}", file=sys.stderr)
 
+
 # %% ../nbs/appendix/cli.ipynb #e95ee6e0
 class _Format(enum.StrEnum):
     """How a transcript is written."""
@@ -287,6 +292,7 @@ def _find_recordings(inputs: Sequence[str]) -> list[Path | None]:
         raise ValueError("standard input, -, can be read only once")
     return found
 
+
 # %% ../nbs/appendix/cli.ipynb #6743ebda
 def _transcribe_each(
     recordings: Sequence[Path | None], group: int = 16, **options: Any
@@ -321,6 +327,7 @@ def _targets(recordings: Sequence[Path | None], output: Path, ending: str, force
         targets[name] = target
     output.mkdir(parents=True, exist_ok=True)
     return targets
+
 
 # %% ../nbs/appendix/cli.ipynb #793eb369
 _BeamWidth = Annotated[int, typer.Option(
@@ -403,6 +410,7 @@ def _transcribe(  # noqa: PLR0917
     if failed:
         raise typer.Exit(1)
 
+
 # %% ../nbs/appendix/cli.ipynb #3c8d640c
 @_command(
     "evaluate",
@@ -466,6 +474,7 @@ def _evaluate(  # noqa: PLR0917
         print(f"{row['id']}: {row['word_errors']} words wrong")
         print(f"  said    {row['reference']}\n  written {row['hypothesis']}")
 
+
 # %% ../nbs/appendix/cli.ipynb #950ab498
 @_command(
     "explore",
@@ -500,6 +509,7 @@ def _explore(  # noqa: PLR0917
     explore_page(recording, model, page, **options)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
 
+
 # %% ../nbs/appendix/cli.ipynb #3e89a940
 @_command(
     "export",
@@ -522,6 +532,7 @@ def _export(
     size = sum(f.stat().st_size for f in output.parent.glob(f"{output.name}*")) / 1e6
     print(f"{output}: {size:.1f} MB, relative difference from the model {onnx_difference(output, ours):.1e}")
 
+
 # %% ../nbs/appendix/cli.ipynb #e0dc9545
 _RecipeName = Annotated[str, typer.Argument(metavar="RECIPE",
     help="A YAML file, or the name of a recipe of the package; see `w2vc recipes`.")]  # fmt: skip
@@ -529,8 +540,9 @@ _RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER",
     help="Checkpoints and curves of the run; the same folder again resumes it.")]  # fmt: skip
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
     help="Changes of the recipe, such as run.steps=200.")]  # fmt: skip
-_Minutes = Annotated[float | None, typer.Option("--max-minutes",
-    help="Stop after so long, with a checkpoint.", min=0)]
+_Minutes = Annotated[
+    float | None, typer.Option("--max-minutes", help="Stop after so long, with a checkpoint.", min=0)
+]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole recipe, and do not train.")]
 
 
@@ -580,6 +592,7 @@ def _recipes() -> None:
     for path in sorted(recipe_folder().glob("*.yaml")):
         found = Recipe.load(path)
         print(f"{path.stem:20} {found.objective:12} {found.about}")
+
 
 # %% ../nbs/appendix/cli.ipynb #184c5b9e
 if __name__ == "__main__" and "__file__" in globals():  # not while the notebook runs

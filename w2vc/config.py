@@ -25,7 +25,8 @@ from .files.atomic import read_json, write_file
 from .files.hub import find_folder, missing_file
 
 # %% auto #0
-__all__ = ['Activation', 'ACTIVATIONS', 'refuse', 'nearest', 'get_activation', 'Wav2Vec2ConformerConfig']
+__all__ = ["Activation", "ACTIVATIONS", "refuse", "nearest", "get_activation", "Wav2Vec2ConformerConfig"]
+
 
 # %% ../nbs/files/config.ipynb #85b33435
 def refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -38,6 +39,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
+
 # %% ../nbs/files/config.ipynb #0867823e
 def _option(default: Any, doc: str, *names: str, **span: Any) -> Any:
     """One option: its default, its meaning, and its names or range (`least`, `most`, `odd`)."""
@@ -48,6 +50,7 @@ def _option(default: Any, doc: str, *names: str, **span: Any) -> Any:
 def _share(default: float, doc: str) -> Any:
     """An option for a probability or a share."""
     return _option(default, doc + "; 0..1", least=0, most=1)
+
 
 # %% ../nbs/files/config.ipynb #1d5be978
 Activation = str | Callable[[Tensor], Tensor]
@@ -93,6 +96,7 @@ def get_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
         raise refuse("activation", activation, known)
     return ACTIVATIONS[activation]
 
+
 # %% ../nbs/files/config.ipynb #6abb75be
 def _number(value: Any, whole: bool, least: float, most: float, odd: bool) -> int | float | None:
     """A number in its range as a plain int or float, else None; True is no number, and NaN is in no range."""
@@ -114,6 +118,7 @@ def _label_map(value: Any, to_name: bool) -> dict[Any, Any] | None:
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         return None
     return dict(enumerate(names)) if to_name else {name: i for i, name in enumerate(names)}
+
 
 # %% ../nbs/files/config.ipynb #78ba031a
 def _read_option(option: Field[Any], value: Any) -> Any:
@@ -150,6 +155,7 @@ def _read_option(option: Field[Any], value: Any) -> Any:
         raise refuse(option.name, value, allowed + " or None" * optional)
     return good
 
+
 # %% ../nbs/files/config.ipynb #920b531a
 def _mismatches(c: Wav2Vec2ConformerConfig) -> Iterator[tuple[str, str]]:
     """Values that do not go together: the option to blame, and what it must be."""
@@ -178,6 +184,7 @@ def _mismatches(c: Wav2Vec2ConformerConfig) -> Iterator[tuple[str, str]]:
     )  # fmt: skip
     yield from ((name, allowed) for name, broken, allowed in rules if broken)
 
+
 # %% ../nbs/files/config.ipynb #4aa7dc4c
 def _complete(c: Wav2Vec2ConformerConfig) -> None:
     """Fill the options that are None because they follow others."""
@@ -199,6 +206,7 @@ def _assign(c: Wav2Vec2ConformerConfig, name: str, value: Any) -> None:
     if name == "hidden_size" and c.output_hidden_size == before:
         c.__dict__["output_hidden_size"] = None
     _complete(c)
+
 
 # %% ../nbs/files/config.ipynb #7b6ba778
 def _to_dict(c: Wav2Vec2ConformerConfig) -> dict[str, Any]:
@@ -227,6 +235,7 @@ def _split_keys(
     known = {name: value for name, value in data.items() if name in options}
     known |= {name: value for name, value in overrides.items() if name not in extra}
     return known, copy.deepcopy(extra)
+
 
 # %% ../nbs/files/config.ipynb #f5b7f6ee
 _Class = TypeVar("_Class", bound=type)
@@ -263,6 +272,7 @@ _LARGE: dict[str, Any] = dict(
     hidden_act="swish",
     feat_extract_norm="layer", conv_bias=True, codevector_dim=768, proj_codevector_dim=768,
 )  # fmt: skip
+
 
 # %% ../nbs/files/config.ipynb #7b0debc6
 @_document

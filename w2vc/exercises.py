@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Verdict', 'describe', 'difference', 'check', 'check_property', 'predict', 'reveal', 'progress']
+__all__ = ["Verdict", "describe", "difference", "check", "check_property", "predict", "reveal", "progress"]
+
 
 # %% ../nbs/appendix/exercises.ipynb #73808707
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def _report(name: str, passed: bool, text: str) -> Verdict:
         _verdicts[name] = verdict
     return verdict
 
+
 # %% ../nbs/appendix/exercises.ipynb #6a4b1062
 def describe(value: Any) -> str:
     """Describe a value in a few words: small ones by their content, large ones by shape and type."""
@@ -86,6 +88,7 @@ def _rounded(value: Any) -> Any:
         return type(value)(_rounded(v) for v in value)
     return value
 
+
 # %% ../nbs/appendix/exercises.ipynb #de694aef
 def _guess_mistake(got: np.ndarray, want: np.ndarray, close: Callable[[Any, Any], bool]) -> str:
     """Name a usual mistake that explains the whole difference, or return an empty string."""
@@ -113,6 +116,7 @@ def _guess_mistake(got: np.ndarray, want: np.ndarray, close: Callable[[Any, Any]
         how = "large" if offset > 0 else "small"
         hints.append((close(got - offset, want), f"your values are {abs(offset):.4g} too {how} everywhere"))
     return next((hint + "; " for holds, hint in hints if holds), "")
+
 
 # %% ../nbs/appendix/exercises.ipynb #7e83ae59
 def _compare_arrays(got: np.ndarray, want: np.ndarray, rtol: float, atol: float) -> str:
@@ -150,6 +154,7 @@ def _compare_arrays(got: np.ndarray, want: np.ndarray, rtol: float, atol: float)
         if gap <= 1e-2 * max(float(np.abs(want).max()), 1e-12):
             return f"close but not exact: max difference {gap:.2g}; {share}"
     return _guess_mistake(got, want, close) + share
+
 
 # %% ../nbs/appendix/exercises.ipynb #75510e30
 def difference(got: Any, want: Any, *, rtol: float = 1e-4, atol: float = 1e-6) -> str:
@@ -223,6 +228,7 @@ def _as_array(value: Any) -> np.ndarray:
         return value.float().numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
     return np.asarray(value)
 
+
 # %% ../nbs/appendix/exercises.ipynb #a0a6bd7a
 def _clone(value: Any) -> Any:
     """Copy an argument, so that neither function sees what the other did to it."""
@@ -267,6 +273,7 @@ def _label(case: tuple[Any, ...], number: int, total: int) -> str:
 def _error(error: Exception) -> str:
     """Put an error on one line: its type, and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+
 
 # %% ../nbs/appendix/exercises.ipynb #2d94e60c
 def check(
@@ -330,6 +337,7 @@ def _changed(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
     pairs = [(b, a) for b, a in zip(before, after, strict=True) if isinstance(b, Tensor | np.ndarray)]
     return any(bool(difference(a, b, rtol=0, atol=0)) for b, a in pairs)
 
+
 # %% ../nbs/appendix/exercises.ipynb #a759e9de
 def check_property(
     mine: Callable[..., Any],
@@ -376,6 +384,7 @@ def _broken(predicate: Callable[..., bool | str], got: Any, case: tuple[Any, ...
     if bool(holds):
         return ""
     return f"{f'what must hold: {hint}' if hint else 'the property does not hold'}; got {describe(got)}"
+
 
 # %% ../nbs/appendix/exercises.ipynb #a55cf614
 _guesses: dict[str, Any] = {}

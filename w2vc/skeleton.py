@@ -16,9 +16,27 @@ from torch.nn import functional
 from .data.corpus import Utterance, frame_labels
 
 # %% auto #0
-__all__ = ['PIECE', 'pieces', 'long_clips', 'normalise', 'Frames', 'spectrum', 'NearestSpectrum', 'coin_mask', 'Context',
-           'draw_negatives', 'Game', 'contrastive', 'Skeleton', 'make_skeleton', 'train', 'listen', 'count_pairs',
-           'phone_information', 'phones_read']
+__all__ = [
+    "PIECE",
+    "pieces",
+    "long_clips",
+    "normalise",
+    "Frames",
+    "spectrum",
+    "NearestSpectrum",
+    "coin_mask",
+    "Context",
+    "draw_negatives",
+    "Game",
+    "contrastive",
+    "Skeleton",
+    "make_skeleton",
+    "train",
+    "listen",
+    "count_pairs",
+    "phone_information",
+    "phones_read",
+]
 
 # %% ../nbs/01_skeleton.ipynb #bd827b39
 PIECE = 16_000  # samples: one second
@@ -35,10 +53,12 @@ def long_clips(speech: Sequence[Utterance]) -> list[np.ndarray]:
     """The samples of all utterances that are at least a second long."""
     return [u.audio for u in speech if u.n_samples >= PIECE]
 
+
 # %% ../nbs/01_skeleton.ipynb #d4e3b798
 def normalise(waves: Tensor) -> Tensor:
     """Give each wave of `[B, S]` the mean 0 and the standard deviation 1."""
     return (waves - waves.mean(-1, keepdim=True)) / (waves.std(-1, keepdim=True) + 1e-5)
+
 
 # %% ../nbs/01_skeleton.ipynb #e4549857
 class Frames(nn.Module):
@@ -58,6 +78,7 @@ class Frames(nn.Module):
         """Turn sound `[B, S]` into frames `[B, T, D]`, each of mean 0 and variance 1."""
         z = self.layers(waves[:, None]).transpose(1, 2)  # [B, 1, S] -> [B, D, T] -> [B, T, D]
         return functional.layer_norm(z, z.shape[-1:])
+
 
 # %% ../nbs/01_skeleton.ipynb #64da20f8
 def spectrum(waves: Tensor) -> Tensor:
@@ -83,10 +104,12 @@ class NearestSpectrum(nn.Module):
         codes = distances.argmin(-1)
         return self.vectors(codes), codes
 
+
 # %% ../nbs/01_skeleton.ipynb #fdcd94d8
 def coin_mask(shape: tuple[int, int]) -> Tensor:
     """Hide each frame with a chance of one half: `[B, T]` bool, True = hidden."""
     return torch.rand(shape) < 0.5
+
 
 # %% ../nbs/01_skeleton.ipynb #39a69e0e
 class Context(nn.Module):
@@ -100,6 +123,7 @@ class Context(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """Turn frames `[B, T, D]` into context vectors `[B, T, D]`."""
         return self.out(self.gru(frames)[0])
+
 
 # %% ../nbs/01_skeleton.ipynb #b2daa800
 def draw_negatives(mask: Tensor, n: int = 20) -> Tensor:
@@ -133,6 +157,7 @@ def contrastive(c: Tensor, q: Tensor, codes: Tensor, others: Tensor) -> Game:
     guesser = (~same).sum(1).float().log().mean()  # log of the number of candidates
     return Game(loss, guesser, (scores.argmax(1) == 0).float().mean())
 
+
 # %% ../nbs/01_skeleton.ipynb #da6e61ce
 class Skeleton(nn.Module):
     """The game of wav2vec 2.0 with the simplest part at each place (sections 2 and 3 of the paper)."""
@@ -156,6 +181,7 @@ class Skeleton(nn.Module):
         others = self.negatives(mask)  # model/negatives
         return contrastive(c[mask], q[mask], codes[mask], others)  # model/pretraining
 
+
 # %% ../nbs/01_skeleton.ipynb #18136427
 def make_skeleton(clips: Sequence[np.ndarray], seed: int = 0) -> Skeleton:
     """A skeleton with seeded weights, whose 64 example spectra are frames of these clips picked at random."""
@@ -177,6 +203,7 @@ def train(skeleton: nn.Module, clips: Sequence[np.ndarray], steps: int = 240, se
         optimizer.step()
         scores.append(Game(*(value.detach().cpu() for value in game)))
     return scores
+
 
 # %% ../nbs/01_skeleton.ipynb #0a13ffde
 @torch.no_grad()
@@ -206,6 +233,7 @@ def count_pairs(codes: Tensor, phones: Sequence[str]) -> tuple[Tensor, list[str]
         table[code, names.index(phone)] += 1
     return table, names
 
+
 # %% ../nbs/01_skeleton.ipynb #4bd64121
 def phone_information(table: Tensor) -> float:
     """How much a code tells of the phone: mutual information over the phones' entropy (PNMI), 0 to 1."""
@@ -214,9 +242,10 @@ def phone_information(table: Tensor) -> float:
     known = torch.xlogy(joint, joint / (code * phone).clamp(min=1e-12)).sum()
     return float(known / -torch.xlogy(phone, phone).sum())
 
+
 # %% ../nbs/01_skeleton.ipynb #2b9dc34d
 def phones_read(vectors: Tensor, phones: Sequence[str]) -> float:
-    """Share of phones that a linear reader gets right, fitted on one half of the frames, scored on the rest."""
+    """Share of phones that a linear reader gets right, fitted on half of the frames, scored on the rest."""
     names = sorted(set(phones))
     wanted = torch.tensor([names.index(phone) for phone in phones])
     scaled = (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-5)

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from ..config import nearest
-from .sound import Samples, as_float, check_rate, normalise, resample
 from ..files.atomic import read_json, write_file
 from ..files.hub import find_folder, missing_file
+from .sound import Samples, as_float, check_rate, normalise, resample
 
 # %% auto #0
-__all__ = ['load_audio', 'pad_rows', 'BatchFeature', 'Wav2Vec2FeatureExtractor']
+__all__ = ["load_audio", "pad_rows", "BatchFeature", "Wav2Vec2FeatureExtractor"]
 
 # %% ../../nbs/data/audio.ipynb #ebf1aaf2
 _MOST_CHANNELS = 8  # an axis as short as this holds channels, if the other one is longer
@@ -40,6 +40,7 @@ def _channels_first(audio: Samples) -> Samples:
         form = f"a recording is [S], or [C, S] with C <= {_MOST_CHANNELS}"
         raise ValueError(f"source has shape {audio.shape}; {form}")
     return audio if few == [0] else audio.T
+
 
 # %% ../../nbs/data/audio.ipynb #247d9a30
 def _decode(source: Any, name: str) -> tuple[Samples, int]:
@@ -58,6 +59,7 @@ def _decode(source: Any, name: str) -> tuple[Samples, int]:
     if audio.shape[1] < 0.99 * promised:
         raise ValueError(f"{name} is cut short: it states {promised} samples and holds {audio.shape[1]}")
     return as_float(audio, name), rate
+
 
 # %% ../../nbs/data/audio.ipynb #a0746f2c
 def _open(source: Any, rate: int | None) -> tuple[Samples, int, str]:
@@ -88,6 +90,7 @@ def _open(source: Any, rate: int | None) -> tuple[Samples, int, str]:
         raise ValueError(f"source_rate={rate}, but {name} says {found}: leave it out for files")
     return audio, found, name
 
+
 # %% ../../nbs/data/audio.ipynb #c280b371
 def load_audio(
     source: Any,  # path, bytes of a file, binary file object, array, tensor, or the audio of a data set's row
@@ -112,6 +115,7 @@ def load_audio(
     audio = audio.mean(0, dtype=np.float32) if mono else audio
     return np.ascontiguousarray(resample(audio, rate, sampling_rate))
 
+
 # %% ../../nbs/data/audio.ipynb #81b4d82d
 def _numpy(row: Any) -> NDArray[Any]:
     return row.detach().cpu().numpy() if isinstance(row, torch.Tensor) else np.asarray(row)
@@ -133,6 +137,7 @@ def pad_rows(
         where = slice(total - len(array), total) if side == "left" else slice(len(array))
         padded[i, where], mask[i, where] = array, True
     return padded, mask
+
 
 # %% ../../nbs/data/audio.ipynb #6235c7ef
 def _plan_lengths(
@@ -159,6 +164,7 @@ def _plan_lengths(
     kept = [min(length, rounded(max_length or 0)) for length in lengths] if truncation else list(lengths)
     target = {"longest": rounded(max(kept)), "max_length": rounded(max_length or 0), "do_not_pad": 0}[padding]
     return [(length, max(length, target)) for length in kept]
+
 
 # %% ../../nbs/data/audio.ipynb #39feac70
 def _utterance(row: Any, name: str) -> Samples:
@@ -190,6 +196,7 @@ def _utterances(raw_speech: Any) -> list[Samples]:
     names = [f"utterance {i}" for i in range(len(rows))] if len(rows) > 1 else ["raw_speech"]
     return list(map(_utterance, rows, names))
 
+
 # %% ../../nbs/data/audio.ipynb #f7950981
 class BatchFeature(dict[str, Any]):
     """What a feature extractor returns: a dict whose entries are attributes too."""
@@ -218,6 +225,7 @@ class BatchFeature(dict[str, Any]):
                 self[key] = value.to(device=device, dtype=kind, non_blocking=non_blocking)
         return self
 
+
 # %% ../../nbs/data/audio.ipynb #e6f8bdc4
 def _stack(rows: list[Any], key: str, kind: str) -> Any:
     """Make one array or tensor of a column, float64 as float32; what is no number stays a list."""
@@ -237,6 +245,7 @@ def _stack(rows: list[Any], key: str, kind: str) -> Any:
         return stacked
     tensor = torch.from_numpy(stacked)
     return tensor.long() if key == "attention_mask" else tensor  # int64: the documented LongTensor
+
 
 # %% ../../nbs/data/audio.ipynb #ffea7e85
 def _columns(features: Any) -> dict[str, list[Any]]:
@@ -268,6 +277,7 @@ def _row_lengths(columns: dict[str, list[Any]]) -> list[int]:
             raise ValueError(f"attention_mask {i} has shape {np.shape(mask)}, not {shape}")
     return [len(row) for row in columns["input_values"]]
 
+
 # %% ../../nbs/data/audio.ipynb #e44eedca
 def _fill_columns(  # noqa: PLR0917
     columns: dict[str, list[Any]],  # key -> rows; other keys than the two below stay as they are
@@ -289,6 +299,7 @@ def _fill_columns(  # noqa: PLR0917
             columns[key][i] = pad_rows([columns[key][i][:kept]], filling, total, side)[0][0]
     return BatchFeature({key: _stack(rows, key, kind) if kind else rows for key, rows in columns.items()})
 
+
 # %% ../../nbs/data/audio.ipynb #7ced121c
 def _check_rows(rows: list[Samples], sampling_rate: int | None, wanted: int, normalised: bool) -> None:
     """Compare the rate with the model's, and warn about samples that look unscaled."""
@@ -302,6 +313,7 @@ def _check_rows(rows: list[Samples], sampling_rate: int | None, wanted: int, nor
     if peak >= 100:
         hint = f"the audio goes up to {peak:.4g}: pass 16-bit samples as int16, or divide by 32768"
         warnings.warn(hint, stacklevel=3)
+
 
 # %% ../../nbs/data/audio.ipynb #2f023c0f
 _EXTRACTOR_FILE, _PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
@@ -328,6 +340,7 @@ def _write_settings(folder: Path, content: dict[str, Any]) -> None:
     for path, value in files.items():
         write_file(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
+
 # %% ../../nbs/data/audio.ipynb #d5f9e41a
 def _split_settings(
     content: Mapping[str, Any], known: set[str], overrides: Mapping[str, Any]
@@ -343,6 +356,7 @@ def _split_settings(
     others = set(content) - known - {"feature_extractor_type"}
     ours = {key: value for key, value in content.items() if key in known} | dict(overrides)
     return ours, copy.deepcopy({key: value for key, value in content.items() if key in others})
+
 
 # %% ../../nbs/data/audio.ipynb #4aaee6f6
 @dataclass(eq=False)

@@ -18,18 +18,38 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import Wav2Vec2ConformerConfig
-from .audio import BatchFeature, Wav2Vec2FeatureExtractor
-from .corpus import SAMPLING_RATE, Segment, Speech, Utterance, frame_activity
-from .sound import Samples
 from ..model.features import conv_output_lengths, frame_mask, receptive_field
 from ..model.masking import span_counts, spans_from_noise
 from ..model.negatives import negatives_from_noise
 from ..text.tokenizer import Wav2Vec2CTCTokenizer
+from .audio import BatchFeature, Wav2Vec2FeatureExtractor
+from .corpus import SAMPLING_RATE, Segment, Speech, Utterance, frame_activity
+from .sound import Samples
 
 # %% auto #0
-__all__ = ['sample_rng', 'bucket_batches', 'SampleRequest', 'BucketSampler', 'crop_start', 'draw_mask', 'draw_negatives',
-           'Example', 'SpeechDataset', 'add_noise', 'split_usable', 'Collator', 'model_inputs', 'find_problems',
-           'PretrainingCollator', 'CTCCollator', 'label_names', 'turn_order', 'LabelCollator', 'data_loader']
+__all__ = [
+    "sample_rng",
+    "bucket_batches",
+    "SampleRequest",
+    "BucketSampler",
+    "crop_start",
+    "draw_mask",
+    "draw_negatives",
+    "Example",
+    "SpeechDataset",
+    "add_noise",
+    "split_usable",
+    "Collator",
+    "model_inputs",
+    "find_problems",
+    "PretrainingCollator",
+    "CTCCollator",
+    "label_names",
+    "turn_order",
+    "LabelCollator",
+    "data_loader",
+]
+
 
 # %% ../../nbs/data/batches.ipynb #0eaaf5a5
 def sample_rng(seed: int, epoch: int, name: str, purpose: str) -> np.random.Generator:
@@ -42,6 +62,7 @@ def sample_rng(seed: int, epoch: int, name: str, purpose: str) -> np.random.Gene
     facts = repr((int(seed), int(epoch), name, purpose))
     digest = hashlib.blake2b(facts.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
 
 # %% ../../nbs/data/batches.ipynb #4c1b2d16
 def _even_out(batches: list[list[int]], multiple_of: int, rng: np.random.Generator | None) -> None:
@@ -108,6 +129,7 @@ def bucket_batches(
         return batches
     groups = rng.permutation(len(batches) // multiple_of).tolist()
     return [batch for g in groups for batch in batches[g * multiple_of : (g + 1) * multiple_of]]
+
 
 # %% ../../nbs/data/batches.ipynb #ec81cca3
 class SampleRequest(NamedTuple):
@@ -192,10 +214,12 @@ class BucketSampler(Sampler[list[SampleRequest]]):
             )
         self.set_epoch(int(state["epoch"]), int(state["position"]))
 
+
 # %% ../../nbs/data/batches.ipynb #0d8af6fb
 def crop_start(rng: np.random.Generator, length: int, keep: int) -> int:
     """Where a crop of `keep` of `length` samples begins: every place where it fits is equally likely; 0 if all are kept."""
     return int(rng.integers(max(length - keep, 0) + 1))
+
 
 # %% ../../nbs/data/batches.ipynb #940480fc
 def draw_mask(
@@ -232,6 +256,7 @@ def draw_negatives(rngs: Sequence[np.random.Generator], mask: Tensor, num_negati
     counts = mask.sum(1).tolist()
     noise = [rng.random((n, num_negatives), np.float32) for rng, n in zip(rngs, counts, strict=True)]
     return negatives_from_noise(torch.from_numpy(np.concatenate(noise)), mask)  # [A, N] -> [B, T, N]
+
 
 # %% ../../nbs/data/batches.ipynb #8ffb437c
 @dataclass
@@ -275,12 +300,14 @@ class SpeechDataset(Dataset[Example]):
         audio, problem = self._decode(utterance) if self._kept is None else self._kept[number]
         return Example(utterance, audio, epoch, problem)
 
+
 # %% ../../nbs/data/batches.ipynb #6f5d68e5
 def add_noise(rng: np.random.Generator, audio: Samples, snr_db: tuple[float, float]) -> Samples:
     """Add white noise to `[S]`, at a signal-to-noise ratio drawn from a range in decibels (20: a hundredth of the power)."""
     ratio, power = rng.uniform(*snr_db), np.mean(np.square(audio, dtype=np.float64))
     scale = np.float32(np.sqrt(power / 10 ** (ratio / 10)))
     return np.asarray(audio + scale * rng.standard_normal(len(audio), np.float32))
+
 
 # %% ../../nbs/data/batches.ipynb #2e580dcd
 def split_usable(
@@ -299,6 +326,7 @@ def split_usable(
             "them or leave them out (find_problems lists them, bad='drop' drops them)"
         )
     return good, others
+
 
 # %% ../../nbs/data/batches.ipynb #d1b22712
 @dataclass
@@ -400,6 +428,7 @@ class Collator:
         self.add(batch, examples, starts)
         return batch
 
+
 # %% ../../nbs/data/batches.ipynb #0c3b077e
 def model_inputs(batch: BatchFeature) -> dict[str, Tensor]:
     """Take from a batch what a model's forward is given, the tensors; the rest are facts for the host."""
@@ -411,6 +440,7 @@ def find_problems(speech: Speech, collator: Collator) -> dict[str, str]:
     examples = SpeechDataset(speech)
     found = {u.id: examples[i].problem or collator.problem(u, u.n_samples) for i, u in enumerate(speech)}
     return {name: why for name, why in found.items() if why}
+
 
 # %% ../../nbs/data/batches.ipynb #0b6669db
 @dataclass
@@ -430,6 +460,7 @@ class PretrainingCollator(Collator):
         n = self.config.num_negatives if self.num_negatives is None else self.num_negatives
         batch["mask_time_indices"], batch["n_masked"] = mask, int(mask.sum())
         batch["sampled_negative_indices"] = draw_negatives(self.rngs(batch, "negatives"), mask, n)
+
 
 # %% ../../nbs/data/batches.ipynb #734f2a7d
 @dataclass
@@ -462,6 +493,7 @@ class CTCCollator(Collator):
         batch["label_lengths"] = [len(row) for row in rows]
         batch["n_labels"] = sum(batch["label_lengths"])
 
+
 # %% ../../nbs/data/batches.ipynb #47bba856
 def label_names(speech: Speech, target: str | Callable[[Utterance], Any]) -> dict[int, str]:
     """Number all labels of a training set in alphabetical order, an `id2label`; `target` as in `LabelCollator`."""
@@ -478,6 +510,7 @@ def turn_order(utterance: Utterance) -> list[Segment]:
     turns = sorted(utterance.turns, key=lambda turn: turn.start)
     number = {name: f"speaker {i + 1}" for i, name in enumerate(dict.fromkeys(turn.label for turn in turns))}
     return [Segment(number[turn.label], turn.start, turn.end) for turn in turns]
+
 
 # %% ../../nbs/data/batches.ipynb #80c1f5c7
 @dataclass
@@ -555,6 +588,7 @@ class LabelCollator(Collator):
         else:
             batch["labels"] = labels = pad_sequence(rows, True, -100)
             batch["n_labels"] = int(((labels[..., 0] if self.several else labels) != -100).sum())
+
 
 # %% ../../nbs/data/batches.ipynb #a2bcbace
 def data_loader(

@@ -26,15 +26,37 @@ from typing import Any, NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.atomic import read_json, replace_folder
 from .audio import load_audio
 from .sound import Samples
-from ..files.atomic import read_json, replace_folder
 
 # %% auto #0
-__all__ = ['SAMPLING_RATE', 'SILENCE', 'DIGITS', 'KEYWORDS', 'SOURCES', 'AUDIO_SUFFIXES', 'Segment', 'Reader', 'Utterance',
-           'Speech', 'save_speech', 'load_packed', 'SpeechUnavailableError', 'speech_cache', 'load_speech',
-           'frame_activity', 'frame_labels', 'mix', 'two_speaker_mixes', 'mix_splits', 'find_audio', 'load_folder',
-           'load_dataset', 'open_speech']
+__all__ = [
+    "SAMPLING_RATE",
+    "SILENCE",
+    "DIGITS",
+    "KEYWORDS",
+    "SOURCES",
+    "AUDIO_SUFFIXES",
+    "Segment",
+    "Reader",
+    "Utterance",
+    "Speech",
+    "save_speech",
+    "load_packed",
+    "SpeechUnavailableError",
+    "speech_cache",
+    "load_speech",
+    "frame_activity",
+    "frame_labels",
+    "mix",
+    "two_speaker_mixes",
+    "mix_splits",
+    "find_audio",
+    "load_folder",
+    "load_dataset",
+    "open_speech",
+]
 
 # %% ../../nbs/data/corpus.ipynb #af437434
 SAMPLING_RATE = 16000  # samples per second, everywhere in w2vc
@@ -58,6 +80,7 @@ class Reader(Protocol):
 
     def read(self) -> Samples:
         """Return the samples `[S]`, float32 at 16 kHz."""
+
 
 # %% ../../nbs/data/corpus.ipynb #2335edd1
 class Utterance:
@@ -106,6 +129,7 @@ class Utterance:
     def __repr__(self) -> str:
         parts = [repr(self.id), f"{self.seconds:.2f} s", self.speaker, self.language, repr(self.text)]
         return f"Utterance({', '.join(part for part in parts if part)})"
+
 
 # %% ../../nbs/data/corpus.ipynb #992f8685
 class Speech(Sequence[Utterance]):
@@ -178,6 +202,7 @@ class Speech(Sequence[Utterance]):
         """Return a `datasets.Dataset` with one row per utterance; "audio" gives arrays at this rate."""
         return _to_dataset(self, sampling_rate)
 
+
 # %% ../../nbs/data/corpus.ipynb #65a73495
 def _soundfile() -> Any:
     try:
@@ -225,6 +250,7 @@ def _unpack_segments(labels: str, times: list[int]) -> list[Segment]:
     seconds = [time / SAMPLING_RATE for time in times]
     return list(map(Segment, labels.split("|"), seconds[::2], seconds[1::2]))
 
+
 # %% ../../nbs/data/corpus.ipynb #7b108eb2
 def save_speech(
     folder: str | Path,  # where to write: all of it or nothing
@@ -250,7 +276,11 @@ def save_speech(
                 files[name].write(audio[k : k + 4096])
             row = {"split": split, "file": name, "start": written[name], "samples": len(audio)}
             row |= {key: getattr(u, key) for key in ("id", "kind", "speaker", "language", "text")}
-            for key in ("words", "phones", "turns"):  # labels, and times as sample numbers, which no rounding spoils
+            for key in (
+                "words",
+                "phones",
+                "turns",
+            ):  # labels, and times as sample numbers, which no rounding spoils
                 segments = getattr(u, key)
                 times = [round(time * SAMPLING_RATE) for segment in segments for time in segment[1:]]
                 row[key] = ["|".join(segment.label for segment in segments), times]
@@ -276,6 +306,7 @@ def load_packed(folder: Path, name: str, split: str) -> Speech:
             utterances.append(Utterance(audio=audio, **facts, **timed))
     return Speech(utterances, name, split, table["about"])
 
+
 # %% ../../nbs/data/corpus.ipynb #71f06e86
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # fmt: skip
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")  # fmt: skip
@@ -298,6 +329,7 @@ SOURCES: dict[str, Callable[..., Speech]] = {  # what `load_speech` knows by nam
     "builtin": partial(_builtin, "english", "builtin"),
     "builtin-languages": partial(_builtin, "languages", "builtin-languages"),
 }
+
 
 # %% ../../nbs/data/corpus.ipynb #0ac141d8
 def load_speech(name: str | Path | None = None, split: str = "train", **options: Any) -> Speech:
@@ -335,6 +367,7 @@ def load_speech(name: str | Path | None = None, split: str = "train", **options:
         raise ValueError(f"name={str(name)!r} is no folder here and none of the known sets: {list(SOURCES)}")
     return load_folder(name, split, **options)
 
+
 # %% ../../nbs/data/corpus.ipynb #925e762d
 def frame_activity(
     segments: Iterable[Segment],  # in any order; they may overlap
@@ -359,6 +392,7 @@ def frame_labels(
     labels = list(dict.fromkeys(segment.label for segment in segments))
     active = frame_activity(segments, labels, n_frames, hop, middle)
     return [labels[row.argmax()] if row.any() else "" for row in active]
+
 
 # %% ../../nbs/data/corpus.ipynb #f19ea2ab
 @dataclass(frozen=True)
@@ -411,6 +445,7 @@ def mix(
         kind="mix",
         turns=moved("turns"),
     )
+
 
 # %% ../../nbs/data/corpus.ipynb #19a92605
 def two_speaker_mixes(
@@ -521,6 +556,7 @@ def _transcripts(folder: Path) -> dict[Path, dict[str, str]]:
             known.setdefault(audio[path.with_suffix("")], {})["text"] = text
     return known
 
+
 # %% ../../nbs/data/corpus.ipynb #51559c33
 def load_folder(
     folder: str | Path,  # searched in depth, hidden files left out, sorted by path
@@ -564,6 +600,7 @@ def load_folder(
     if twice:
         raise ValueError(f"folder={str(top)!r}: {len(twice)} id(s) belong to two files, such as {twice[:3]}")
     return Speech(utterances, folder.name, split, {"source": str(folder)})
+
 
 # %% ../../nbs/data/corpus.ipynb #51e7358e
 def _datasets() -> Any:
@@ -615,14 +652,20 @@ def _to_dataset(speech: Speech, sampling_rate: int) -> Any:
     columns |= {key: [[s._asdict() for s in getattr(u, key)] for u in speech] for key in timed}
     columns["audio"] = []
     for u in speech:
-        path = u._audio.source if isinstance(u._audio, _AudioFile) and isinstance(u._audio.source, Path) else None
+        path = (
+            u._audio.source
+            if isinstance(u._audio, _AudioFile) and isinstance(u._audio.source, Path)
+            else None
+        )
         columns["audio"].append({"bytes": None if path else _encode(u.audio), "path": path and str(path)})
     rows = library.Dataset.from_dict({key: columns[key] for key in features}, library.Features(features))
     return rows.cast_column("audio", _audio_column()(sampling_rate=sampling_rate))
 
+
 # %% ../../nbs/data/corpus.ipynb #9379f60c
 def load_dataset(
-    path: str | Path,  # a name on the hub, a folder as released or of plain audio files, or a set of `load_speech`
+    path: str
+    | Path,  # a name on the hub, a folder as released or of plain audio files, or a set of `load_speech`
     name: str | None = None,  # configuration, such as "clean"
     *,
     split: str | None = None,  # None gives a dict of all
@@ -635,7 +678,9 @@ def load_dataset(
     """
     plain = Path(path).expanduser()
     tables = {".parquet", ".arrow", ".jsonl"}  # of a released data set
-    if str(path) in SOURCES or (plain.is_dir() and not any(file.suffix in tables for file in plain.rglob("*"))):
+    if str(path) in SOURCES or (
+        plain.is_dir() and not any(file.suffix in tables for file in plain.rglob("*"))
+    ):
         return load_speech(path, split or "train").to_dataset(sampling_rate)
     loaded = _datasets().load_dataset(str(path), name, split=split, **options)
     parts = loaded if isinstance(loaded, dict) else {split: loaded}
@@ -643,6 +688,7 @@ def load_dataset(
         if "audio" in (rows.features or {}):
             parts[key] = rows.cast_column("audio", _audio_column()(sampling_rate=sampling_rate))
     return parts if isinstance(loaded, dict) else parts[split]
+
 
 # %% ../../nbs/data/corpus.ipynb #d9255d5a
 def _hub_speech(name: str, split: str, limit: int | None) -> Speech:
@@ -655,7 +701,9 @@ def _hub_speech(name: str, split: str, limit: int | None) -> Speech:
     keys |= {key: (key,) for key in ("id", "language", "kind")}
     found = []
     for i, row in enumerate(itertools.islice(rows, limit)):
-        given = {key: str(value) for key, value in row.items() if isinstance(value, (str, int)) and value != ""}
+        given = {
+            key: str(value) for key, value in row.items() if isinstance(value, (str, int)) and value != ""
+        }
         known = {fact: next((given[k] for k in names if k in given), "") for fact, names in keys.items()}
         data, path = row["audio"]["bytes"], row["audio"]["path"]
         facts: Any = {**known, "id": known["id"] or f"row {i}"}

@@ -29,7 +29,8 @@ from .sound import Samples
 from .corpus import load_packed, save_speech, speech_cache
 
 # %% auto #0
-__all__ = ['spoken_form', 'HumanSet', 'fetch_speech']
+__all__ = ["spoken_form", "HumanSet", "fetch_speech"]
+
 
 # %% ../../nbs/data/recordings.ipynb #fcc3b199
 def spoken_form(text: str, language: str = "en") -> str:
@@ -44,6 +45,7 @@ def spoken_form(text: str, language: str = "en") -> str:
     text = re.sub(r"\d", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
     words = re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
     return " ".join(words)
+
 
 # %% ../../nbs/data/recordings.ipynb #e86910b7
 class _Recording(NamedTuple):
@@ -91,14 +93,18 @@ def _find_asterisk(root: Path, language: str) -> Iterator[_Recording]:
             silent = key.startswith("silence/") or key in _NO_WORDS or path.stat().st_size == 0
             if silent or (texts and not text):
                 continue
-            kind = {"digits": "digits", "letters": "letter", "phonetic": "keyword"}.get(key.split("/")[0], "prompt")
+            kind = {"digits": "digits", "letters": "letter", "phonetic": "keyword"}.get(
+                key.split("/")[0], "prompt"
+            )
             yield _Recording(key, path, text, voice.name.split("_")[-1].lower(), kind, text or key)
 
 
 def _find_librivox(root: Path, language: str) -> Iterator[_Recording]:
     """Sentences of an audio book: <id>.wav and lines "<s> words </s> (id)" in one file."""
     folder = root / "usr/share/pocketsphinx/test/data/librivox"
-    lines = (folder / "transcription").read_text(encoding="utf-8") if (folder / "transcription").is_file() else ""
+    lines = (
+        (folder / "transcription").read_text(encoding="utf-8") if (folder / "transcription").is_file() else ""
+    )
     for text, key in re.findall(r"^(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\((\S+)\)", lines, re.MULTILINE):
         yield _Recording(key, folder / f"{key}.wav", spoken_form(text), "austen-reader", "sentence", key)
 
@@ -106,7 +112,9 @@ def _find_librivox(root: Path, language: str) -> Iterator[_Recording]:
 def _find_fillets(root: Path, language: str) -> Iterator[_Recording]:
     """Dialogues of a game: sound/<level>/<language>/<key>.ogg, texts in script/<level or share>/*dialogs_<language>.lua."""
     game = root / "usr/share/games/fillets-ng"
-    line = re.compile(r'dialogId\(\s*"([^"]+)",\s*"font_(\w+)".*?\)\s*dialogStr\(\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
+    line = re.compile(
+        r'dialogId\(\s*"([^"]+)",\s*"font_(\w+)".*?\)\s*dialogStr\(\s*"((?:[^"\\]|\\.)*)"', re.DOTALL
+    )
     told: dict[tuple[str, str], tuple[str, str]] = {}  # (level, key) -> (speaker, text)
     for script in sorted(game.glob(f"script/*/*dialogs_{language}.lua")):
         for key, speaker, text in line.findall(script.read_text(encoding="utf-8")):
@@ -115,10 +123,13 @@ def _find_fillets(root: Path, language: str) -> Iterator[_Recording]:
         level = path.parent.parent.name
         speaker, text = told.get((level, path.stem)) or told.get(("share", path.stem)) or ("", "")
         if speaker:
-            yield _Recording(f"{level}/{path.stem}", path, spoken_form(text, language), speaker, "dialogue", level)
+            yield _Recording(
+                f"{level}/{path.stem}", path, spoken_form(text, language), speaker, "dialogue", level
+            )
 
 
 _LAYOUTS = {"asterisk": _find_asterisk, "librivox": _find_librivox, "fillets": _find_fillets}
+
 
 # %% ../../nbs/data/recordings.ipynb #2077a57d
 def _decode(path: Path) -> Samples:
@@ -128,10 +139,13 @@ def _decode(path: Path) -> Samples:
     try:
         import av
     except ImportError as error:
-        raise ImportError('telephone prompts are G.722 files, which need PyAV: pip install "w2vc[human]"') from error
+        raise ImportError(
+            'telephone prompts are G.722 files, which need PyAV: pip install "w2vc[human]"'
+        ) from error
     with av.open(str(path), format="g722") as container:
         pieces = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
     return np.concatenate(pieces).astype(np.float32) / np.float32(32768)
+
 
 # %% ../../nbs/data/recordings.ipynb #60a9dd12
 def _run(*command: str | Path, cwd: Path) -> str:
@@ -140,7 +154,11 @@ def _run(*command: str | Path, cwd: Path) -> str:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    return "" if done.returncode == 0 else (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+    return (
+        ""
+        if done.returncode == 0
+        else (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+    )
 
 
 def _unpack_packages(name: str, folder: Path) -> Path:
@@ -149,7 +167,9 @@ def _unpack_packages(name: str, folder: Path) -> Path:
     by_hand = f"Or unpack the packages {', '.join(packages)} by hand and call fetch_speech({name!r}, source=FOLDER)."
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
-            raise SpeechUnavailableError(f"{name} comes as Debian packages and this system has no {tool}. {by_hand}")
+            raise SpeechUnavailableError(
+                f"{name} comes as Debian packages and this system has no {tool}. {by_hand}"
+            )
     apt = ["apt-get", "-oAPT::Sandbox::User=root", "-oAcquire::Retries=2", "-oAcquire::http::Timeout=30"]
     failed = _run(*apt, "download", *packages, cwd=folder)
     if failed:  # no package lists, or stale ones: make fresh ones of our own, which needs no administrator
@@ -163,8 +183,11 @@ def _unpack_packages(name: str, folder: Path) -> Path:
         failed = failed or _run("dpkg", "-x", package, folder / "root", cwd=folder)
     if failed:
         reason = failed.splitlines()[-1]
-        raise SpeechUnavailableError(f"{name} cannot be downloaded ({reason}). Try again with a network. {by_hand}")
+        raise SpeechUnavailableError(
+            f"{name} cannot be downloaded ({reason}). Try again with a network. {by_hand}"
+        )
     return folder / "root"
+
 
 # %% ../../nbs/data/recordings.ipynb #04f212ec
 def _split_of(group: str) -> str:
@@ -174,7 +197,9 @@ def _split_of(group: str) -> str:
 
 def fetch_speech(
     name: str,  # a key of `HUMAN`
-    source: str | Path | None = None,  # folder of the unpacked packages ("/" if installed); None downloads them
+    source: str
+    | Path
+    | None = None,  # folder of the unpacked packages ("/" if installed); None downloads them
 ) -> Path:
     """Fetch a human set into the cache (W2VC_CACHE, or ~/.cache/w2vc), once; later calls only return its folder.
 
@@ -194,7 +219,9 @@ def fetch_speech(
         root = _unpack_packages(name, Path(folder)) if source is None else Path(source).expanduser()
         found = list(_LAYOUTS[human.layout](root, human.language))
         if not found:
-            raise ValueError(f"source={str(root)!r} holds no recording of {name}, the unpacked {human.packages}")
+            raise ValueError(
+                f"source={str(root)!r} holds no recording of {name}, the unpacked {human.packages}"
+            )
         # clips of a handy length come first
         found.sort(key=lambda row: (not 3 <= len(row.text.split()) <= 12, row.kind != "prompt", row.id))
 
@@ -209,6 +236,7 @@ def fetch_speech(
         save_speech(target, {split: spoken(split) for split in ("train", "dev", "test")}, about)
     print(f"{name}: {len(found)} utterances. Licence: {human.licence}.")
     return target
+
 
 # %% ../../nbs/data/recordings.ipynb #4acf3e43
 def _load_set(name: str, split: str) -> Speech:
@@ -227,4 +255,6 @@ def _load_human(split: str) -> Speech:
     raise SpeechUnavailableError("no human speech can be had here. " + " ".join(reasons))
 
 
-SOURCES.update({name: partial(_load_set, name) for name in HUMAN}, human=_load_human)  # load_speech knows them now
+SOURCES.update(
+    {name: partial(_load_set, name) for name in HUMAN}, human=_load_human
+)  # load_speech knows them now

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 # %% auto #0
-__all__ = ['Samples', 'as_float', 'check_rate', 'resample', 'normalise']
+__all__ = ["Samples", "as_float", "check_rate", "resample", "normalise"]
 
 # %% ../../nbs/data/sound.ipynb #3a648c34
 Samples = NDArray[np.float32]
@@ -33,6 +33,7 @@ def _as_array(samples: Any, name: str) -> NDArray[Any]:
     except ValueError as error:  # rows of unequal length
         raise ValueError(f"{name} is not a plain row of numbers: {error}") from error
     return array.astype(np.float64) if array.dtype.kind in "iu" else array
+
 
 # %% ../../nbs/data/sound.ipynb #386ded42
 def as_float(samples: Any, name: str = "audio") -> Samples:
@@ -58,6 +59,7 @@ def as_float(samples: Any, name: str = "audio") -> Samples:
         where = f"sample {sample}" + (f" of row {row[0]}" if row else "")
         raise ValueError(f"{name} holds {audio[*row, sample]} at {where}, {len(broken)} such value(s) in all")
     return audio
+
 
 # %% ../../nbs/data/sound.ipynb #864a267b
 def check_rate(rate: Any, name: str) -> int:
@@ -94,6 +96,7 @@ def resample(
     if len(result) == 0:
         raise ValueError(f"audio has {audio.shape[-1]} sample(s): less than one at {sampling_rate} Hz")
     return np.ascontiguousarray(result.T).reshape(*audio.shape[:-1], -1)
+
 
 # %% ../../nbs/data/sound.ipynb #582e3662
 def normalise(audio: Samples) -> Samples:

@@ -29,8 +29,19 @@ from .sound import resample
 from .corpus import load_packed, load_speech, mix_splits, save_speech, speech_cache
 
 # %% auto #0
-__all__ = ['GRAMMAR', 'TRAIN_VOICES', 'TEST_VOICES', 'Voice', 'synthesize', 'make_digits', 'make_sentence', 'Line',
-           'large_script', 'about_voices']
+__all__ = [
+    "GRAMMAR",
+    "TRAIN_VOICES",
+    "TEST_VOICES",
+    "Voice",
+    "synthesize",
+    "make_digits",
+    "make_sentence",
+    "Line",
+    "large_script",
+    "about_voices",
+]
+
 
 # %% ../../nbs/data/synthesis.ipynb #c99c3cf9
 @dataclass(frozen=True)
@@ -71,8 +82,11 @@ class _Moment(NamedTuple):
 
 
 _WORD, _PHONE, _ESPEAK_RATE = 1, 7, 22050
-_Receive = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+_Receive = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
 _ONE_AT_A_TIME = threading.Lock()  # the library's state is global
+
 
 # %% ../../nbs/data/synthesis.ipynb #2474b500
 def _espeak_files() -> tuple[str, bytes | None]:
@@ -87,7 +101,9 @@ def _espeak_files() -> tuple[str, bytes | None]:
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path().encode()
 
 
-def _speak(lib: Any, data: bytes | None, text: str, voice: Voice, seed: int) -> tuple[NDArray[np.int16], list[_Moment]]:
+def _speak(
+    lib: Any, data: bytes | None, text: str, voice: Voice, seed: int
+) -> tuple[NDArray[np.int16], list[_Moment]]:
     """Say a text with a library that has just been loaded: 22,050 samples per second, and the moments in them."""
     pieces: list[NDArray[np.int16]] = []
     moments: list[_Moment] = []
@@ -112,7 +128,9 @@ def _speak(lib: Any, data: bytes | None, text: str, voice: Voice, seed: int) -> 
         lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
     # Some voices draw their noise from C's rand(), which unloading does not reset.
     (ctypes.CDLL("ucrtbase") if sys.platform == "win32" else lib).srand(ctypes.c_uint(seed))
-    raw = text.replace(" ", "\u00a0").encode()  # unbreakable spaces, else pairs such as "with the" become one word
+    raw = text.replace(
+        " ", "\u00a0"
+    ).encode()  # unbreakable spaces, else pairs such as "with the" become one word
     lib.espeak_Synth(raw, len(raw) + 1, 0, 1, 0, 1 | 0x1000, None, None)  # UTF-8, with a pause at the end
     lib.espeak_Synchronize()
     lib.espeak_Terminate()
@@ -130,6 +148,7 @@ def _espeak(text: str, voice: Voice, seed: int = 0) -> tuple[NDArray[np.int16], 
             import _ctypes
 
             getattr(_ctypes, "FreeLibrary" if sys.platform == "win32" else "dlclose")(lib._handle)
+
 
 # %% ../../nbs/data/synthesis.ipynb #e0563852
 _STOPS = frozenset(["p", "b", "t", "d", "k", "ɡ", "tʃ", "dʒ", "q", "c", "ɟ", "ts", "pf", "ʔ"])
@@ -157,7 +176,9 @@ def _phone_starts(
         if word is not None and after_silence and word.sample - phones[-1][1] < short:
             phones.pop()  # a pause of no length: two vowels meet
         before = phones[-1][1] if phones else -_ESPEAK_RATE
-        if word is not None and word.sample - before >= short:  # else the mark belongs to the consonant before
+        if (
+            word is not None and word.sample - before >= short
+        ):  # else the mark belongs to the consonant before
             start = min(start, word.sample)
         elif label in _STOPS:  # from the burst back to the closure, while it is quiet
             first = before + 1
@@ -189,6 +210,7 @@ def _align(text: str, wave: NDArray[np.int16], moments: list[_Moment]) -> tuple[
         words.append(Segment(label, sounding[0].start, sounding[-1].end))
     return words, phones
 
+
 # %% ../../nbs/data/synthesis.ipynb #6ec891d9
 def synthesize(
     text: str,  # words separated by single spaces, numbers written out, so that the text is what is spoken
@@ -214,7 +236,9 @@ def synthesize(
     rng = random.Random(f"{id}|{text}|{voice}|{seed}")
     first, last = words[0].start, words[-1].end
     before, after = (np.zeros(round(rng.uniform(0.05, 0.15) * SAMPLING_RATE), np.float32) for _ in range(2))
-    spoken = wave[round(first * _ESPEAK_RATE) : round(last * _ESPEAK_RATE)].astype(np.float32) / np.float32(32768)
+    spoken = wave[round(first * _ESPEAK_RATE) : round(last * _ESPEAK_RATE)].astype(np.float32) / np.float32(
+        32768
+    )
     spoken = resample(spoken, _ESPEAK_RATE, SAMPLING_RATE)
     audio = np.concatenate([before, spoken * np.float32(0.7 / np.abs(spoken).max()), after])
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(audio), dtype=np.float32)
@@ -223,7 +247,9 @@ def synthesize(
         return round((time + (len(before) / SAMPLING_RATE - first)) * SAMPLING_RATE)
 
     def moved(segments: Iterable[Segment]) -> list[Segment]:
-        return [Segment(s.label, sample(s.start) / SAMPLING_RATE, sample(s.end) / SAMPLING_RATE) for s in segments]
+        return [
+            Segment(s.label, sample(s.start) / SAMPLING_RATE, sample(s.end) / SAMPLING_RATE) for s in segments
+        ]
 
     inside = moved(Segment(p.label, p.start, min(p.end, last)) for p in phones if first <= p.start < last)
     start, end = len(before) / SAMPLING_RATE, inside[-1].end
@@ -232,6 +258,7 @@ def synthesize(
         id, audio + np.float32(0.003) * noise, SAMPLING_RATE, text, voice.id, voice.language.split("-")[0],
         moved(words), [pauses[0], *inside, pauses[1]], kind=kind,
     )  # fmt: skip
+
 
 # %% ../../nbs/data/synthesis.ipynb #96f2b6f7
 with (resources.files("w2vc") / "assets" / "speech" / "script.json").open(encoding="utf-8") as _file:
@@ -271,10 +298,14 @@ class Line(NamedTuple):
         """Synthesise the line; its id is the seed."""
         return synthesize(self.text, self.voice, zlib.crc32(self.id.encode()) % 2**31, self.id, self.kind)
 
+
 # %% ../../nbs/data/synthesis.ipynb #38b5f2cf
 _MAKERS: dict[str, tuple[float, Callable[[random.Random], str]]] = {  # kind: (share of the utterances, maker)
     "sentence": (0.40, make_sentence),
-    "words": (0.35, lambda rng: " ".join(rng.choice(_SCRIPT["common words"]) for _ in range(rng.randint(3, 7)))),
+    "words": (
+        0.35,
+        lambda rng: " ".join(rng.choice(_SCRIPT["common words"]) for _ in range(rng.randint(3, 7))),
+    ),
     "digits": (0.18, make_digits),
     "keyword": (0.07, lambda rng: rng.choice(KEYWORDS)),
 }
@@ -284,7 +315,12 @@ def _many_voices(variants: list[str], each: int, seed: str) -> list[Voice]:
     """Make `each` speakers of every variant, with accents and random pitch, liveliness and rate."""
     rng, ranges = random.Random(seed), ((38, 62), (35, 65), (140, 185))
     return [
-        Voice(f"{variant}-{k}", rng.choice(["en-us", "en"]), variant, *(rng.randint(*limits) for limits in ranges))
+        Voice(
+            f"{variant}-{k}",
+            rng.choice(["en-us", "en"]),
+            variant,
+            *(rng.randint(*limits) for limits in ranges),
+        )
         for k in range(each)
         for variant in variants
     ]
@@ -306,6 +342,7 @@ def large_script(split: str) -> Iterator[Line]:
             text = _MAKERS[kind][1](rng)
         yield Line(split, f"{split}-{k:06d}", kind, text, voices[k % len(voices)])
 
+
 # %% ../../nbs/data/synthesis.ipynb #012e18a0
 def about_voices(voices: Iterable[Voice]) -> dict[str, Any]:
     """Say where synthetic speech comes from."""
@@ -326,7 +363,9 @@ def _until(lines: Iterable[Line], hours: float, label: str) -> Iterator[Utteranc
     except ImportError as error:
         raise ImportError('a progress bar needs tqdm: pip install "w2vc[synth]"') from error
     seconds = 0.0
-    with tqdm(total=round(60 * hours), unit="min", desc=label, bar_format="{l_bar}{bar}| {n:.0f}/{total} min") as bar:
+    with tqdm(
+        total=round(60 * hours), unit="min", desc=label, bar_format="{l_bar}{bar}| {n:.0f}/{total} min"
+    ) as bar:
         for line in lines:
             if seconds >= 3600 * hours:
                 return
@@ -347,7 +386,9 @@ def _synthetic(split: str = "train", hours: float = 5.0) -> Speech:
     folder = speech_cache() / name
     if not (folder / "speech.json").is_file():
         parts = {"test": hours / 15, "dev": hours / 10, "train": hours}
-        spoken = {part: _until(large_script(part), amount, f"{name} {part}") for part, amount in parts.items()}
+        spoken = {
+            part: _until(large_script(part), amount, f"{name} {part}") for part, amount in parts.items()
+        }
         voices = {line.voice for part in parts for line in itertools.islice(large_script(part), 100)}
         save_speech(folder, spoken, about_voices(sorted(voices, key=lambda voice: voice.id)))
     return load_packed(folder, name, split)

@@ -22,9 +22,25 @@ from torch.nn.functional import normalize
 from ..data.corpus import Segment
 
 # %% auto #0
-__all__ = ['EditCounts', 'eval_library', 'plain_text', 'count_edits', 'word_error_rate', 'character_error_rate', 'score_pairs',
-           'error_curve', 'OperatingPoint', 'equal_error_rate', 'min_dcf', 'DiarizationErrors', 'activity_turns',
-           'diarization_error_rate', 'Interval', 'bootstrap']
+__all__ = [
+    "EditCounts",
+    "eval_library",
+    "plain_text",
+    "count_edits",
+    "word_error_rate",
+    "character_error_rate",
+    "score_pairs",
+    "error_curve",
+    "OperatingPoint",
+    "equal_error_rate",
+    "min_dcf",
+    "DiarizationErrors",
+    "activity_turns",
+    "diarization_error_rate",
+    "Interval",
+    "bootstrap",
+]
+
 
 # %% ../../nbs/evaluation/measures.ipynb #9c515fb9
 def _rate(errors: float, total: float) -> float:
@@ -68,6 +84,7 @@ class EditCounts:
 
     def __add__(self, other: EditCounts) -> EditCounts:
         return EditCounts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
 
 # %% ../../nbs/evaluation/measures.ipynb #d86dc702
 def eval_library(name: str) -> Any:
@@ -119,6 +136,7 @@ def count_edits(
         counts.append(EditCounts(sizes["equal"], sizes["substitute"], sizes["delete"], sizes["insert"]))
     return counts
 
+
 # %% ../../nbs/evaluation/measures.ipynb #65b572a8
 def word_error_rate(
     references: str | Sequence[str],
@@ -148,6 +166,7 @@ def character_error_rate(
     """All character edits of a set over all its characters, spaces included; otherwise as `word_error_rate`."""
     return word_error_rate(references, hypotheses, normalise=normalise, unit="char")
 
+
 # %% ../../nbs/evaluation/measures.ipynb #5ab269c4
 _Floats = NDArray[np.float64]
 
@@ -165,6 +184,7 @@ def score_pairs(embeddings: Tensor, speakers: Sequence[str]) -> tuple[_Floats, N
     unit = normalize(embeddings.detach().cpu().double(), dim=1)
     names = np.asarray(speakers)
     return (unit @ unit.T).numpy(), names[:, None] == names
+
 
 # %% ../../nbs/evaluation/measures.ipynb #1e49c93b
 def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[_Floats, _Floats, _Floats]:
@@ -193,6 +213,7 @@ def error_curve(scores: ArrayLike, same: ArrayLike) -> tuple[_Floats, _Floats, _
         np.bincount(place[kind], minlength=len(thresholds)).cumsum() / kind.sum() for kind in (truth, ~truth)
     )
     return np.append(thresholds, np.inf), np.append(0.0, miss), 1 - np.append(0.0, silent)
+
 
 # %% ../../nbs/evaluation/measures.ipynb #9cc61f41
 class OperatingPoint(NamedTuple):
@@ -233,6 +254,7 @@ def min_dcf(scores: ArrayLike, same: ArrayLike, p_target: float = 0.05) -> Opera
     k = int(np.argmin(costs))
     return OperatingPoint(float(costs[k]), float(thresholds[k]))
 
+
 # %% ../../nbs/evaluation/measures.ipynb #071a2c99
 @dataclass(frozen=True)
 class DiarizationErrors:
@@ -264,6 +286,7 @@ class DiarizationErrors:
         names = ("missed", "false_alarm", "confusion", "total")
         return DiarizationErrors(*(getattr(self, name) + getattr(other, name) for name in names))
 
+
 # %% ../../nbs/evaluation/measures.ipynb #ec216c33
 def activity_turns(
     activity: ArrayLike | Tensor,
@@ -289,6 +312,7 @@ def activity_turns(
         changes = np.flatnonzero(np.diff(column, prepend=False, append=False))  # on, off, on, off, …
         turns += [Segment(name, *(first + hop * pair).tolist()) for pair in changes.reshape(-1, 2)]
     return sorted(turns, key=lambda turn: (turn.start, turn.label))
+
 
 # %% ../../nbs/evaluation/measures.ipynb #063a77b3
 def _active(turns: Sequence[Segment], middles: _Floats) -> tuple[list[str], NDArray[np.bool_]]:
@@ -328,11 +352,13 @@ def diarization_error_rate(
     pairs = eval_library("scipy.optimize").linear_sum_assignment(together, maximize=True)
     n_true, n_found = true.sum(0), found.sum(0)
     return DiarizationErrors(
-        float(lengths @ (n_true - n_found).clip(0)), float(lengths @ (n_found - n_true).clip(0)),
+        float(lengths @ (n_true - n_found).clip(0)),
+        float(lengths @ (n_found - n_true).clip(0)),
         max(float(lengths @ np.minimum(n_true, n_found) - together[pairs].sum()), 0.0),
         float(lengths @ n_true),
         {found_names[j]: true_names[i] for i, j in zip(*pairs, strict=True) if together[i, j] > 0},
     )
+
 
 # %% ../../nbs/evaluation/measures.ipynb #eba761ce
 class Interval(NamedTuple):
@@ -341,6 +367,7 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
 
 # %% ../../nbs/evaluation/measures.ipynb #280addee
 def bootstrap(

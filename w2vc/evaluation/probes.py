@@ -29,9 +29,23 @@ from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from .measures import eval_library
 
 # %% auto #0
-__all__ = ['cross_table', 'mutual_information', 'CodeMeasures', 'measure_codes', 'log_mel_frames', 'cluster_frames',
-           'code_phone_report', 'utterance_batches', 'phone_rows', 'PhoneFrames', 'phone_frames', 'fit_softmax',
-           'PhoneProbe', 'phone_probe']
+__all__ = [
+    "cross_table",
+    "mutual_information",
+    "CodeMeasures",
+    "measure_codes",
+    "log_mel_frames",
+    "cluster_frames",
+    "code_phone_report",
+    "utterance_batches",
+    "phone_rows",
+    "PhoneFrames",
+    "phone_frames",
+    "fit_softmax",
+    "PhoneProbe",
+    "phone_probe",
+]
+
 
 # %% ../../nbs/evaluation/probes.ipynb #e54ec7cb
 def cross_table(
@@ -51,6 +65,7 @@ def cross_table(
     np.add.at(table, (a, b), 1)
     return table
 
+
 # %% ../../nbs/evaluation/probes.ipynb #ab0377ab
 def _bits(counts: NDArray[Any]) -> float:
     """Entropy of counts in bits."""
@@ -61,6 +76,7 @@ def _bits(counts: NDArray[Any]) -> float:
 def mutual_information(table: NDArray[Any]) -> float:
     """How many bits the row tells about the column: H(row) + H(column) - H(row, column), from counts."""
     return max(_bits(table.sum(1)) + _bits(table.sum(0)) - _bits(table), 0.0)
+
 
 # %% ../../nbs/evaluation/probes.ipynb #123fc143
 class CodeMeasures(NamedTuple):
@@ -98,6 +114,7 @@ def measure_codes(codes: ArrayLike, phones: ArrayLike, *, seed: int = 0, shuffle
     purities = (float(table.max(axis).sum() / table.sum()) for axis in (1, 0))
     return CodeMeasures(len(names), mutual_information(table) / bits, chance / bits, *purities)
 
+
 # %% ../../nbs/evaluation/probes.ipynb #8707c81c
 def log_mel_frames(
     audio: ArrayLike, *, bands: int = 40, width: int = 400, hop: int = 320
@@ -123,6 +140,7 @@ def log_mel_frames(
     power = np.abs(np.fft.rfft(windows * np.hanning(width), size)) ** 2
     return np.asarray(np.log(power @ triangles.T + 1e-6), np.float32)
 
+
 # %% ../../nbs/evaluation/probes.ipynb #8b5dd9a2
 def cluster_frames(
     features: NDArray[Any], n_clusters: int, *, seed: int = 0, steps: int = 20
@@ -142,6 +160,7 @@ def cluster_frames(
         warnings.simplefilter("ignore", UserWarning)  # a cluster may run empty
         _, labels = eval_library("scipy.cluster.vq").kmeans2(points, start, iter=steps, minit="matrix")
     return np.asarray(labels, np.int64)
+
 
 # %% ../../nbs/evaluation/probes.ipynb #232a9011
 def code_phone_report(
@@ -180,6 +199,7 @@ def code_phone_report(
             clusters = cluster_frames(features, size, seed=seed)
             report[f"k-means {size}"] = measure_codes(clusters, numbers, seed=seed)
     return report
+
 
 # %% ../../nbs/evaluation/probes.ipynb #2f4f0db0
 def utterance_batches(
@@ -225,6 +245,7 @@ def phone_rows(utterance: Utterance, n_frames: int, config: Wav2Vec2ConformerCon
     clock = FrameClock.of(config)
     return frame_labels(utterance.phones, n_frames, clock.step, clock.middle())
 
+
 # %% ../../nbs/evaluation/probes.ipynb #a53d79df
 def _known_frames(
     model: PreTrainedModel,
@@ -250,6 +271,7 @@ def _known_frames(
     if not phones:
         raise ValueError(f"no phones are known in {speech!r}")
     return [torch.cat(parts) for parts in zip(*tables, strict=True)], np.array(phones), np.array(ids)
+
 
 # %% ../../nbs/evaluation/probes.ipynb #cdaaab21
 class PhoneFrames(NamedTuple):
@@ -286,6 +308,7 @@ def phone_frames(
     (codes, mel), phones, ids = _known_frames(model, speech, extractor, read, batch_seconds=batch_seconds)
     return PhoneFrames(codes.numpy(), mel.numpy(), phones, ids)
 
+
 # %% ../../nbs/evaluation/probes.ipynb #29dd531a
 def fit_softmax(
     features: Tensor, classes: Tensor, n_classes: int, *, penalty: float = 1.0, steps: int = 100
@@ -319,6 +342,7 @@ def fit_softmax(
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weights.detach()
 
+
 # %% ../../nbs/evaluation/probes.ipynb #011b7218
 @dataclass(frozen=True)
 class PhoneProbe:
@@ -348,6 +372,7 @@ class PhoneProbe:
         """The layer with the most right frames."""
         return self.layers[int(self.right.sum(1).argmax())]
 
+
 # %% ../../nbs/evaluation/probes.ipynb #d9da9f12
 def _classify(layer: Tensor, phones: NDArray[np.str_], learn: NDArray[np.bool_]) -> NDArray[np.str_]:
     """Fit a linear classifier on some frames, and name the phones of the others."""
@@ -357,6 +382,7 @@ def _classify(layer: Tensor, phones: NDArray[np.str_], learn: NDArray[np.bool_])
     weights = fit_softmax((known - mean) / scale, torch.from_numpy(numbers).to(layer.device), len(names))
     scores = (tested - mean) / scale @ weights[:, :-1].T + weights[:, -1]
     return np.asarray(names[scores.argmax(1).cpu().numpy()])
+
 
 # %% ../../nbs/evaluation/probes.ipynb #9af53a11
 def phone_probe(

@@ -49,9 +49,22 @@ from .probes import code_phone_report, cross_table, mutual_information
 from .probes import phone_frames, phone_probe, utterance_batches
 
 # %% auto #0
-__all__ = ['Metrics', 'Measure', 'Report', 'EvalContext', 'evaluate_ctc', 'evaluate_sequences', 'evaluate_frames',
-           'evaluate_speakers', 'contrastive_sums', 'contrastive_report', 'evaluate_pretraining', 'model_class',
-           'evaluate']
+__all__ = [
+    "Metrics",
+    "Measure",
+    "Report",
+    "EvalContext",
+    "evaluate_ctc",
+    "evaluate_sequences",
+    "evaluate_frames",
+    "evaluate_speakers",
+    "contrastive_sums",
+    "contrastive_report",
+    "evaluate_pretraining",
+    "model_class",
+    "evaluate",
+]
+
 
 # %% ../../nbs/evaluation/reports.ipynb #22b88bcb
 @dataclass(frozen=True)
@@ -83,6 +96,7 @@ class Measure:
 
 
 Metrics = tuple[dict[str, Measure], dict[str, Any]]  # figures by name; details
+
 
 # %% ../../nbs/evaluation/reports.ipynb #c9de607a
 @dataclass(repr=False)
@@ -131,6 +145,7 @@ class Report(Mapping[str, Measure]):
         parts = {"about": self.about, "measures": measures, "details": self.details, "notes": self.notes}
         text = json.dumps(parts, default=lambda array: array.tolist())  # of numpy and torch
         return dict(json.loads(text, parse_constant=lambda _: None))
+
 
 # %% ../../nbs/evaluation/reports.ipynb #4d9195c1
 @dataclass
@@ -209,6 +224,7 @@ def _ratio(rows: NDArray[Any]) -> float:
     """All of the first column over all of the second."""
     return float(rows[:, 0].sum() / rows[:, 1].sum()) if rows[:, 1].sum() else math.nan
 
+
 # %% ../../nbs/evaluation/reports.ipynb #1fa6b44c
 def evaluate_ctc(
     context: EvalContext,
@@ -243,6 +259,7 @@ def evaluate_ctc(
     ]
     return figures, {"transcripts": listed}
 
+
 # %% ../../nbs/evaluation/reports.ipynb #82d47b79
 def evaluate_sequences(context: EvalContext, target: str | None = None) -> Metrics:
     """Share of utterances that get the right label, and which is taken for which.
@@ -269,6 +286,7 @@ def evaluate_sequences(context: EvalContext, target: str | None = None) -> Metri
     figure = context.measure([u.id for u in utterances], right, np.mean, note)
     names = [config.id2label[i] for i in range(config.num_labels)]
     return {"accuracy": figure}, {"labels": names, "confusion": table, "target": name}
+
 
 # %% ../../nbs/evaluation/reports.ipynb #ac6f78c7
 def evaluate_frames(context: EvalContext, target: str | None = None) -> Metrics:
@@ -311,6 +329,7 @@ def evaluate_frames(context: EvalContext, target: str | None = None) -> Metrics:
         figures["DER"] = context.measure(ids, [(e.rate * e.total, e.total) for e in errors], _ratio, note)
     return figures, {"labels": labels, "target": target}
 
+
 # %% ../../nbs/evaluation/reports.ipynb #a4c0bc85
 def evaluate_speakers(context: EvalContext) -> Metrics:
     """Equal error rate and minimum detection costs over all pairs of utterances."""
@@ -341,6 +360,7 @@ def evaluate_speakers(context: EvalContext) -> Metrics:
         cost = judge(everyone, measures.min_dcf, p_target=p)
         figures[f"minDCF {p}"] = Measure(cost, note="1 = as good as one answer for all", percent=False)
     return figures, {"threshold": measures.equal_error_rate(scores[upper], same[upper]).threshold}
+
 
 # %% ../../nbs/evaluation/reports.ipynb #8d863293
 def contrastive_sums(
@@ -385,6 +405,7 @@ def contrastive_sums(
                 found[name] = {key: value.cpu() for key, value in sums.items()}
     return found
 
+
 # %% ../../nbs/evaluation/reports.ipynb #a97a9a13
 def contrastive_report(
     model: Wav2Vec2ConformerForPreTraining,
@@ -400,6 +421,7 @@ def _total(sums: Mapping[str, Sums]) -> Sums:
     """Add up the sums of utterances."""
     rows = list(sums.values())
     return {key: torch.stack([row[key] for row in rows]).sum(0) for key in rows[0]}
+
 
 # %% ../../nbs/evaluation/reports.ipynb #296498fb
 def _contrastive_metrics(
@@ -430,6 +452,7 @@ def _contrastive_metrics(
         "twins": context.measure(ids, column("twins", "answers"), _ratio, notes[2]),
     }
     return figures, {"contrastive": total}
+
 
 # %% ../../nbs/evaluation/reports.ipynb #2d555330
 def _code_metrics(context: EvalContext, model: Wav2Vec2ConformerForPreTraining) -> Metrics:
@@ -472,6 +495,7 @@ def _code_metrics(context: EvalContext, model: Wav2Vec2ConformerForPreTraining) 
     }
     return figures, {"codes": {name: row._asdict() for name, row in rows.items()}}
 
+
 # %% ../../nbs/evaluation/reports.ipynb #4f0bade9
 def _probe_metrics(context: EvalContext, train: Speech | None) -> Metrics:
     """The linear phone probe."""
@@ -505,6 +529,7 @@ def evaluate_pretraining(
     return {k: v for figures, _ in parts for k, v in figures.items()}, {
         k: v for _, d in parts for k, v in d.items()
     }
+
 
 # %% ../../nbs/evaluation/reports.ipynb #0a30434e
 _HEADS: dict[str, type[PreTrainedModel]] = {  # a tensor that only this head has -> its class
@@ -555,6 +580,7 @@ def _processor_of(model: PreTrainedModel) -> Any:
     kind = Wav2Vec2FeatureExtractor
     has_one = (find_folder(where, revision) / "preprocessor_config.json").is_file()
     return kind.from_pretrained(where, revision=revision) if has_one else None
+
 
 # %% ../../nbs/evaluation/reports.ipynb #1f893a47
 def evaluate(

@@ -13,16 +13,27 @@ import torch
 from torch import Tensor
 
 from ..config import refuse
-from .tracing import as_input
-from .viz import figure, plot_matrix
 from ..files.pretrained import PreTrainedModel, eval_mode
 from ..model.attention import SelfAttention
 from ..model.fast import plain_forms
 from ..model.positions import RelativePositions
+from .tracing import as_input
+from .viz import figure, plot_matrix
 
 # %% auto #0
-__all__ = ['attention_maps', 'attention_distance', 'attention_entropy', 'diagonality', 'same_label_share', 'offset_profile',
-           'distance_only', 'head_summary', 'plot_heads', 'position_profile']
+__all__ = [
+    "attention_maps",
+    "attention_distance",
+    "attention_entropy",
+    "diagonality",
+    "same_label_share",
+    "offset_profile",
+    "distance_only",
+    "head_summary",
+    "plot_heads",
+    "position_profile",
+]
+
 
 # %% ../../nbs/explore/attention.ipynb #f8548c44
 def _choice(name: str, wanted: Sequence[int] | None, n: int) -> list[int]:
@@ -61,6 +72,7 @@ def attention_maps(
         maps = base(as_input(model, audio), output_attentions=True).attentions  # L of [1, H, T, T]
     return torch.stack([maps[layer][0, heads].float().cpu() for layer in layers])
 
+
 # %% ../../nbs/explore/attention.ipynb #803ac80e
 def attention_distance(maps: Tensor, hop: float = 0.02) -> Tensor:
     """Measure how far away a head looks, on average: `[..., T, T]` to `[...]`, in milliseconds.
@@ -86,6 +98,7 @@ def diagonality(maps: Tensor, reach: int = 2) -> Tensor:
     """Measure the share of weight that a head keeps within `reach` frames: `[..., T, T]` to `[...]`."""
     return maps.triu(-reach).tril(reach).sum(-1).mean(-1)
 
+
 # %% ../../nbs/explore/attention.ipynb #53c0dc2c
 def same_label_share(maps: Tensor, labels: Sequence[str]) -> Tensor:
     """Measure the share of weight that goes to frames with the label of the frame that looks.
@@ -106,6 +119,7 @@ def same_label_share(maps: Tensor, labels: Sequence[str]) -> Tensor:
     # [T, T]
     same = torch.tensor([[mine == other for other in labels] for mine in labels], device=maps.device)
     return (maps * same).sum(-1)[..., known].mean(-1)
+
 
 # %% ../../nbs/explore/attention.ipynb #dfcacda3
 def offset_profile(maps: Tensor, reach: int = 50) -> Tensor:
@@ -132,6 +146,7 @@ def distance_only(maps: Tensor) -> Tensor:
     spread = profile[..., frames - frames[:, None] + n_frames - 1]  # [..., T, T]
     return spread / spread.sum(-1, keepdim=True)
 
+
 # %% ../../nbs/explore/attention.ipynb #67b1018a
 def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float = 0.02) -> dict[str, Tensor]:
     """Sum every head up, `[L, H]` each: `distance` (ms), `entropy`, `near` (2 frames), `same`, `by_chance`.
@@ -149,6 +164,7 @@ def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float =
         found["same"] = same_label_share(maps, labels)
         found["by_chance"] = same_label_share(distance_only(maps), labels)
     return found
+
 
 # %% ../../nbs/explore/attention.ipynb #a7cbf7a8
 def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None) -> Any:
@@ -174,6 +190,7 @@ def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = 
     for ax in axes.flat[len(tables) :]:
         ax.set_axis_off()
     return fig
+
 
 # %% ../../nbs/explore/attention.ipynb #cbf16c56
 def position_profile(model: PreTrainedModel, reach: int = 50) -> Tensor:

@@ -17,21 +17,44 @@ from ..data.audio import Wav2Vec2FeatureExtractor
 from ..data.corpus import SAMPLING_RATE, Segment, Speech, frame_labels
 from ..data.sound import Samples
 from ..evaluation.probes import CodeMeasures, code_phone_report, cross_table, log_mel_frames
-from .viz import OKABE_ITO, figure, plot_matrix
 from ..files.pretrained import eval_mode
 from ..model.fast import plain_forms
 from ..model.features import FrameClock, conv_output_lengths
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..training.monitoring import perplexity
+from .viz import OKABE_ITO, figure, plot_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['CodeFrames', 'project_codevectors', 'collect_codes', 'CodeUsage', 'code_usage', 'plot_code_usage', 'phone_counts',
-           'main_phones', 'order_together', 'CodeTable', 'code_phone_table', 'plot_code_table', 'phone_thirds',
-           'code_information', 'CodeSegment', 'code_segments', 'hear_segments', 'mean_patch', 'code_directions',
-           'flatten_to_plane', 'nearest_codes', 'Neighbour', 'code_targets', 'nearest_segments']
+__all__ = [
+    "CodeFrames",
+    "project_codevectors",
+    "collect_codes",
+    "CodeUsage",
+    "code_usage",
+    "plot_code_usage",
+    "phone_counts",
+    "main_phones",
+    "order_together",
+    "CodeTable",
+    "code_phone_table",
+    "plot_code_table",
+    "phone_thirds",
+    "code_information",
+    "CodeSegment",
+    "code_segments",
+    "hear_segments",
+    "mean_patch",
+    "code_directions",
+    "flatten_to_plane",
+    "nearest_codes",
+    "Neighbour",
+    "code_targets",
+    "nearest_segments",
+]
+
 
 # %% ../../nbs/explore/codevectors.ipynb #b1fabbc1
 @dataclass(frozen=True)
@@ -72,6 +95,7 @@ class CodeFrames:
         """Codes `[T, G]` of one utterance."""
         return self.codes[self.owner == utterance]
 
+
 # %% ../../nbs/explore/codevectors.ipynb #7b3aae7f
 @torch.no_grad()
 def project_codevectors(model: Wav2Vec2ConformerForPreTraining) -> list[NDArray[np.float32]]:
@@ -80,6 +104,7 @@ def project_codevectors(model: Wav2Vec2ConformerForPreTraining) -> list[NDArray[
     table = quantizer.codevectors.float().view(quantizer.num_groups, quantizer.num_vars, -1)  # [G, V, d]
     columns = project.weight.float().view(project.out_features, quantizer.num_groups, -1)  # [P, G, d]
     return [torch.einsum("gvd,pgd->gvp", table, columns).cpu().numpy(), project.bias.float().cpu().numpy()]
+
 
 # %% ../../nbs/explore/codevectors.ipynb #8035610f
 def collect_codes(
@@ -113,6 +138,7 @@ def collect_codes(
     width = clock.width / clock.rate
     return CodeFrames(speech, codes, owner, steps, names, mels, soft, vectors, bias, clock.step, width)
 
+
 # %% ../../nbs/explore/codevectors.ipynb #6bf42162
 class CodeUsage(NamedTuple):
     """How the codes of each group are used."""
@@ -144,6 +170,7 @@ def plot_code_usage(frames: CodeFrames, group: int, ax: Axes | None = None) -> A
     ax.legend(frameon=False, fontsize=9)
     return ax
 
+
 # %% ../../nbs/explore/codevectors.ipynb #d33abe5c
 def phone_counts(frames: CodeFrames, group: int) -> tuple[NDArray[np.int64], list[str]]:
     """Count frames per code and phone, `[V, phones]`, where the phone is known; and name the phones."""
@@ -157,6 +184,7 @@ def main_phones(frames: CodeFrames, group: int) -> list[str]:
     """The phone that chooses each code most often, `V` names; "" for a code without a known phone."""
     counts, names = phone_counts(frames, group)
     return [names[int(row.argmax())] if row.any() else "" for row in counts]
+
 
 # %% ../../nbs/explore/codevectors.ipynb #c1239340
 def order_together(table: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -179,6 +207,7 @@ def order_together(table: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.i
     x, y = left[:, 0] / np.sqrt(rows), right[0] / np.sqrt(columns)
     sign = 1 if (y <= y[columns.argmax()]).mean() > 0.5 else -1
     return np.argsort(sign * x, kind="stable"), np.argsort(sign * y, kind="stable")
+
 
 # %% ../../nbs/explore/codevectors.ipynb #35e4b792
 class CodeTable(NamedTuple):
@@ -208,6 +237,7 @@ def code_phone_table(frames: CodeFrames, group: int, *, least: int = 1) -> CodeT
     codes, phones = codes[by_code], phones[by_phone]
     return CodeTable(counts[np.ix_(codes, phones)], codes.tolist(), [names[p] for p in phones])
 
+
 # %% ../../nbs/explore/codevectors.ipynb #38b00b0f
 def plot_code_table(table: CodeTable, ax: Axes | None = None) -> Axes:
     """Draw a code x phone table: each column is a code, and shows the share of each phone in its frames."""
@@ -221,6 +251,7 @@ def plot_code_table(table: CodeTable, ax: Axes | None = None) -> Axes:
     every = range(0, len(table.codes), max(2, len(table.codes) // 24))
     ax.set_xticks(every, [str(table.codes[i]) for i in every], fontsize=9)
     return ax
+
 
 # %% ../../nbs/explore/codevectors.ipynb #16ce2f95
 def phone_thirds(frames: CodeFrames) -> NDArray[np.str_]:
@@ -260,6 +291,7 @@ def code_information(
         name: code_phone_report(chosen, values[known].tolist(), seed=seed) for name, values in labels.items()
     }
 
+
 # %% ../../nbs/explore/codevectors.ipynb #10027e1f
 class CodeSegment(NamedTuple):
     """Frames in a row with the same code."""
@@ -288,6 +320,7 @@ def _segment(frames: CodeFrames, first: int, last: int) -> CodeSegment:
     phone = str(frames.phones[(first + last) // 2])
     return CodeSegment(int(frames.owner[first]), float(start), float(end), phone)
 
+
 # %% ../../nbs/explore/codevectors.ipynb #026699e2
 def hear_segments(
     frames: CodeFrames, segments: Sequence[CodeSegment], *, context: float = 0.08, pause: float = 0.15
@@ -313,6 +346,7 @@ def hear_segments(
         ]
     return np.concatenate(pieces)
 
+
 # %% ../../nbs/explore/codevectors.ipynb #26e4e238
 def mean_patch(
     frames: CodeFrames, group: int, code: int | None = None, *, reach: int = 6
@@ -332,6 +366,7 @@ def mean_patch(
         if len(near):
             rows[k + reach] = frames.mel[near].mean(0)
     return rows
+
 
 # %% ../../nbs/explore/codevectors.ipynb #1a3d45d0
 def code_directions(frames: CodeFrames, group: int) -> NDArray[np.float32]:
@@ -360,6 +395,7 @@ def flatten_to_plane(vectors: ArrayLike) -> tuple[NDArray[np.float32], str]:
     share = 100 * (spread[:2] ** 2).sum() / (spread**2).sum()
     return flat.astype(np.float32), f"PCA: the plane keeps {share:.0f} % of the spread"
 
+
 # %% ../../nbs/explore/codevectors.ipynb #27ca1763
 def nearest_codes(frames: CodeFrames, group: int, code: int, n: int = 5) -> list[tuple[int, float]]:
     """The used codes whose vectors point most nearly in the same direction.
@@ -371,6 +407,7 @@ def nearest_codes(frames: CodeFrames, group: int, code: int, n: int = 5) -> list
     used = np.flatnonzero(frames.counts[group] > 0)
     order = used[np.argsort(-cosines[used], kind="stable")]
     return [(int(c), float(cosines[c])) for c in order if c != code][:n]
+
 
 # %% ../../nbs/explore/codevectors.ipynb #64330590
 class Neighbour(NamedTuple):
@@ -387,6 +424,7 @@ def code_targets(frames: CodeFrames) -> NDArray[np.float32]:
     """What the loss would compare with at each frame, as vectors of length 1: `[frames, P]`."""
     parts = [frames.vectors[g, column] for g, column in enumerate(frames.codes.T)]
     return _unit(np.sum(parts, 0) + frames.bias)
+
 
 # %% ../../nbs/explore/codevectors.ipynb #3aa7b126
 def nearest_segments(

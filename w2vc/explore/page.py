@@ -19,10 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import refuse
-from ..data.audio import load_audio
-from ..data.corpus import SAMPLING_RATE, Utterance, frame_labels
-from .attention import attention_maps, head_summary
 from w2vc.explore.codevectors import (
     CodeFrames,
     CodeTable,
@@ -35,14 +31,32 @@ from w2vc.explore.codevectors import (
     plot_code_table,
     plot_code_usage,
 )
-from .viz import Picture, Sound, figure, render, timeline
+
+from ..config import refuse
+from ..data.audio import load_audio
+from ..data.corpus import SAMPLING_RATE, Utterance, frame_labels
 from ..files.atomic import write_file
 from ..files.pretrained import PreTrainedModel
 from ..model.features import FrameClock
+from .attention import attention_maps, head_summary
+from .viz import Picture, Sound, figure, render, timeline
 
 # %% auto #0
-__all__ = ['data_uri', 'gray_png', 'root_bytes', 'sound_uri', 'as_utterance', 'clip_data', 'Explorer', 'save_page', 'slider',
-           'attention_explorer', 'cover_codes', 'codevector_explorer']
+__all__ = [
+    "data_uri",
+    "gray_png",
+    "root_bytes",
+    "sound_uri",
+    "as_utterance",
+    "clip_data",
+    "Explorer",
+    "save_page",
+    "slider",
+    "attention_explorer",
+    "cover_codes",
+    "codevector_explorer",
+]
+
 
 # %% ../../nbs/appendix/pages.ipynb #243af3c4
 def data_uri(kind: str, data: bytes) -> str:
@@ -63,6 +77,7 @@ def gray_png(values: NDArray[np.uint8]) -> str:
     Image.fromarray(values).save(buffer, "png", optimize=True)
     return data_uri("image/png", buffer.getvalue())
 
+
 # %% ../../nbs/appendix/pages.ipynb #eba07e2e
 def root_bytes(weights: Any) -> tuple[NDArray[np.uint8], float]:
     """Round weights `[rows, columns]` to bytes that grow with their roots; returns the largest weight, too.
@@ -74,10 +89,12 @@ def root_bytes(weights: Any) -> tuple[NDArray[np.uint8], float]:
     largest = max(float(values.max()), 1e-12)
     return np.round(255 * np.sqrt(values / largest)).astype(np.uint8), largest
 
+
 # %% ../../nbs/appendix/pages.ipynb #c482be94
 def sound_uri(audio: NDArray[Any], rate: int = SAMPLING_RATE) -> str:
     """Pack samples `[S]` as a data address, encoded as in `Sound`."""
     return data_uri(*Sound(np.asarray(audio, np.float64), rate, "sound").encoded())
+
 
 # %% ../../nbs/appendix/pages.ipynb #9b36e074
 def as_utterance(audio: Any) -> Utterance:
@@ -138,6 +155,7 @@ def _spectrogram(
     level = np.clip((decibel - decibel.max()) / decibels + 1, 0, 1) * 255
     return np.asarray(level.astype(np.uint8) // 4 * 4 + 3)  # steps of about 1 dB: the page is lighter
 
+
 # %% ../../nbs/appendix/pages.ipynb #051d17d1
 _PAGES = resources.files("w2vc") / "assets" / "pages"
 
@@ -146,6 +164,7 @@ def _script_value(value: Any) -> str:
     """Write a value as JSON that can stand in a script of a page."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, sort_keys=True)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
 
 # %% ../../nbs/appendix/pages.ipynb #9b3ffbf3
 class Explorer:
@@ -229,6 +248,7 @@ def save_page(path: str | Path, parts: Sequence[Explorer | str], *, title: str) 
     write_file(path, template.substitute(title=html.escape(title), content=content))
     return Path(path)
 
+
 # %% ../../nbs/appendix/pages.ipynb #2db1fbaf
 def slider(title: str, label: str, pictures: Mapping[str, Picture], *, start: int = 0) -> Explorer:
     """Make a slider over pictures that were drawn beforehand; it works on any page, and by keys.
@@ -255,6 +275,7 @@ def slider(title: str, label: str, pictures: Mapping[str, Picture], *, start: in
     return Explorer(
         title, "slider", {"label": label, "pages": pages, "start": start}, list(pictures.values())[start]
     )
+
 
 # %% ../../nbs/appendix/pages.ipynb #e54b28c9
 _MOST_PIXELS = 24_000_000  # of all maps of one page together; about 20 MB
@@ -326,6 +347,7 @@ def _summary_data(u: Utterance, maps: Any, clock: FrameClock) -> dict[str, list[
     summary = head_summary(maps, ["" if phone == "sil" else phone for phone in phones], clock.step)
     return {name: [[round(v, 4) for v in row] for row in table.tolist()] for name, table in summary.items()}
 
+
 # %% ../../nbs/appendix/pages.ipynb #2f074de6
 def cover_codes(frames: CodeFrames, per_code: int = 6) -> list[int]:
     """Choose few utterances in which every code is heard several times.
@@ -356,6 +378,7 @@ def cover_codes(frames: CodeFrames, per_code: int = 6) -> list[int]:
         chosen.append(owners[best])
     return chosen
 
+
 # %% ../../nbs/appendix/pages.ipynb #5214dd66
 def _group_data(frames: CodeFrames, group: int, usage: CodeUsage, reach: int) -> dict[str, Any]:
     """What a page needs of a group: its table, usage, nearest codes and mean spectrograms."""
@@ -379,6 +402,7 @@ def _group_data(frames: CodeFrames, group: int, usage: CodeUsage, reach: int) ->
         ],
         "patches": gray_png(np.round(level * 63).astype(np.uint8).reshape(-1, 2 * reach + 1) * 4),
     }  # fmt: skip
+
 
 # %% ../../nbs/appendix/pages.ipynb #69a34965
 def codevector_explorer(

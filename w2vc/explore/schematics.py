@@ -15,7 +15,7 @@ from .viz import OKABE_ITO, figure, show
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 # %% auto #0
-__all__ = ['KINDS', 'LIT', 'Box', 'Schematic']
+__all__ = ["KINDS", "LIT", "Box", "Schematic"]
 
 # %% ../../nbs/appendix/schematics.ipynb #e8c201d6
 KINDS = {
@@ -49,6 +49,7 @@ class Box:
     def middle(self) -> tuple[float, float]:
         """The point in the middle."""
         return self.x + self.w / 2, self.y + self.h / 2
+
 
 # %% ../../nbs/appendix/schematics.ipynb #4b4aa9db
 class Schematic:

@@ -33,9 +33,27 @@ from ..model.masking import compute_mask_indices
 from ..model.pretraining import contrastive_logits
 
 # %% auto #0
-__all__ = ['TraceRow', 'html_table', 'Trace', 'sound_of', 'as_input', 'main_tensor', 'trace', 'dependency_map',
-           'dependency_spans', 'frozen_statistics', 'block_map', 'record', 'Parity', 'layerwise_diff', 'masked_samples',
-           'masked_audio', 'Spotting', 'spot_the_negative']
+__all__ = [
+    "TraceRow",
+    "html_table",
+    "Trace",
+    "sound_of",
+    "as_input",
+    "main_tensor",
+    "trace",
+    "dependency_map",
+    "dependency_spans",
+    "frozen_statistics",
+    "block_map",
+    "record",
+    "Parity",
+    "layerwise_diff",
+    "masked_samples",
+    "masked_audio",
+    "Spotting",
+    "spot_the_negative",
+]
+
 
 # %% ../../nbs/explore/tracing.ipynb #62953177
 def _below_head(name: str, kind: str) -> tuple[bool, str]:
@@ -97,6 +115,7 @@ def _letters(name: str, config: Any, kind: str) -> tuple[str, ...] | None:
     found = (axes for form, axes in _axes(config, kind, below).items() if re.fullmatch(form, part))
     return next((tuple(axes.replace("-0", "").split()) for axes in found), None)
 
+
 # %% ../../nbs/explore/tracing.ipynb #1a7f5e49
 _Table = Mapping[str, tuple[int, str]]
 
@@ -133,6 +152,7 @@ def _letter_size(token: str, table: _Table) -> int:
     parts = re.findall(r"(\d*)(1$|[A-Za-z]\w*'*)-?(\d*)", token)
     return math.prod(int(times or 1) * table[letter][0] - int(less or 0) for times, letter, less in parts)
 
+
 # %% ../../nbs/explore/tracing.ipynb #5ef6d823
 _BEFORE_ATTENTION = (
     r"feature_extractor.*|feature_projection.*|encoder\.dropout"
@@ -161,6 +181,7 @@ def _sees(name: str, part: nn.Module, config: Any, kind: str) -> tuple[float, fl
     convs = [m for m in part.modules() if isinstance(m, nn.Conv1d)]
     widths = [(conv.kernel_size[0] - 1) * conv.dilation[0] + 1 for conv in convs]
     return receptive_field(widths, [conv.stride[0] for conv in convs])[0], samples
+
 
 # %% ../../nbs/explore/tracing.ipynb #3bd3b967
 class TraceRow(NamedTuple):
@@ -201,6 +222,7 @@ def _folded(rows: Iterable[TraceRow], depth: int | None) -> list[tuple[int, str,
             lines.append((level, label, row))
     return lines
 
+
 # %% ../../nbs/explore/tracing.ipynb #de3f1ef2
 _CELL = "padding:0.15em 0.7em;border-bottom:1px solid rgba(128,128,128,0.45);white-space:nowrap;text-align:"
 _TABLE = "border-collapse:collapse;font-size:0.85em;font-variant-numeric:tabular-nums;margin:0.3em 0"
@@ -240,6 +262,7 @@ class _Printed(ABC):
 
     def _repr_html_(self) -> str:
         return html_table(*self._table())
+
 
 # %% ../../nbs/explore/tracing.ipynb #e0017bcc
 def _count(number: float, unit: str = "") -> str:
@@ -292,6 +315,7 @@ class Trace(_Printed, Sequence[TraceRow]):
         if any(row.kind.endswith("GroupNorm") for row in self.rows):
             remarks += ["besides, the group norm's statistics mix a trace of all samples into every frame"]
         return "Trace of the model", heads + (["ms", "share"] if total else []), lines, remarks
+
 
 # %% ../../nbs/explore/tracing.ipynb #9b4a7b3d
 def sound_of(audio: Any) -> Samples:
@@ -351,6 +375,7 @@ def _clock(model: nn.Module) -> Iterator[list[tuple[str, nn.Module, tuple[int, .
             hooks.enter_context(part.register_forward_hook(stop))
         yield calls
 
+
 # %% ../../nbs/explore/tracing.ipynb #1b2fc0d2
 def _never_called(model: nn.Module, called: set[str]) -> dict[str, int]:
     """Parameters of the topmost parts that were not called, without those that their parents use directly."""
@@ -399,6 +424,7 @@ def trace(
             rows.append(TraceRow(name, type(part).__name__, letters, shape, numbers, *sees, spent))
     return Trace(rows, table, _never_called(model, {row.name for row in rows}), depth)
 
+
 # %% ../../nbs/explore/tracing.ipynb #fe0bf427
 def dependency_map(function: Callable[[Tensor], Any], inputs: Tensor, *, chunk: int = 64) -> Tensor:
     """Measure which steps of the input each step of the output depends on, by gradients.
@@ -446,6 +472,7 @@ def dependency_spans(map: Tensor) -> Tensor:
     last = seen.shape[1] - 1 - seen.flip(1).int().argmax(1)
     spans = torch.stack([seen.int().argmax(1), last], 1)
     return spans.masked_fill(~seen.any(1, keepdim=True), -1)
+
 
 # %% ../../nbs/explore/tracing.ipynb #a83c5eeb
 @contextmanager
@@ -521,6 +548,7 @@ def block_map(model: Any, audio: Any, name: str, *, from_samples: bool = False) 
         place = 0 if first.dim() == 2 else axis - 1  # of time in one row; the feature encoder reads [B, S]
         return dependency_map(through_part, first[0].movedim(place, 0))
 
+
 # %% ../../nbs/explore/tracing.ipynb #16b6b2f6
 _COMPARED = (
     r"feature_extractor\.conv_layers\.\d+|feature_projection"
@@ -560,6 +588,7 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
     forms = [form for form in (b, b.mT if b.dim() > 1 else b, b.squeeze(0)) if form.shape == a.shape]
     gaps = [float((a - form).abs().max() / form.abs().max().clamp_min(1e-30)) for form in forms]
     return min(gaps, default=math.nan)
+
 
 # %% ../../nbs/explore/tracing.ipynb #d50f2f44
 @dataclass(eq=False, repr=False)
@@ -619,6 +648,7 @@ class Parity(_Printed, Sequence[tuple[str, float]]):
         ax.legend(loc="upper left", fontsize=8, frameon=False, ncols=2)
         return ax
 
+
 # %% ../../nbs/explore/tracing.ipynb #1e82500a
 def layerwise_diff(
     ours: Any,
@@ -654,6 +684,7 @@ def layerwise_diff(
     if not gaps:
         raise ValueError(f"the models share no block: one has {list(a)[:3]}, the other {list(b)[:3]}")
     return Parity(gaps, tolerance)
+
 
 # %% ../../nbs/explore/tracing.ipynb #e68ffdd5
 def masked_samples(mask: Any, n_samples: int, config: Any = None) -> NDArray[np.bool_]:
@@ -692,6 +723,7 @@ def masked_audio(
     keep = np.maximum(1 - np.minimum(before, after[::-1]) / 64, 0)
     noise = np.random.default_rng(seed).standard_normal(len(sound)) * float(np.sqrt(np.mean(sound**2)))
     return np.asarray(sound * keep + (noise * (1 - keep) if fill == "noise" else 0), np.float32)
+
 
 # %% ../../nbs/explore/tracing.ipynb #76e1aba3
 @dataclass(eq=False, repr=False)
@@ -765,6 +797,7 @@ class Spotting:
         bars.margins(y=0.2)
         bars.axhline(0, color="black", linewidth=0.8)
         return fig
+
 
 # %% ../../nbs/explore/tracing.ipynb #b1ee0d6e
 def spot_the_negative(

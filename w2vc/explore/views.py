@@ -19,12 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from ..config import refuse
-from ..data.batches import turn_order
-from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
-from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
-from ..evaluation.reports import model_class
-from .codevectors import collect_codes, flatten_to_plane, phone_counts
 from w2vc.explore.page import (
     Explorer,
     as_utterance,
@@ -35,11 +29,17 @@ from w2vc.explore.page import (
     save_page,
     slider,
 )
+
+from ..config import refuse
+from ..data.batches import turn_order
+from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
+from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
+from ..evaluation.reports import model_class
+from .codevectors import collect_codes, flatten_to_plane, phone_counts
 from .tracing import as_input, html_table, trace
 from .viz import OKABE_ITO, Picture, figure, plot_matrix, plot_segments, plot_spectrogram
 
 # isort: split
-from .viz import plot_waveform, render
 from ..files.pretrained import PreTrainedModel, demo_folder, eval_mode
 from ..model.classification import Wav2Vec2ConformerForAudioFrameClassification as FrameModel
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification as SequenceModel
@@ -53,11 +53,33 @@ from ..text.alignment import TimedText, align_words, best_path, read_words, vite
 from ..text.decoding import CTCDecoder
 from ..text.tokenizer import AutoProcessor, Wav2Vec2Processor
 from ..text.transcription import frame_logits
+from .viz import plot_waveform, render
 
 # %% auto #0
-__all__ = ['SIGNS', 'open_checkpoint', 'CTCReading', 'read_ctc', 'Track', 'plain_track', 'plot_tracks', 'wrong_words',
-           'ctc_tracks', 'track_explorer', 'ctc_view', 'viterbi_scores', 'trellis_view', 'beam_view', 'speaker_vectors',
-           'plot_scores', 'speaker_view', 'error_stretches', 'turns_view', 'codes_view', 'explore_page']
+__all__ = [
+    "SIGNS",
+    "open_checkpoint",
+    "CTCReading",
+    "read_ctc",
+    "Track",
+    "plain_track",
+    "plot_tracks",
+    "wrong_words",
+    "ctc_tracks",
+    "track_explorer",
+    "ctc_view",
+    "viterbi_scores",
+    "trellis_view",
+    "beam_view",
+    "speaker_vectors",
+    "plot_scores",
+    "speaker_view",
+    "error_stretches",
+    "turns_view",
+    "codes_view",
+    "explore_page",
+]
+
 
 # %% ../../nbs/explore/views.ipynb #fb6476b9
 def open_checkpoint(
@@ -84,6 +106,7 @@ def open_checkpoint(
         with contextlib.suppress(FileNotFoundError):  # weights alone: the usual feature extractor will do
             processor = AutoProcessor.from_pretrained(model.name_or_path, revision=model.revision)
     return model, processor
+
 
 # %% ../../nbs/explore/views.ipynb #bd1729e1
 @dataclass(frozen=True)
@@ -147,6 +170,7 @@ def read_ctc(model: Any, audio: Any, processor: Any = None, *, text: str | None 
     aligned = align_words(logits, text, processor, wildcard=True, **facts) if text.strip() else []
     clock = FrameClock.of(model.config, adapter=True)
     return CTCReading(u, log_probs, symbols, blank, tuple(read), tuple(aligned), clock)
+
 
 # %% ../../nbs/explore/views.ipynb #b75f0146
 # the pattern of each kind of error
@@ -219,6 +243,7 @@ def _plot_track(ax: Any, track: Track, hop: float) -> None:
             if sign and label.get_text():
                 label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
 
+
 # %% ../../nbs/explore/views.ipynb #8fc861f1
 def wrong_words(read: Sequence[str], said: Sequence[str]) -> list[bool]:
     """Say for each word that was read whether it stands at no place where the said words agree with it."""
@@ -242,6 +267,7 @@ def ctc_tracks(reading: CTCReading, least: float = 0.1) -> list[Track]:
     letters = plain_track("", [c for w in read for c in w.chars])
     heat = Track("", heat=chances[:, order].T.numpy(), labels=[reading.symbols[i] for i in order])
     return [*tracks, Track("read", words), letters, heat]
+
 
 # %% ../../nbs/explore/views.ipynb #32eac120
 def track_explorer(
@@ -286,6 +312,7 @@ def _track_data(track: Track) -> dict[str, Any]:
     rows = [[label, round(a, 3), round(b, 3), sign] for label, a, b, sign in track.stretches]
     return {"name": track.name, "stretches": rows}
 
+
 # %% ../../nbs/explore/views.ipynb #77bd00d6
 def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None = None) -> Explorer:
     """Show how a CTC model reads: letters over time, the text read, the known text aligned.
@@ -322,6 +349,7 @@ def ctc_view(model: Any, audio: Any, processor: Any = None, *, text: str | None 
 def _at(segments: Sequence[Any], time: float) -> Any:
     """The segment at a time, or None."""
     return next((s for s in segments if s.start <= time < s.end), None)
+
 
 # %% ../../nbs/explore/views.ipynb #9a7e4f31
 def viterbi_scores(log_probs: Tensor, states: Tensor, bars: Tensor) -> Tensor:
@@ -389,6 +417,7 @@ def trellis_view(
         "it, in steps.",
     )
 
+
 # %% ../../nbs/explore/views.ipynb #89b7b7ae
 def beam_view(
     model: Any,
@@ -432,6 +461,7 @@ def beam_view(
     title = f"Beam search, width {beam_width}: {reading.utterance.text or reading.utterance.id}"
     return slider(title, "heard so far", pictures, start=len(pictures) - 1)
 
+
 # %% ../../nbs/explore/views.ipynb #800eb131
 def speaker_vectors(model: Any, speech: Speech) -> Tensor:
     """Compute one vector per utterance, `[utterances, D]`, in the order of the speech.
@@ -473,6 +503,7 @@ def plot_scores(scores: Any, same: Any, ax: Any = None, *, threshold: float | No
     ax.set_title(f"threshold {threshold:.2f}: {errors}", fontsize=9.5)
     ax.legend(frameon=False, fontsize=8)
     return ax
+
 
 # %% ../../nbs/explore/views.ipynb #fa654130
 def speaker_view(model: Any, speech: Speech) -> Picture:
@@ -538,6 +569,7 @@ def _plot_voices(ax: Any, vectors: Tensor, names: Sequence[str]) -> None:
             loc="upper center",
             bbox_to_anchor=(0.5, -0.08),
         )
+
 
 # %% ../../nbs/explore/views.ipynb #cdc8ab63
 def error_stretches(truth: Tensor, found: Tensor, hop: float) -> list[tuple[str, float, float, str]]:
@@ -614,6 +646,7 @@ def turns_view(model: Any, audio: Any) -> Explorer:
     )
     return track_explorer(f"Who speaks when: {u.id}", u, tracks, said, clock, facts=facts, alt=alt)
 
+
 # %% ../../nbs/explore/views.ipynb #8c4731a2
 def codes_view(model: Any, audio: Any, extractor: Any = None, *, reference: Speech | None = None) -> Explorer:
     """Show which codes a quantizer chooses when, each with the phone that uses it most.
@@ -656,6 +689,7 @@ def codes_view(model: Any, audio: Any, extractor: Any = None, *, reference: Spee
     said = [f"{text}." for text in said]
     return track_explorer(f"Codes: {u.text or u.id}", u, tracks, said, clock, facts=facts, alt=alt)
 
+
 # %% ../../nbs/explore/views.ipynb #cacb088a
 def _answers(model: SequenceModel, utterance: Utterance, n: int = 10) -> str:
     """The `n` most probable labels of a recording, as a table of HTML."""
@@ -688,6 +722,7 @@ def _views(model: PreTrainedModel, processor: Any, u: Utterance, text: str | Non
     if isinstance(model, FrameModel) and resolve_problem_type(model.config) == "multi_label_classification":
         return ["<h2>Turns</h2>", turns_view(model, u)]
     return []
+
 
 # %% ../../nbs/explore/views.ipynb #285ff7f2
 def explore_page(

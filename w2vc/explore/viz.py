@@ -25,9 +25,29 @@ import numpy as np
 from ..config import Wav2Vec2ConformerConfig
 
 # %% auto #0
-__all__ = ['OKABE_ITO', 'HATCHES', 'MAP_BLOCKS', 'Palette', 'figure', 'Picture', 'show', 'render', 'plot_waveform',
-           'plot_spectrogram', 'Sound', 'player', 'plot_matrix', 'plot_frames', 'plot_mask', 'plot_segments',
-           'plot_attention', 'plot_codes', 'timeline', 'draw_map', 'show_map']
+__all__ = [
+    "OKABE_ITO",
+    "HATCHES",
+    "MAP_BLOCKS",
+    "Palette",
+    "figure",
+    "Picture",
+    "show",
+    "render",
+    "plot_waveform",
+    "plot_spectrogram",
+    "Sound",
+    "player",
+    "plot_matrix",
+    "plot_frames",
+    "plot_mask",
+    "plot_segments",
+    "plot_attention",
+    "plot_codes",
+    "timeline",
+    "draw_map",
+    "show_map",
+]
 
 # %% ../../nbs/appendix/drawing.ipynb #68ff3091
 try:
@@ -43,6 +63,7 @@ except ImportError as error:
     raise ImportError(
         'w2vc.explore.viz draws with matplotlib and IPython: pip install "w2vc[viz]"'
     ) from error
+
 
 # %% ../../nbs/appendix/drawing.ipynb #571ac6ef
 class Palette(NamedTuple):
@@ -61,6 +82,7 @@ class Palette(NamedTuple):
 OKABE_ITO = Palette()
 HATCHES = ("", "////", "....", "\\\\\\\\", "xx", "--", "++", "oo")  # the second sign beside colour
 _INK, _PAPER = "#222222", "#FFFFFF"
+
 
 # %% ../../nbs/appendix/drawing.ipynb #1af4333d
 def figure(
@@ -94,6 +116,7 @@ def figure(
 def _axes(ax: Axes | None, width: float = 7.0, height: float = 2.2) -> Axes:
     """Return the axes given, or those of a new figure."""
     return figure(width=width, height=height)[1] if ax is None else ax
+
 
 # %% ../../nbs/appendix/drawing.ipynb #892e79d4
 @dataclass(repr=False)
@@ -151,6 +174,7 @@ def render(fig: Figure, alt: str) -> Picture:
             break
     return Picture(packed.getvalue(), " ".join(alt.split()), round(fig.get_figwidth() * 100))
 
+
 # %% ../../nbs/appendix/drawing.ipynb #c4a34b9c
 def _array(values: Any, ndim: int | tuple[int, ...], name: str) -> np.ndarray:
     """Turn a tensor or a list into an array of the right number of dimensions."""
@@ -168,6 +192,7 @@ def _time_axis(ax: Axes, end: float, label: str = "time (s)") -> None:
     ax.set_xlim(0, end)
     ax.set_xlabel(label)
 
+
 # %% ../../nbs/appendix/drawing.ipynb #feea5285
 def plot_waveform(audio: Any, rate: int, ax: Axes | None = None, *, color: str = OKABE_ITO.blue) -> Axes:
     """Draw samples `[S]` over time in seconds, at `rate` samples per second."""
@@ -182,6 +207,7 @@ def plot_waveform(audio: Any, rate: int, ax: Axes | None = None, *, color: str =
     _time_axis(ax, max(audio.size, 1) / rate)
     ax.set_ylabel("amplitude")
     return ax
+
 
 # %% ../../nbs/appendix/drawing.ipynb #a6b008b9
 def plot_spectrogram(
@@ -208,6 +234,7 @@ def plot_spectrogram(
     _time_axis(ax, max(audio.size, 1) / rate)
     ax.set(ylim=(0, (top_hz or rate / 2) / 1000), ylabel="frequency (kHz)")
     return ax
+
 
 # %% ../../nbs/appendix/drawing.ipynb #2a8623af
 @dataclass(repr=False)
@@ -269,6 +296,7 @@ def player(audio: Any, rate: int, label: str, *, seconds: float = 3.0) -> None:
         fade = min(audio.size, round(0.01 * rate))  # no click at the cut
         audio[audio.size - fade :] *= np.linspace(1, 0, fade)
     display(Sound(audio, rate, label.strip()))
+
 
 # %% ../../nbs/appendix/drawing.ipynb #65d7e6f6
 def plot_matrix(
@@ -336,6 +364,7 @@ def _ink_on(color: Any) -> str:
     """Black on what is bright, white on what is dark: the eye weighs green most and blue least."""
     return "black" if np.dot(color[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 
+
 # %% ../../nbs/appendix/drawing.ipynb #e97b5c87
 def plot_frames(
     frames: Any,
@@ -350,6 +379,7 @@ def plot_frames(
     frames = _array(frames, 2, "frames")
     extent = (0.0, len(frames) * hop, frames.shape[1] - 0.5, -0.5)
     return plot_matrix(frames.T, ax, xlabel, ylabel, extent=extent, **look)
+
 
 # %% ../../nbs/appendix/drawing.ipynb #fd5938cf
 def plot_mask(
@@ -375,6 +405,7 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     """Split a sequence into runs of equal values: (first, one past the last)."""
     cuts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
     return list(itertools.pairwise(cuts)) if len(values) else []
+
 
 # %% ../../nbs/appendix/drawing.ipynb #286a7620
 def plot_segments(segments: Iterable[Any], ax: Axes | None = None, *, ylabel: str = "") -> Axes:
@@ -414,6 +445,7 @@ class _FittedText(Text):
             self.set_fontsize(size)
             super().draw(renderer)
 
+
 # %% ../../nbs/appendix/drawing.ipynb #33ee061f
 def plot_attention(attention: Any, ax: Axes | None = None, hop: float | None = 0.02, **look: Any) -> Axes:
     """Draw an attention map: each row is a frame that looks, each column a frame that is looked at.
@@ -430,6 +462,7 @@ def plot_attention(attention: Any, ax: Axes | None = None, hop: float | None = 0
     look = {"colorbar": "attention weight"} | look
     extent = None if hop is None else (0.0, columns * hop, rows * hop, 0.0)
     return plot_matrix(attention, _axes(ax, width=4.6, height=3.9), extent=extent, **look)
+
 
 # %% ../../nbs/appendix/drawing.ipynb #9a404231
 _TINTS = ("#9CCBE8", "#F3C28F", "#8FD1BA", "#F7DE8C", "#DDB3CB", "#C9E3F5", "#EFEAA0", "#C8C8C8")
@@ -472,6 +505,7 @@ def plot_codes(
     ax.set_ylim(groups - 0.5, -0.5)
     ax.set_yticks(range(groups), [f"group {g}" for g in range(groups)])
     return ax
+
 
 # %% ../../nbs/appendix/drawing.ipynb #5df326ff
 def timeline(
@@ -541,6 +575,7 @@ def _named(values: Any, name: str) -> Mapping[str, Any]:
     """Things by name: a dict as it is, one thing under `name`, nothing for None."""
     return values if isinstance(values, Mapping) else {} if values is None else {name: values}
 
+
 # %% ../../nbs/appendix/drawing.ipynb #f79d9c20
 _MAP: dict[str, Any] = json.loads((resources.files("w2vc") / "assets" / "map.json").read_text("utf-8"))
 MAP_BLOCKS = (*[key for key in _MAP["boxes"] if "/" not in key], "wav2vec2")  # "a/b" belongs to block a
@@ -584,6 +619,7 @@ def _draw_signs(ax: Axes) -> None:
         cells += [(162 + 16.5 * (i % 4), 345 + 12 * (i // 4), 14, 10, chosen.get(i, "white"), _INK, 0.6)]
     for x, y, w, h, color, edge, line in cells:
         ax.add_patch(Rectangle((x, y), w, h, facecolor=color, edgecolor=edge, linewidth=line, zorder=4))
+
 
 # %% ../../nbs/appendix/drawing.ipynb #b1c41d77
 def draw_map(block: str | None = None, config: Any = None) -> tuple[Figure, str]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['write_file', 'read_json', 'replace_folder', 'finish_saves', 'read_folder']
+__all__ = ["write_file", "read_json", "replace_folder", "finish_saves", "read_folder"]
+
 
 # %% ../../nbs/files/atomic.ipynb #4e4b66c8
 def _flush(path: Path) -> None:
@@ -55,6 +56,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
 
+
 # %% ../../nbs/files/atomic.ipynb #19e4711e
 _SAVES = ".save"  # in a folder that is being written: a folder *.new or *.done for each save
 _OLD = ".old.json"  # in such a folder: the files that must go, and which ones they were
@@ -67,6 +69,7 @@ def _identity(path: Path) -> list[int]:
     except FileNotFoundError:
         return []
 
+
 # %% ../../nbs/files/atomic.ipynb #a868c5c6
 def _new_save(saves: Path) -> Path:
     """Make an empty folder *.new for the files of one save."""
@@ -78,6 +81,7 @@ def _new_save(saves: Path) -> Path:
         with suppress(FileNotFoundError):  # somebody has just finished another save, and tidied up
             fresh.mkdir(parents=True)
     return fresh
+
 
 # %% ../../nbs/files/atomic.ipynb #83269c4e
 def _commit(fresh: Path, target: Path, remove: Iterable[str]) -> None:
@@ -92,6 +96,7 @@ def _commit(fresh: Path, target: Path, remove: Iterable[str]) -> None:
     write_file(fresh / _OLD, json.dumps({name: _identity(target / name) for name in sorted(names)}))
     _flush(target)
     os.rename(fresh, fresh.with_suffix(".done"))  # from this instant the save has happened
+
 
 # %% ../../nbs/files/atomic.ipynb #f6f074b2
 @contextmanager
@@ -123,6 +128,7 @@ def replace_folder(target: str | os.PathLike[str], remove: Iterable[str] = ()) -
     with suppress(FileNotFoundError):  # a reader has finished it
         _flush(saves)
     finish_saves(target)
+
 
 # %% ../../nbs/files/atomic.ipynb #d551db24
 @contextmanager
@@ -173,6 +179,7 @@ def _finish(saved: Path, folder: Path) -> None:
             os.replace(path, place)
     _flush(folder)
     shutil.rmtree(saved, ignore_errors=True)
+
 
 # %% ../../nbs/files/atomic.ipynb #8056e078
 _Result = TypeVar("_Result")

@@ -19,14 +19,15 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from ..config import refuse
-from .atomic import replace_folder
 from ..model.attention import SelfAttention, attend, hide_padding
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.fast import slow_down
 from ..model.features import receptive_field
+from .atomic import replace_folder
 
 # %% auto #0
-__all__ = ['export_model', 'export_onnx', 'onnx_session', 'onnx_difference']
+__all__ = ["export_model", "export_onnx", "onnx_session", "onnx_difference"]
+
 
 # %% ../../nbs/files/export.ipynb #a74c0de2
 class _ExportedSelfAttention(SelfAttention):
@@ -52,6 +53,7 @@ class _ExportedSelfAttention(SelfAttention):
         if frame_mask is not None:
             bias = hide_padding(bias, frame_mask, query.dtype)
         return attend(query, key, value, bias, self.dropout)[0], None
+
 
 # %% ../../nbs/files/export.ipynb #40c1791a
 class _CTCProgram(nn.Module):
@@ -79,6 +81,7 @@ class _CTCProgram(nn.Module):
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         logits: Tensor = self.model(input_values, attention_mask, return_dict=True).logits
         return logits
+
 
 # %% ../../nbs/files/export.ipynb #0c2ed0f4
 def export_model(
@@ -116,6 +119,7 @@ def export_model(
         return torch.export.export(
             program, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
+
 
 # %% ../../nbs/files/export.ipynb #3fe83442
 _LARGEST_FILE = (
@@ -170,6 +174,7 @@ def export_onnx(
     with replace_folder(path.parent) as folder:
         converted.save(folder / path.name, external_data=large)
     return path
+
 
 # %% ../../nbs/files/export.ipynb #5aba05f0
 def onnx_session(path: str | os.PathLike[str], threads: int | None = None) -> Any:

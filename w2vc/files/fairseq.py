@@ -25,14 +25,15 @@ from torch import Tensor
 
 from ..config import Wav2Vec2ConformerConfig
 from ..data.audio import Wav2Vec2FeatureExtractor
-from .atomic import replace_folder
-from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, load_into, modern_name, read_dtype
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor, vocabulary_problems
+from .atomic import replace_folder
+from .pretrained import BASE, OLD_WEIGHTS, PreTrainedModel, load_into, modern_name, read_dtype
 
 # %% auto #0
-__all__ = ['read_torch_file', 'FairseqCheckpoint', 'read_fairseq', 'load_fairseq', 'convert_fairseq']
+__all__ = ["read_torch_file", "FairseqCheckpoint", "read_fairseq", "load_fairseq", "convert_fairseq"]
+
 
 # %% ../../nbs/files/fairseq.ipynb #433c9660
 class _Stub:
@@ -67,6 +68,7 @@ class _PlainDict(dict[Any, Any]):
 
     def __setstate__(self, state: Any) -> None:
         pass
+
 
 # %% ../../nbs/files/fairseq.ipynb #6831393e
 class _Storage(NamedTuple):
@@ -110,6 +112,7 @@ class _Unpickler(pickle.Unpickler):
                     return self.storages.setdefault(key, _Storage(key, dtype, size))
         raise ValueError("it has an address of another kind")
 
+
 # %% ../../nbs/files/fairseq.ipynb #750c039b
 def _check_program(file: IO[bytes], n_bytes: int) -> None:
     """Reject a pickle that reaches outside its file, memorises more than it has bytes, or hashes for ever."""
@@ -143,6 +146,7 @@ def _read_pickle(file: IO[bytes], n_bytes: int) -> tuple[Any, dict[str, _Storage
     file.seek(start)
     unpickler = _Unpickler(file)
     return unpickler.load(), unpickler.storages
+
 
 # %% ../../nbs/files/fairseq.ipynb #8b556095
 def _open_zip(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage], bytes]]:
@@ -183,6 +187,7 @@ def _open_legacy(file: IO[bytes], n_bytes: int) -> tuple[Any, Callable[[_Storage
 
     return content, read
 
+
 # %% ../../nbs/files/fairseq.ipynb #4a5ff0f8
 def _read_tensors(
     stubs: Mapping[str, Any], read: Callable[[_Storage], bytes], n_bytes: int
@@ -216,6 +221,7 @@ def _read_tensors(
             raise ValueError(f"{name} does not fit into its {storage.size} stored numbers")
         tensors[name] = tensor.contiguous()
     return tensors
+
 
 # %% ../../nbs/files/fairseq.ipynb #a3792f05
 def read_torch_file(
@@ -256,6 +262,7 @@ def read_torch_file(
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is rejected: it is damaged or cut short ({why})") from None
 
+
 # %% ../../nbs/files/fairseq.ipynb #d3848711
 def _contents(stub: _Stub) -> Any:
     """What a stub holds: content of an OmegaConf node, an object's public attributes, or its arguments."""
@@ -288,6 +295,7 @@ def _plain_data(value: Any) -> Any:
 
     return unwrap(value, 0)
 
+
 # %% ../../nbs/files/fairseq.ipynb #269a4152
 def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
     """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4", lists of (channels, kernel, stride), without `eval`."""
@@ -298,8 +306,9 @@ def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
                 return ast.literal_eval(node)
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return (read(left) + read(right))[:101]
-            case ast.BinOp(left=layers, op=ast.Mult(), right=ast.Constant(value=int(times))) | ast.BinOp(
-                left=ast.Constant(value=int(times)), op=ast.Mult(), right=layers
+            case (
+                ast.BinOp(left=layers, op=ast.Mult(), right=ast.Constant(value=int(times)))
+                | ast.BinOp(left=ast.Constant(value=int(times)), op=ast.Mult(), right=layers)
             ) if times <= 100:
                 return (read(layers) * times)[:101]
         raise ValueError
@@ -310,6 +319,7 @@ def _read_conv_layers(text: str) -> list[tuple[int, int, int]]:
             return layers
     allowed = "a list of at most 100 (channels, kernel, stride), such as '[(512, 10, 5)] + [(512, 3, 2)] * 4'"
     raise ValueError(f"conv_feature_layers={text[:80]!r} must be {allowed}")
+
 
 # %% ../../nbs/files/fairseq.ipynb #014916d1
 _SAME = (
@@ -386,6 +396,7 @@ def _convert_state_dict(
             tensors[ours] = tensor
     return tensors, unused
 
+
 # %% ../../nbs/files/fairseq.ipynb #bc4ff478
 _SAME_MEANING: dict[str, str] = {  # fairseq's setting -> our option
     "conv_bias": "conv_bias", "dropout_input": "feat_proj_dropout",
@@ -428,6 +439,7 @@ _TUNED = (  # what fine-tuning replaces
     "blank_weight",
 )  # fmt: skip
 
+
 # %% ../../nbs/files/fairseq.ipynb #00a7470f
 def _section(cfg: Any, name: str) -> Mapping[str, Any]:
     """One section of settings; in a flat list every section is the whole list."""
@@ -459,6 +471,7 @@ def _read_settings(cfg: Mapping[str, Any], kind: str, errors: list[str]) -> dict
             value = default
         settings[name] = value
     return settings
+
 
 # %% ../../nbs/files/fairseq.ipynb #1c8315a6
 _NEEDED: list[tuple[str, str, tuple[Any, ...], str]] = [  # kind, setting, what it must be, and why
@@ -516,6 +529,7 @@ def _check_settings(
         notes.append(f"loss_weights={weights!r}: the penalty on large features is no part of our loss")
     return notes
 
+
 # %% ../../nbs/files/fairseq.ipynb #8569dcae
 def _convert_config(
     s: Mapping[str, Any], kind: str, vocab_size: int | None, errors: list[str]
@@ -555,6 +569,7 @@ def _convert_config(
         errors.append(str(error))
         return Wav2Vec2ConformerConfig()
 
+
 # %% ../../nbs/files/fairseq.ipynb #ae76a041
 @dataclass(eq=False)
 class FairseqCheckpoint:
@@ -575,6 +590,7 @@ class FairseqCheckpoint:
         """Prepares sound as the model was trained on it."""
         masked = self.config.feat_extract_norm == "layer"
         return Wav2Vec2FeatureExtractor(do_normalize=self.normalize, return_attention_mask=masked)
+
 
 # %% ../../nbs/files/fairseq.ipynb #39c4af7e
 def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
@@ -619,6 +635,7 @@ def read_fairseq(path: str | os.PathLike[str]) -> FairseqCheckpoint:
     normalize = settings["normalize"]
     return FairseqCheckpoint(repr(path), config, tensors, kind, cfg, normalize, symbols, notes, unused)
 
+
 # %% ../../nbs/files/fairseq.ipynb #c08afbca
 def load_fairseq(
     path: str | os.PathLike[str] | FairseqCheckpoint,
@@ -655,6 +672,7 @@ def load_fairseq(
     model.load_report = load_into(model, tensors, device=device, strict=strict, source=checkpoint.source)
     return model.to(device=device, dtype=dtype).eval()
 
+
 # %% ../../nbs/files/fairseq.ipynb #ccec698b
 def _read_dictionary(path: str | os.PathLike[str]) -> list[str]:
     """Read the symbols of a fairseq dictionary, `dict.ltr.txt`, in the order of the outputs."""
@@ -687,6 +705,7 @@ def _make_tokenizer(symbols: Sequence[str], vocab_size: int) -> Wav2Vec2CTCToken
     if problems := vocabulary_problems(vocab, pad, unk, blank=0, size=vocab_size):
         warnings.warn(f"dictionary: {'; '.join(problems)}", stacklevel=3)
     return Wav2Vec2CTCTokenizer(vocab, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=pad)
+
 
 # %% ../../nbs/files/fairseq.ipynb #7905e4c4
 def convert_fairseq(

@@ -13,7 +13,8 @@ from pathlib import Path
 from .atomic import finish_saves
 
 # %% auto #0
-__all__ = ['missing_file', 'find_folder']
+__all__ = ["missing_file", "find_folder"]
+
 
 # %% ../../nbs/files/hub.ipynb #983df23d
 def missing_file(name_or_folder: str | os.PathLike[str], what: str) -> FileNotFoundError:

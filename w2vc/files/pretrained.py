@@ -25,13 +25,29 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Wav2Vec2ConformerConfig, refuse
+from ..model.features import frame_mask, valid_lengths
 from .atomic import read_folder, read_json, replace_folder, write_file
 from .hub import find_folder, missing_file
-from ..model.features import frame_mask, valid_lengths
 
 # %% auto #0
-__all__ = ['WINDOW', 'BASE', 'OLD_WEIGHTS', 'ENCODER', 'modern_name', 'read_checkpoint', 'LoadReport', 'match_names', 'load_into',
-           'read_dtype', 'PreTrainedModel', 'eval_mode', 'best_device', 'save_head', 'demo_folder']
+__all__ = [
+    "WINDOW",
+    "BASE",
+    "OLD_WEIGHTS",
+    "ENCODER",
+    "modern_name",
+    "read_checkpoint",
+    "LoadReport",
+    "match_names",
+    "load_into",
+    "read_dtype",
+    "PreTrainedModel",
+    "eval_mode",
+    "best_device",
+    "save_head",
+    "demo_folder",
+]
+
 
 # %% ../../nbs/files/pretrained.ipynb #62f6be79
 def _frequencies(width: int, base: float) -> Tensor:
@@ -70,6 +86,7 @@ def _initial_values(name: str, tensor: Tensor, module: Any, deviation: float) ->
         return False
     return True
 
+
 # %% ../../nbs/files/pretrained.ipynb #606d4392
 def modern_name(name: str) -> str:
     """Weight norm's tensors under the names that torch gives them today."""
@@ -83,6 +100,7 @@ def _list_some(names: Iterable[str], most: int = 12) -> str:
     """Join names for a message; the end of a long list is counted."""
     names = list(names)
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
 
 # %% ../../nbs/files/pretrained.ipynb #a9b24cc4
 WINDOW = 64_000_000  # bytes of a file that are looked at before its map is closed and opened anew
@@ -118,6 +136,7 @@ def _read_safetensors(path: Path, place: _Place) -> dict[str, Tensor]:
                     break
     return tensors
 
+
 # %% ../../nbs/files/pretrained.ipynb #54b50137
 def _read_tensors(path: Path, place: _Place) -> dict[str, Tensor]:
     """Read one weight file, and nothing but tensors; a damaged or hostile one is a ValueError."""
@@ -136,6 +155,7 @@ def _read_tensors(path: Path, place: _Place) -> dict[str, Tensor]:
         raise ValueError(f"{path} is refused: it must hold a dict of tensors by name")
     tensors = dict(tensors)
     return {name: place(name, tensors.pop(name)) for name in list(tensors)}
+
 
 # %% ../../nbs/files/pretrained.ipynb #fd70cf7a
 def _read_index(index: Path) -> dict[str, str]:
@@ -169,6 +189,7 @@ def _read_weights(folder: Path, name: str, place: _Place) -> dict[str, Tensor] |
         tensors |= found
     return tensors
 
+
 # %% ../../nbs/files/pretrained.ipynb #3ffc4626
 def read_checkpoint(
     name_or_path: str | os.PathLike[str],
@@ -201,6 +222,7 @@ def read_checkpoint(
             return {modern_name(name): tensor for name, tensor in tensors.items()}
     raise missing_file(name_or_path, "weights: no model.safetensors, pytorch_model.bin or index of shards")
 
+
 # %% ../../nbs/files/pretrained.ipynb #7a64da32
 BASE = "wav2vec2_conformer"  # the attribute under which heads hold the base model
 _OPTIONAL = ("adapter", "masked_spec_embed")  # parts of the base model that a config can add or leave out
@@ -227,6 +249,7 @@ class LoadReport:
         lists = {"missing": self.missing, "unexpected": self.unexpected, "mis-shaped": self.mismatched}
         filled = {kind: names for kind, names in lists.items() if names}
         return "\n".join(f"  {kind} ({len(names)}): {_list_some(names)}" for kind, names in filled.items())
+
 
 # %% ../../nbs/files/pretrained.ipynb #5a6e10e3
 def match_names(
@@ -271,6 +294,7 @@ def match_names(
             (report.unexpected if part(full) in in_model else report.ignored).append(name)
     return report, pairs
 
+
 # %% ../../nbs/files/pretrained.ipynb #756ad0cf
 def _materialise(
     model: PreTrainedModel, names: list[str], dtype: torch.dtype, device: torch.device | str
@@ -295,6 +319,7 @@ def _check_rotary(loaded: Mapping[str, Tensor], base: float, source: str) -> Non
             if not torch.allclose(found.float().cpu(), wanted, rtol=0.01):
                 allowed = f"that of {source}, whose {name} holds other frequencies"
                 raise refuse("rotary_embedding_base", base, allowed)
+
 
 # %% ../../nbs/files/pretrained.ipynb #1c37dc56
 def load_into(
@@ -335,6 +360,7 @@ def load_into(
         raise RuntimeError(f"{type(model).__name__} keeps tensors that no file can hold: {_list_some(left)}")
     return report
 
+
 # %% ../../nbs/files/pretrained.ipynb #672060b0
 def _initialise(model: PreTrainedModel, names: Collection[str] | None) -> None:
     """Give the tensors of a model their initial values: its own ones, or those that are named."""
@@ -351,6 +377,7 @@ def _initialise(model: PreTrainedModel, names: Collection[str] | None) -> None:
             known = _initial_values(name, own[name], module, model.config.initializer_range)
             if names is not None and not known:
                 raise RuntimeError(f"{name} is not in the file, and there is no rule for it")
+
 
 # %% ../../nbs/files/pretrained.ipynb #8e43a847
 # old weights, which go when new ones come
@@ -376,6 +403,7 @@ def _save_weights(tensors: Mapping[str, Tensor], folder: Path, most_bytes: int) 
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
 
+
 # %% ../../nbs/files/pretrained.ipynb #8693c968
 def _save(
     model: PreTrainedModel,
@@ -396,6 +424,7 @@ def _save(
     with replace_folder(folder, OLD_WEIGHTS) as fresh:
         config.save_pretrained(fresh)
         _save_weights(tensors, fresh, most_bytes)
+
 
 # %% ../../nbs/files/pretrained.ipynb #47a647d2
 ENCODER = "encoder_folder"  # key of config.json beside a head alone: where its base model is, seen from there
@@ -426,13 +455,18 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         raise refuse("dtype", dtype, allowed)
     return dtype
 
+
 # %% ../../nbs/files/pretrained.ipynb #633da1b0
 _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
 def _load(  # noqa: PLR0917
-    cls: type[_Model], name_or_path: str | os.PathLike[str], revision: str | None,
-    dtype: torch.dtype | str | None, device: torch.device | str | None, strict: bool,
+    cls: type[_Model],
+    name_or_path: str | os.PathLike[str],
+    revision: str | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    strict: bool,
     overrides: dict[str, Any],
 ) -> _Model:
     """Do what `PreTrainedModel.from_pretrained` promises."""
@@ -459,6 +493,7 @@ def _load(  # noqa: PLR0917
     model.name_or_path = os.path.abspath(name_or_path) if local else os.fspath(name_or_path)
     model.revision = revision
     return model.to(device=device).eval()  # the tensors were read in their dtype
+
 
 # %% ../../nbs/files/pretrained.ipynb #a5c8eb4e
 class PreTrainedModel(nn.Module):
@@ -493,8 +528,13 @@ class PreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None, revision: str | None = None, strict: bool = True,
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        strict: bool = True,
         **config_overrides: Any,
     ) -> Self:
         """Load a model from a folder or from the hub; it comes back in eval mode.
@@ -565,6 +605,7 @@ class PreTrainedModel(nn.Module):
         lengths = self._get_feat_extract_output_lengths(valid_lengths(attention_mask), add_adapter)
         return frame_mask(lengths, feature_vector_length)
 
+
 # %% ../../nbs/files/pretrained.ipynb #a23d2747
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -578,6 +619,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
+
 # %% ../../nbs/files/pretrained.ipynb #b3577d02
 def best_device() -> torch.device:
     """Where to compute: what `W2VC_DEVICE` names, such as "cpu" or "cuda:1"; else the first GPU; else the CPU.
@@ -589,8 +631,11 @@ def best_device() -> torch.device:
         try:
             return torch.device(name)
         except RuntimeError:
-            raise ValueError(f"W2VC_DEVICE={name!r} must name a device, such as cpu, cuda or cuda:1") from None
+            raise ValueError(
+                f"W2VC_DEVICE={name!r} must name a device, such as cpu, cuda or cuda:1"
+            ) from None
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 # %% ../../nbs/files/pretrained.ipynb #144ce655
 def save_head(model: PreTrainedModel, folder: str | os.PathLike[str], encoder: str) -> None:

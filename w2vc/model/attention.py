@@ -15,7 +15,16 @@ from ..config import Wav2Vec2ConformerConfig
 from .positions import Positions, apply_rotary, relative_shift
 
 # %% auto #0
-__all__ = ['attend', 'split_heads', 'position_scores', 'hide_padding', 'attend_fused', 'turn_frames', 'SelfAttention']
+__all__ = [
+    "attend",
+    "split_heads",
+    "position_scores",
+    "hide_padding",
+    "attend_fused",
+    "turn_frames",
+    "SelfAttention",
+]
+
 
 # %% ../../nbs/model/attention.ipynb #e323204b
 def attend(
@@ -44,10 +53,12 @@ def attend(
     weights = dropout(scores.softmax(dim=-1))
     return weights @ value, weights
 
+
 # %% ../../nbs/model/attention.ipynb #a44be3a8
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Cut the last axis into heads and bring them before the frames: `[..., T, D]` to `[..., H, T, K]`."""
     return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)
+
 
 # %% ../../nbs/model/attention.ipynb #f10f9edf
 def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Tensor:
@@ -66,6 +77,7 @@ def position_scores(query: Tensor, distance_keys: Tensor, bias_v: Tensor) -> Ten
     scaled = (query + bias_v[:, None]) * query.shape[-1] ** -0.5
     scores = torch.einsum("bhtk,hrk->bhtr", scaled, distance_keys)  # `@` would copy the keys per utterance
     return relative_shift(scores)  # [B, H, T, 2T-1] -> [B, H, T, T]
+
 
 # %% ../../nbs/model/attention.ipynb #dc13fdbc
 def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,6 +100,7 @@ def hide_padding(bias: Tensor | None, frame_mask: Tensor, dtype: torch.dtype) ->
         bias = torch.zeros(padded.shape, dtype=dtype, device=padded.device)
     return bias.masked_fill(padded, torch.finfo(bias.dtype).min)
 
+
 # %% ../../nbs/model/attention.ipynb #26f2be76
 def attend_fused(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: nn.Dropout
@@ -96,11 +109,13 @@ def attend_fused(
     p = dropout.p if dropout.training else 0.0
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p), None
 
+
 # %% ../../nbs/model/attention.ipynb #6657443a
 def turn_frames(hidden: Tensor, positions: Positions, heads: int) -> Tensor:
     """Turn frames `[B, T, D]`, head by head, by the `(cos, sin)` of `RotaryPositions`, `[T, K]` each."""
     cos, sin = cast("tuple[Tensor, Tensor]", positions)
     return apply_rotary(hidden.view(*hidden.shape[:2], heads, -1), cos, sin).flatten(2)
+
 
 # %% ../../nbs/model/attention.ipynb #2382a48b
 class SelfAttention(nn.Module):

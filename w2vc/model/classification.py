@@ -19,9 +19,19 @@ from .features import frame_mask, valid_lengths
 from .wav2vec2 import ModelOutput, Wav2Vec2BaseModelOutput, Wav2Vec2ConformerModel, model_output
 
 # %% auto #0
-__all__ = ['masked_mean', 'weighted_layer_sum', 'resolve_problem_type', 'counted_labels', 'classification_loss', 'BaseClassifier',
-           'SequenceClassifierOutput', 'TokenClassifierOutput', 'Wav2Vec2ConformerForSequenceClassification',
-           'Wav2Vec2ConformerForAudioFrameClassification']
+__all__ = [
+    "masked_mean",
+    "weighted_layer_sum",
+    "resolve_problem_type",
+    "counted_labels",
+    "classification_loss",
+    "BaseClassifier",
+    "SequenceClassifierOutput",
+    "TokenClassifierOutput",
+    "Wav2Vec2ConformerForSequenceClassification",
+    "Wav2Vec2ConformerForAudioFrameClassification",
+]
+
 
 # %% ../../nbs/model/classification.ipynb #2bea9759
 def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -39,6 +49,7 @@ def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         return hidden.mean(1, dtype=wide).to(hidden.dtype)
     total = hidden.masked_fill(~mask[..., None], 0).sum(1, dtype=wide)  # fill, not multiply: NaN * 0 is NaN
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden.dtype)
+
 
 # %% ../../nbs/model/classification.ipynb #9a32b687
 def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -> Tensor:
@@ -64,10 +75,12 @@ def weighted_layer_sum(hidden_states: Sequence[Tensor], layer_weights: Tensor) -
         total = total + share * state  # one state at a time: a stack would copy all of them
     return total.to(hidden_states[0].dtype)
 
+
 # %% ../../nbs/model/classification.ipynb #5d057590
 def resolve_problem_type(config: Wav2Vec2ConformerConfig) -> str:
     """Which question the labels answer: `problem_type`; None: a regression if one label, else which one."""
     return config.problem_type or (REGRESSION if config.num_labels == 1 else ONE_LABEL)
+
 
 # %% ../../nbs/model/classification.ipynb #83e2dd8a
 def counted_labels(labels: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
@@ -90,6 +103,7 @@ def counted_labels(labels: Tensor, kind: str, mask: Tensor | None = None) -> Ten
         mask = mask.to(labels.device)
         counted = counted & (mask if counted.dim() == 2 else mask[..., None])
     return counted
+
 
 # %% ../../nbs/model/classification.ipynb #6139aa63
 def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
@@ -121,6 +135,7 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str, mask: Tensor 
         each = distance(logits, targets, reduction="none").masked_fill(~counted, 0)
     return each.sum() / counted.sum().clamp(min=1)
 
+
 # %% ../../nbs/model/classification.ipynb #8bd0afd3
 class BaseClassifier(PreTrainedModel):
     """What classifiers share: the model, and by `use_weighted_layer_sum` a learned mixture of its layers."""
@@ -135,9 +150,12 @@ class BaseClassifier(PreTrainedModel):
         self.layer_weights = nn.Parameter(scores) if config.use_weighted_layer_sum else None
 
     def read_frames(
-        self, input_values: Tensor, attention_mask: Tensor | None = None,
-        mask_time_indices: Tensor | None = None, output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> tuple[Wav2Vec2BaseModelOutput, Tensor, Tensor]:
         """Run the base model (its arguments), and pick the frames that a head reads: the last, or a mixture.
 
@@ -163,6 +181,7 @@ class BaseClassifier(PreTrainedModel):
         adapted = config.add_adapter and (self.adapts_mixture or scores is None)
         return output, frames, model._get_feat_extract_output_lengths(samples, adapted)
 
+
 # %% ../../nbs/model/classification.ipynb #1955df57
 @model_output
 class SequenceClassifierOutput(ModelOutput):
@@ -185,6 +204,7 @@ class SequenceClassifierOutput(ModelOutput):
 class TokenClassifierOutput(SequenceClassifierOutput):
     """What the classifier of frames returns: the same fields; logits are `[B, T, num_labels]`."""
 
+
 # %% ../../nbs/model/classification.ipynb #63cc2170
 class Wav2Vec2ConformerForSequenceClassification(BaseClassifier):
     """One answer for each utterance: project the frames, average the real ones, classify the mean.
@@ -200,9 +220,14 @@ class Wav2Vec2ConformerForSequenceClassification(BaseClassifier):
         self.init_weights()
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
-        self, input_values: Tensor, attention_mask: Tensor | None = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        return_dict: bool | None = None, labels: Tensor | None = None, mask_time_indices: Tensor | None = None
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Score the classes of each utterance; with labels, also return the loss.
 
@@ -224,6 +249,7 @@ class Wav2Vec2ConformerForSequenceClassification(BaseClassifier):
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
 
+
 # %% ../../nbs/model/classification.ipynb #7a9282ab
 class Wav2Vec2ConformerForAudioFrameClassification(BaseClassifier):
     """One answer for each frame, such as who speaks: a linear layer on every frame.
@@ -239,9 +265,14 @@ class Wav2Vec2ConformerForAudioFrameClassification(BaseClassifier):
         self.init_weights()
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
-        self, input_values: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        return_dict: bool | None = None, mask_time_indices: Tensor | None = None
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        mask_time_indices: Tensor | None = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Score the classes of each frame; with labels, also return the loss.
 

@@ -18,8 +18,18 @@ from .convolution import ConvolutionModule
 from .positions import ConvolutionalPositions, Positions, make_positions
 
 # %% auto #0
-__all__ = ['EncoderResult', 'FeedForward', 'ConformerBlock', 'skip_layer', 'KeepBuffers', 'recompute_contexts', 'run_block',
-           'run_blocks', 'ConformerEncoder']
+__all__ = [
+    "EncoderResult",
+    "FeedForward",
+    "ConformerBlock",
+    "skip_layer",
+    "KeepBuffers",
+    "recompute_contexts",
+    "run_block",
+    "run_blocks",
+    "ConformerEncoder",
+]
+
 
 # %% ../../nbs/model/conformer.ipynb #b2b80b9a
 class FeedForward(nn.Module):
@@ -45,6 +55,7 @@ class FeedForward(nn.Module):
         wide = self.intermediate_dropout(self.activation(self.intermediate_dense(hidden)))  # [B, T, F]
         return self.output_dropout(self.output_dense(wide))  # [B, T, D]
 
+
 # %% ../../nbs/model/conformer.ipynb #cac42786
 class ConformerBlock(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, norm (Conformer, section 2.4 and Eq. 1).
@@ -65,8 +76,11 @@ class ConformerBlock(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
     def forward(
-        self, hidden: Tensor, frame_mask: Tensor | None = None,
-        positions: Positions = None, output_attentions: bool = False,
+        self,
+        hidden: Tensor,
+        frame_mask: Tensor | None = None,
+        positions: Positions = None,
+        output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Add four updates to the stream, `[B, T, D]`, and normalise it.
 
@@ -84,6 +98,7 @@ class ConformerBlock(nn.Module):
         hidden = hidden + 0.5 * self.ffn2(self.ffn2_layer_norm(hidden))
         return self.final_layer_norm(hidden), maps
 
+
 # %% ../../nbs/model/conformer.ipynb #3128d056
 def skip_layer(layerdrop: float, training: bool) -> bool:
     """Decide whether LayerDrop skips the next layer (Fan et al., 2020).
@@ -92,6 +107,7 @@ def skip_layer(layerdrop: float, training: bool) -> bool:
     as transformers 5 does: equal seeds skip equal layers.
     """
     return training and layerdrop > 0 and bool(torch.rand([], device="cpu") < layerdrop)
+
 
 # %% ../../nbs/model/conformer.ipynb #c1e88a4f
 class KeepBuffers:
@@ -113,6 +129,7 @@ class KeepBuffers:
         for module, name, buffer in self.real:
             setattr(module, name, buffer)
 
+
 # %% ../../nbs/model/conformer.ipynb #69d0b6b9
 def recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], KeepBuffers]:
     """Contexts for `torch.utils.checkpoint`: the second run of `block` must not count its batch twice."""
@@ -125,14 +142,20 @@ def run_block(block: nn.Module, *inputs: object, recompute: bool = False) -> tup
         return block(*inputs)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(recompute_contexts, block))
 
+
 # %% ../../nbs/model/conformer.ipynb #67c62514
 # last hidden states, all hidden states, attention maps
 EncoderResult = tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]
 
 
 def run_blocks(
-    encoder: ConformerEncoder, hidden: Tensor, frame_mask: Tensor | None, positions: Positions, *,
-    output_attentions: bool = False, output_hidden_states: bool = False,
+    encoder: ConformerEncoder,
+    hidden: Tensor,
+    frame_mask: Tensor | None,
+    positions: Positions,
+    *,
+    output_attentions: bool = False,
+    output_hidden_states: bool = False,
 ) -> EncoderResult:
     """Run the blocks of an encoder on `[B, T, D]`, padding at 0; arguments as those of its `forward`.
 
@@ -158,6 +181,7 @@ def run_blocks(
         states[-1] = last
     return last, tuple(states) if output_hidden_states else None, tuple(maps) if output_attentions else None
 
+
 # %% ../../nbs/model/conformer.ipynb #41e5b520
 class ConformerEncoder(nn.Module):
     """The stack: positions once, L blocks with LayerDrop, a last norm; `pos_conv_embed` is never called.
@@ -177,8 +201,11 @@ class ConformerEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden: Tensor, frame_mask: Tensor | None = None,
-        output_attentions: bool = False, output_hidden_states: bool = False,
+        self,
+        hidden: Tensor,
+        frame_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> EncoderResult:
         """Give every frame of `[B, T, D]` its context; returns what `run_blocks` does.
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
-__all__ = ['real_statistics', 'MaskedBatchNorm1d', 'ConvolutionModule']
+__all__ = ["real_statistics", "MaskedBatchNorm1d", "ConvolutionModule"]
+
 
 # %% ../../nbs/model/convolution.ipynb #78490217
 def real_statistics(x: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,6 +30,7 @@ def real_statistics(x: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor, Tens
     mean = x.masked_fill(padded, 0).sum((0, 2)) / count.clamp(min=1)
     centred = (x - mean[:, None]).masked_fill(padded, 0)
     return centred, mean, centred.square().sum((0, 2)) / count.clamp(min=1), count
+
 
 # %% ../../nbs/model/convolution.ipynb #b9a90b17
 class MaskedBatchNorm1d(nn.BatchNorm1d):
@@ -69,6 +71,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         unbiased = variance * count / (count - 1).clamp(min=1)
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             running.lerp_(new.to(running.dtype), step.to(running.dtype))
+
 
 # %% ../../nbs/model/convolution.ipynb #a6ea1af5
 class ConvolutionModule(nn.Module):

@@ -20,8 +20,18 @@ from .features import valid_lengths
 from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel, model_output
 
 # %% auto #0
-__all__ = ['Run', 'runs', 'collapse', 'extend_labels', 'pack_labels', 'min_input_length', 'ctc_loss', 'CausalLMOutput',
-           'Wav2Vec2ConformerForCTC']
+__all__ = [
+    "Run",
+    "runs",
+    "collapse",
+    "extend_labels",
+    "pack_labels",
+    "min_input_length",
+    "ctc_loss",
+    "CausalLMOutput",
+    "Wav2Vec2ConformerForCTC",
+]
+
 
 # %% ../../nbs/model/ctc.ipynb #39e8b415
 class Run(NamedTuple):
@@ -49,12 +59,14 @@ def collapse(path: Iterable[int], blank: int = 0) -> list[int]:
     """Read a path as labels: join runs of equal symbols, drop blanks (Graves et al., 2006, section 3.1)."""
     return [int(run.label) for run in runs(path, blank)]
 
+
 # %% ../../nbs/model/ctc.ipynb #36dcdc78
 def extend_labels(labels: Tensor, blank: int = 0) -> Tensor:
     """Put a blank before, between and after labels: `[B, U]` -> `[B, 2U + 1]`, the states of the trellis."""
     states = labels.new_full((labels.shape[0], 2 * labels.shape[1] + 1), blank)
     states[:, 1::2] = labels
     return states
+
 
 # %% ../../nbs/model/ctc.ipynb #b6a4efc0
 def pack_labels(labels: Tensor, blank: int = 0, ignored: int = -100) -> tuple[Tensor, Tensor]:
@@ -73,6 +85,7 @@ def pack_labels(labels: Tensor, blank: int = 0, ignored: int = -100) -> tuple[Te
     packed = labels.long().masked_fill(~real, blank).gather(1, order)
     return packed, real.sum(1)
 
+
 # %% ../../nbs/model/ctc.ipynb #89d255d5
 def min_input_length(labels: Tensor, n_labels: Tensor) -> Tensor:
     """Count the frames of the shortest path: one per label, and a blank between two equal neighbours.
@@ -87,6 +100,7 @@ def min_input_length(labels: Tensor, n_labels: Tensor) -> Tensor:
     places = torch.arange(labels.shape[1], device=labels.device)[1:]
     repeats = (labels[:, 1:] == labels[:, :-1]) & (places < n_labels[:, None])
     return n_labels + repeats.sum(1)
+
 
 # %% ../../nbs/model/ctc.ipynb #c9353102
 _NEVER = -1e30  # log of "impossible"; a finite number, because minus infinity makes gradients NaN
@@ -125,6 +139,7 @@ def ctc_loss(logits: Tensor, labels: Tensor, n_frames: Tensor | None = None, *, 
     loss = -torch.cat([last, before], 1).logsumexp(1)
     return loss.where(loss < -_NEVER / 2, float("inf"))
 
+
 # %% ../../nbs/model/ctc.ipynb #40ea11b7
 def _joint_loss(
     logits: Tensor, labels: Tensor, n_frames: Tensor | None, config: Wav2Vec2ConformerConfig
@@ -149,6 +164,7 @@ def _joint_loss(
             zero_infinity=config.ctc_zero_infinity,
         )
 
+
 # %% ../../nbs/model/ctc.ipynb #fc8e3f5d
 @model_output
 class CausalLMOutput(ModelOutput):
@@ -165,6 +181,7 @@ class CausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
+
 
 # %% ../../nbs/model/ctc.ipynb #ff94c408
 class Wav2Vec2ConformerForCTC(PreTrainedModel):
@@ -183,13 +200,19 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         self.wav2vec2_conformer = Wav2Vec2ConformerModel(config)
         self.dropout = nn.Dropout(config.final_dropout)
         self.lm_head = nn.Linear(
-            config.output_hidden_size if config.add_adapter else config.hidden_size, config.vocab_size)
+            config.output_hidden_size if config.add_adapter else config.hidden_size, config.vocab_size
+        )
         self.init_weights()
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
-        self, input_values: Tensor, attention_mask: Tensor | None = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        return_dict: bool | None = None, labels: Tensor | None = None, mask_time_indices: Tensor | None = None
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Score the symbols of every frame; with `labels` `[B, U]`, padded by -100 or blanks, also a loss.
 
@@ -197,7 +220,8 @@ class Wav2Vec2ConformerForCTC(PreTrainedModel):
         outside the vocabulary, or (seen on the CPU, unless `ctc_zero_infinity`) too many for the frames.
         """
         base = self.wav2vec2_conformer(
-            input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states, True)
+            input_values, attention_mask, mask_time_indices, output_attentions, output_hidden_states, True
+        )
         logits, loss = self.lm_head(self.dropout(base.last_hidden_state)), None
         if labels is not None:
             samples = None if attention_mask is None else valid_lengths(attention_mask)

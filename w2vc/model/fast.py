@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SelfAttention
-from .conformer import ConformerEncoder, run_blocks
-from .convolution import ConvolutionModule
 from w2vc.model.features import (
     ConvLayer,
     FeatureEncoder,
@@ -29,10 +26,28 @@ from w2vc.model.features import (
     receptive_field,
 )
 
+from .attention import SelfAttention
+from .conformer import ConformerEncoder, run_blocks
+from .convolution import ConvolutionModule
+
 # %% auto #0
-__all__ = ['FAST', 'convolve_rows', 'fold_group_norm', 'encode_block', 'BlockwiseFeatureEncoder', 'Packing',
-           'PackedConvolutionModule', 'FastSelfAttention', 'PackedConformerEncoder', 'describe_forms', 'speed_up',
-           'slow_down', 'fast_forms', 'plain_forms']
+__all__ = [
+    "FAST",
+    "convolve_rows",
+    "fold_group_norm",
+    "encode_block",
+    "BlockwiseFeatureEncoder",
+    "Packing",
+    "PackedConvolutionModule",
+    "FastSelfAttention",
+    "PackedConformerEncoder",
+    "describe_forms",
+    "speed_up",
+    "slow_down",
+    "fast_forms",
+    "plain_forms",
+]
+
 
 # %% ../../nbs/practice/speed.ipynb #6e14c78c
 def convolve_rows(frames: Tensor, conv: nn.Conv1d) -> Tensor:
@@ -41,6 +56,7 @@ def convolve_rows(frames: Tensor, conv: nn.Conv1d) -> Tensor:
     windows = frames.flatten().unfold(0, taps * C_in, stride * C_in)  # [T, taps C_in], a view
     kernel = conv.weight.transpose(1, 2).flatten(1)  # [C, taps C_in]
     return functional.linear(windows, kernel, conv.bias)
+
 
 # %% ../../nbs/practice/speed.ipynb #8ccd2417
 def fold_group_norm(windows: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -63,11 +79,13 @@ def fold_group_norm(windows: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> tup
         bias = bias + 0 * conv.bias  # so that its gradient is 0, and not missing
     return (weight * scale[:, None])[:, None].to(conv.weight.dtype), bias
 
+
 # %% ../../nbs/practice/speed.ipynb #322944e6
 def _records_graph() -> bool:
     """Whether torch records a graph (compile, export, trace), into which loops over utterances unroll."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return torch.compiler.is_compiling() or tracing
+
 
 # %% ../../nbs/practice/speed.ipynb #c1bb2321
 def encode_block(layers: nn.ModuleList, samples: Tensor, folded: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -90,6 +108,7 @@ def encode_block(layers: nn.ModuleList, samples: Tensor, folded: tuple[Tensor, T
     for layer in later:
         hidden = layer(hidden)  # [1, C, T]
     return hidden[0].T
+
 
 # %% ../../nbs/practice/speed.ipynb #5962096e
 class BlockwiseFeatureEncoder(FeatureEncoder):
@@ -127,6 +146,7 @@ class BlockwiseFeatureEncoder(FeatureEncoder):
                 blocks.append(encode_block(*inputs))
         return torch.cat(blocks) if blocks else samples.new_zeros(0, self.config.conv_dim[-1])
 
+
 # %% ../../nbs/practice/speed.ipynb #7884db58
 class Packing:
     """Where the utterances lie in a batch that is kept without its padding, in one row: `[1, R, ...]`.
@@ -156,6 +176,7 @@ class Packing:
         ordered = (mask[:, 1:] <= mask[:, :-1]).all()
         return bool(ordered and not mask.all() and mask.sum() > 1)
 
+
 # %% ../../nbs/practice/speed.ipynb #22894163
 class PackedConvolutionModule(ConvolutionModule):
     """Unpack for the one layer that mixes neighbours."""
@@ -166,6 +187,7 @@ class PackedConvolutionModule(ConvolutionModule):
             return super().convolve(x, frame_mask)
         x = self.depthwise_conv(frame_mask.unpack(x.mT).mT)
         return self.batch_norm(frame_mask.pack(x.mT).mT, None)
+
 
 # %% ../../nbs/practice/speed.ipynb #5fd12b94
 class FastSelfAttention(SelfAttention):
@@ -208,6 +230,7 @@ class FastSelfAttention(SelfAttention):
                 mixed[:, :, first:after] = plain(*inputs)[0]
         return torch.cat(blocks, dim=2) if mixed is None else mixed
 
+
 # %% ../../nbs/practice/speed.ipynb #20731caa
 class PackedConformerEncoder(ConformerEncoder):
     """Run the blocks on the real frames alone."""
@@ -232,6 +255,7 @@ class PackedConformerEncoder(ConformerEncoder):
     def zero_padding(self, hidden: Tensor, frame_mask: Any) -> Tensor:
         """Do what `ConformerEncoder` does; a packed batch has no padding."""
         return hidden if isinstance(frame_mask, Packing) else super().zero_padding(hidden, frame_mask)
+
 
 # %% ../../nbs/practice/speed.ipynb #d238071a
 FAST: dict[type[nn.Module], type[nn.Module]] = {
@@ -267,6 +291,7 @@ def describe_forms(model: nn.Module) -> str:
     fast = ", ".join(f"{n} {form}" for form, n in forms.items()) or "none"
     return f"fast forms: {fast}" + (f"; plain: {', '.join(plain)}" if plain else "")
 
+
 # %% ../../nbs/practice/speed.ipynb #6be701e0
 _Model = TypeVar("_Model", bound=nn.Module)
 _log = logging.getLogger(__name__)
@@ -290,6 +315,7 @@ def slow_down(model: _Model) -> _Model:
     for part in model.modules():
         part.__class__ = plain.get(type(part), type(part))
     return model
+
 
 # %% ../../nbs/practice/speed.ipynb #f0a3b1c2
 @contextmanager

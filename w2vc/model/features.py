@@ -18,8 +18,18 @@ from ..config import Wav2Vec2ConformerConfig, get_activation
 _Lengths = TypeVar("_Lengths", int, Tensor)
 
 # %% auto #0
-__all__ = ['receptive_field', 'conv_output_lengths', 'FrameClock', 'frame_mask', 'MaskedGroupNorm', 'ConvLayer', 'valid_lengths',
-           'FeatureEncoder', 'FeatureProjection']
+__all__ = [
+    "receptive_field",
+    "conv_output_lengths",
+    "FrameClock",
+    "frame_mask",
+    "MaskedGroupNorm",
+    "ConvLayer",
+    "valid_lengths",
+    "FeatureEncoder",
+    "FeatureProjection",
+]
+
 
 # %% ../../nbs/model/features.ipynb #29a6f1fe
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
@@ -38,6 +48,7 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int
         hop *= stride
     return width, hop
 
+
 # %% ../../nbs/model/features.ipynb #788898f2
 def conv_output_lengths(lengths: _Lengths, kernels: Sequence[int], strides: Sequence[int]) -> _Lengths:
     """Count the frames that a stack of unpadded convolutions makes of so many samples.
@@ -53,6 +64,7 @@ def conv_output_lengths(lengths: _Lengths, kernels: Sequence[int], strides: Sequ
     for kernel, stride in zip(kernels, strides, strict=True):
         lengths = (lengths - kernel) // stride + 1  # once <= 0 it stays <= 0, so one clamp at the end will do
     return lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(lengths, 0)
+
 
 # %% ../../nbs/model/features.ipynb #8d908fc7
 class FrameClock(NamedTuple):
@@ -92,6 +104,7 @@ class FrameClock(NamedTuple):
         first, after = (max(0.0, min(self.middle(t - 0.5), last)) for t in (start, end))
         return first, after
 
+
 # %% ../../nbs/model/features.ipynb #3bd5fb43
 def frame_mask(lengths: Tensor, n_frames: int) -> Tensor:
     """Mark the real frames of each row.
@@ -104,6 +117,7 @@ def frame_mask(lengths: Tensor, n_frames: int) -> Tensor:
         `[B, T]` bool, True = real frame.
     """
     return torch.arange(n_frames, device=lengths.device) < lengths[:, None]  # [T] < [B, 1] -> [B, T]
+
 
 # %% ../../nbs/model/features.ipynb #d27daaed
 class MaskedGroupNorm(nn.GroupNorm):
@@ -137,6 +151,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         if self.affine:
             x = x * self.weight[:, None] + self.bias[:, None]
         return x.to(hidden.dtype)
+
 
 # %% ../../nbs/model/features.ipynb #bb5418e4
 class ConvLayer(nn.Module):
@@ -172,6 +187,7 @@ class ConvLayer(nn.Module):
             hidden = self.layer_norm(hidden.transpose(1, 2)).transpose(1, 2)  # over channels, frame by frame
         return self.activation(hidden)
 
+
 # %% ../../nbs/model/features.ipynb #80805e07
 def valid_lengths(attention_mask: Tensor) -> Tensor:
     """Count the valid samples of each row.
@@ -183,6 +199,7 @@ def valid_lengths(attention_mask: Tensor) -> Tensor:
         `[B]` long.
     """
     return (attention_mask != 0).sum(-1)
+
 
 # %% ../../nbs/model/features.ipynb #5c70418c
 class FeatureEncoder(nn.Module):
@@ -220,6 +237,7 @@ class FeatureEncoder(nn.Module):
             return hidden
         frames = conv_output_lengths(lengths, self.config.conv_kernel, self.config.conv_stride)
         return hidden.masked_fill(~frame_mask(frames, hidden.shape[1])[:, :, None], 0.0)
+
 
 # %% ../../nbs/model/features.ipynb #8c997a99
 class FeatureProjection(nn.Module):

@@ -15,7 +15,8 @@ from ..config import Wav2Vec2ConformerConfig
 from .features import valid_lengths
 
 # %% auto #0
-__all__ = ['span_counts', 'spans_from_noise', 'compute_mask_indices', 'span_coverage', 'apply_spec_augment']
+__all__ = ["span_counts", "spans_from_noise", "compute_mask_indices", "span_coverage", "apply_spec_augment"]
+
 
 # %% ../../nbs/model/masking.ipynb #9ff23abd
 def span_counts(
@@ -38,6 +39,7 @@ def span_counts(
     wanted = wanted.clamp(min=min_masks).clamp(max=n_frames // mask_length)
     places = (lengths - mask_length + 1).clamp(min=0)  # where a whole span fits
     return torch.minimum(wanted, places)
+
 
 # %% ../../nbs/model/masking.ipynb #73cc3f69
 def spans_from_noise(
@@ -66,6 +68,7 @@ def spans_from_noise(
     mask = torch.zeros(n_rows, n_frames + mask_length, dtype=torch.bool, device=noise.device)
     return mask.scatter_(1, covered.flatten(1), True)[:, :n_frames].contiguous()
 
+
 # %% ../../nbs/model/masking.ipynb #e43ed517
 def _check_request(shape: tuple[int, int], mask_prob: float, mask_length: int, min_masks: int) -> None:
     """Raise a `ValueError` for spans that cannot be drawn."""
@@ -92,6 +95,7 @@ def _real_frames(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
         if bool((real[:, 1:] & ~real[:, :-1]).any()):
             raise ValueError("attention_mask must have its padding on the right, and a 0 stands before a 1")
     return valid_lengths(attention_mask)
+
 
 # %% ../../nbs/model/masking.ipynb #2086d2e6
 def compute_mask_indices(
@@ -132,6 +136,7 @@ def compute_mask_indices(
     most = max(min_masks, int(mask_prob * n_frames / mask_length + 1))  # Eq. 1 with the largest epsilon
     return spans_from_noise(noise, counts, lengths, mask_length, min(most, n_frames // mask_length))
 
+
 # %% ../../nbs/model/masking.ipynb #f84b6413
 def span_coverage(n_frames: int, n_spans: int, mask_length: int) -> Tensor:
     """The exact chance of each frame to be masked by `n_spans` random spans (Eq. 3).
@@ -153,6 +158,7 @@ def span_coverage(n_frames: int, n_spans: int, mask_length: int) -> Tensor:
     missed = (places - covering[:, None] - drawn) / (places - drawn)  # [T, n]: each draw misses in turn
     return 1 - missed.prod(1)
 
+
 # %% ../../nbs/model/masking.ipynb #b1e8efb9
 def _replace_frames(hidden: Tensor, mask: Tensor, mask_embedding: Tensor | None) -> Tensor:
     """Put the mask embedding `[D]` where `mask` `[B, T]`, bool or integers, is not 0."""
@@ -169,6 +175,7 @@ def _replace_frames(hidden: Tensor, mask: Tensor, mask_embedding: Tensor | None)
         )
     return torch.where(mask[:, :, None] != 0, mask_embedding.to(hidden.dtype), hidden)
 
+
 # %% ../../nbs/model/masking.ipynb #1624b2c3
 def _drawn_mask(
     config: Wav2Vec2ConformerConfig, axis: str, real: Tensor, generator: torch.Generator | None
@@ -177,6 +184,7 @@ def _drawn_mask(
     prob, length, least = (getattr(config, f"mask_{axis}_{name}") for name in ("prob", "length", "min_masks"))
     shape = (real.shape[0], real.shape[1])
     return compute_mask_indices(shape, prob, length, real, least, generator=generator)
+
 
 # %% ../../nbs/model/masking.ipynb #7bf3adaa
 def apply_spec_augment(  # noqa: PLR0917
@@ -207,13 +215,13 @@ def apply_spec_augment(  # noqa: PLR0917
         ValueError: a mask of another shape or type, or frames to mask and no mask embedding.
     """
     draws = training and config.apply_spec_augment
-    every = torch.ones_like(hidden, dtype=torch.bool)
     if mask_time_indices is None and draws and config.mask_time_prob > 0:
-        real = every[:, :, 0] if attention_mask is None else attention_mask
+        real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
         mask_time_indices = _drawn_mask(config, "time", real, generator)
     if mask_time_indices is not None:
         hidden = _replace_frames(hidden, mask_time_indices, mask_embedding)
     if draws and config.mask_feature_prob > 0:
-        channels = _drawn_mask(config, "feature", every[:, 0], generator)
+        every = hidden.new_ones(hidden.shape[0], hidden.shape[2])  # channels have no padding
+        channels = _drawn_mask(config, "feature", every, generator)
         hidden = hidden.masked_fill(channels[:, None, :], 0.0)
     return hidden

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['negatives_from_noise', 'sample_negative_indices']
+__all__ = ["negatives_from_noise", "sample_negative_indices"]
+
 
 # %% ../../nbs/model/negatives.ipynb #f598f38a
 def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
@@ -37,6 +38,7 @@ def negatives_from_noise(noise: Tensor, mask: Tensor) -> Tensor:
     negatives = (T * torch.arange(B, device=mask.device))[:, None, None].repeat(1, T, noise.shape[1])
     negatives[mask] = masked[first[:, None] + place]
     return negatives.int()
+
 
 # %% ../../nbs/model/negatives.ipynb #95b8cfe6
 def sample_negative_indices(

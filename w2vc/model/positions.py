@@ -13,8 +13,19 @@ from torch import Tensor, nn
 from ..config import Wav2Vec2ConformerConfig, get_activation
 
 # %% auto #0
-__all__ = ['Positions', 'RelativePositions', 'relative_shift', 'rotary_frequencies', 'rotate_half', 'apply_rotary',
-           'RotaryPositions', 'make_positions', 'WeightNormConv1d', 'ConvolutionalPositions']
+__all__ = [
+    "Positions",
+    "RelativePositions",
+    "relative_shift",
+    "rotary_frequencies",
+    "rotate_half",
+    "apply_rotary",
+    "RotaryPositions",
+    "make_positions",
+    "WeightNormConv1d",
+    "ConvolutionalPositions",
+]
+
 
 # %% ../../nbs/model/positions.ipynb #09945eba
 class RelativePositions(nn.Module):
@@ -41,6 +52,7 @@ class RelativePositions(nn.Module):
         angle = distance[:, None] * frequency  # [2T-1, D/2]
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).to(dtype)  # [2T-1, D]
 
+
 # %% ../../nbs/model/positions.ipynb #29a4faa7
 def relative_shift(scores: Tensor) -> Tensor:
     """Re-index scores from (query, distance) to (query, key): `[B, H, T, 2T-1]` to `[B, H, T, T]`.
@@ -62,11 +74,13 @@ def relative_shift(scores: Tensor) -> Tensor:
     tape = scores.flatten(-2)[..., n_queries - 1 : n_queries - 1 + n_queries * row]
     return tape.view(*scores.shape[:-1], row)[..., : n_distances - n_queries + 1]
 
+
 # %% ../../nbs/model/positions.ipynb #3c5683e4
 def rotary_frequencies(width: int, base: float, device: torch.device | str | None = None) -> Tensor:
     """Give the frequency of each plane in radians per frame, `[K/2]` float32: 1 down to almost 1/base."""
     even = torch.arange(0, width, 2, dtype=torch.float32, device=device)
     return 1.0 / (base ** (even / width))
+
 
 # %% ../../nbs/model/positions.ipynb #dc949c2e
 def rotate_half(x: Tensor) -> Tensor:
@@ -90,6 +104,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, K]: the same angles for every head
     return (x * cos + rotate_half(x) * sin).to(x.dtype)
+
 
 # %% ../../nbs/model/positions.ipynb #dc7be3b5
 class RotaryPositions(nn.Module):
@@ -120,6 +135,7 @@ class RotaryPositions(nn.Module):
         angle = torch.cat((angle, angle), dim=-1)  # [T, K]: channels k and k + K/2 share a plane
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
+
 # %% ../../nbs/model/positions.ipynb #1d82190c
 Positions = Tensor | tuple[Tensor, Tensor] | None  # what attention is given: a table, (cos, sin), or nothing
 
@@ -129,6 +145,7 @@ def make_positions(config: Wav2Vec2ConformerConfig) -> RelativePositions | Rotar
     if config.position_embeddings_type == "relative":
         return RelativePositions(config)
     return RotaryPositions(config) if config.position_embeddings_type == "rotary" else None
+
 
 # %% ../../nbs/model/positions.ipynb #f0f0f4d6
 class WeightNormConv1d(nn.Module):
@@ -154,6 +171,7 @@ class WeightNormConv1d(nn.Module):
         length, direction = self.parametrizations["weight"].parameters()  # original0, original1
         kernel = direction * (length / direction.norm(dim=(0, 1), keepdim=True))
         return nn.functional.conv1d(x, kernel, self.bias, padding=kernel.shape[2] // 2, groups=self.groups)
+
 
 # %% ../../nbs/model/positions.ipynb #6844e67a
 class ConvolutionalPositions(nn.Module):

@@ -18,8 +18,15 @@ from .quantizer import GumbelVectorQuantizer
 from .wav2vec2 import ModelOutput, Wav2Vec2ConformerModel, model_output
 
 # %% auto #0
-__all__ = ['contrastive_logits', 'contrastive_loss', 'diversity_loss', 'pretraining_losses',
-           'Wav2Vec2ConformerForPreTrainingOutput', 'Wav2Vec2ConformerForPreTraining']
+__all__ = [
+    "contrastive_logits",
+    "contrastive_loss",
+    "diversity_loss",
+    "pretraining_losses",
+    "Wav2Vec2ConformerForPreTrainingOutput",
+    "Wav2Vec2ConformerForPreTraining",
+]
+
 
 # %% ../../nbs/model/pretraining.ipynb #1b8028ee
 def contrastive_logits(
@@ -54,6 +61,7 @@ def contrastive_logits(
     duplicates[..., 0] = False  # the true target is no duplicate of itself
     return (similarities.gather(2, candidates) / temperature).masked_fill(duplicates, float("-inf"))
 
+
 # %% ../../nbs/model/pretraining.ipynb #9e1aa301
 def contrastive_loss(
     states: Tensor,
@@ -83,6 +91,7 @@ def contrastive_loss(
     surprise = -logits.log_softmax(-1)[..., 0]  # [B, T]
     return surprise.where(mask != 0, 0.0).sum()
 
+
 # %% ../../nbs/model/pretraining.ipynb #88dbb6ce
 def diversity_loss(perplexity: Tensor, mask: Tensor, num_codes: int) -> Tensor:
     """Share of the codebook left unused, times the number of masked frames: 0 when all codes are used alike.
@@ -98,6 +107,7 @@ def diversity_loss(perplexity: Tensor, mask: Tensor, num_codes: int) -> Tensor:
         A scalar.
     """
     return (num_codes - perplexity) / num_codes * (mask != 0).sum()
+
 
 # %% ../../nbs/model/pretraining.ipynb #bf4a5378
 def pretraining_losses(  # noqa: PLR0917
@@ -124,6 +134,7 @@ def pretraining_losses(  # noqa: PLR0917
     diversity = diversity_loss(perplexity, mask, num_codes)
     return contrastive + config.diversity_loss_weight * diversity, contrastive, diversity
 
+
 # %% ../../nbs/model/pretraining.ipynb #e9463fc8
 @model_output
 class Wav2Vec2ConformerForPreTrainingOutput(ModelOutput):
@@ -149,6 +160,7 @@ class Wav2Vec2ConformerForPreTrainingOutput(ModelOutput):
     attentions: tuple[Tensor | None, ...] | None = None
     contrastive_loss: Tensor | None = None
     diversity_loss: Tensor | None = None
+
 
 # %% ../../nbs/model/pretraining.ipynb #3832e0a6
 class Wav2Vec2ConformerForPreTraining(PreTrainedModel):

@@ -12,7 +12,15 @@ from torch.nn.functional import one_hot
 from ..config import Wav2Vec2ConformerConfig
 
 # %% auto #0
-__all__ = ['gumbel_relaxed', 'straight_through', 'read_codebooks', 'codebook_perplexity', 'choose_codes', 'GumbelVectorQuantizer']
+__all__ = [
+    "gumbel_relaxed",
+    "straight_through",
+    "read_codebooks",
+    "codebook_perplexity",
+    "choose_codes",
+    "GumbelVectorQuantizer",
+]
+
 
 # %% ../../nbs/model/quantizer.ipynb #20c6c2b2
 def gumbel_relaxed(logits: Tensor, temperature: float) -> Tensor:
@@ -32,6 +40,7 @@ def gumbel_relaxed(logits: Tensor, temperature: float) -> Tensor:
     noisy = logits - torch.empty_like(logits).exponential_().log()
     return (noisy / temperature).softmax(-1)
 
+
 # %% ../../nbs/model/quantizer.ipynb #addcccbd
 def straight_through(soft: Tensor) -> Tensor:
     """Round a soft choice `[..., V]` to its largest entry, one-hot; the gradient passes as if it stayed soft.
@@ -40,6 +49,7 @@ def straight_through(soft: Tensor) -> Tensor:
     """
     hard = one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())  # the bracket is exactly 0, and carries the gradient
+
 
 # %% ../../nbs/model/quantizer.ipynb #6c0f3345
 def read_codebooks(choice: Tensor, codevectors: Tensor) -> Tensor:
@@ -56,6 +66,7 @@ def read_codebooks(choice: Tensor, codevectors: Tensor) -> Tensor:
     table = codevectors.view(G, V, -1)
     with torch.autocast(choice.device.type, enabled=False):  # 16 bits would round the rows
         return torch.einsum("tgv,gvd->tgd", choice.to(table.dtype), table).flatten(1)
+
 
 # %% ../../nbs/model/quantizer.ipynb #99aae6ad
 def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -84,6 +95,7 @@ def codebook_perplexity(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     logs = average.clamp(min=torch.finfo(average.dtype).tiny).log()
     return (-(average * logs).sum(-1)).exp().sum()
 
+
 # %% ../../nbs/model/quantizer.ipynb #977b3f12
 def choose_codes(logits: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
     """Choose a code for each frame and group: a draw with Gumbel noise, or the best score.
@@ -100,6 +112,7 @@ def choose_codes(logits: Tensor, temperature: float | None) -> tuple[Tensor, Ten
         best = one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         return best, best
     return straight_through(gumbel_relaxed(logits, temperature)), logits.softmax(-1)
+
 
 # %% ../../nbs/model/quantizer.ipynb #8d96669d
 class GumbelVectorQuantizer(nn.Module):

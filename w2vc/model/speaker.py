@@ -18,8 +18,18 @@ from .features import conv_output_lengths, frame_mask, valid_lengths
 from .wav2vec2 import ModelOutput, model_output
 
 # %% auto #0
-__all__ = ['cosine_score', 'statistics_pooling', 'TDNNLayer', 'effective_kernel_sizes', 'tdnn_output_lengths', 'min_samples',
-           'AMSoftmaxLoss', 'XVectorOutput', 'Wav2Vec2ConformerForXVector']
+__all__ = [
+    "cosine_score",
+    "statistics_pooling",
+    "TDNNLayer",
+    "effective_kernel_sizes",
+    "tdnn_output_lengths",
+    "min_samples",
+    "AMSoftmaxLoss",
+    "XVectorOutput",
+    "Wav2Vec2ConformerForXVector",
+]
+
 
 # %% ../../nbs/model/speaker.ipynb #8a14ceba
 def cosine_score(one: Tensor, other: Tensor) -> Tensor:
@@ -29,6 +39,7 @@ def cosine_score(one: Tensor, other: Tensor) -> Tensor:
     """
     wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
     return cosine_similarity(one.to(wide), other.to(wide), dim=-1)
+
 
 # %% ../../nbs/model/speaker.ipynb #81cd6539
 def statistics_pooling(hidden: Tensor, n_frames: Tensor | None = None) -> Tensor:
@@ -56,6 +67,7 @@ def statistics_pooling(hidden: Tensor, n_frames: Tensor | None = None) -> Tensor
     deviation = variance.where(varies, 1).sqrt().where(varies, 0)
     return torch.cat([mean, deviation], 1).to(hidden.dtype)
 
+
 # %% ../../nbs/model/speaker.ipynb #82a78a8f
 class TDNNLayer(nn.Module):
     """Send a few frames, evenly spaced, through one linear layer and a ReLU, at every place where they fit.
@@ -81,6 +93,7 @@ class TDNNLayer(nn.Module):
         hidden = conv1d(hidden.transpose(1, 2), weight, self.kernel.bias, dilation=self.dilation)
         return hidden.relu().transpose(1, 2)
 
+
 # %% ../../nbs/model/speaker.ipynb #1f564557
 def effective_kernel_sizes(config: Wav2Vec2ConformerConfig) -> list[int]:
     """Frames from the first to the last that each TDNN layer sees: (kernel size - 1) * dilation + 1."""
@@ -91,6 +104,7 @@ def tdnn_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Ten
     """Count the frames that leave the TDNN if `lengths` enter it, dilation included; 0 where too few do."""
     sizes = effective_kernel_sizes(config)
     return conv_output_lengths(lengths, sizes, [1] * len(sizes))
+
 
 # %% ../../nbs/model/speaker.ipynb #ddab0c9b
 def min_samples(config: Wav2Vec2ConformerConfig) -> int:
@@ -103,6 +117,7 @@ def min_samples(config: Wav2Vec2ConformerConfig) -> int:
     for kernel_size, stride in reversed(layers):
         needed = max((needed - 1) * stride + kernel_size, 1)
     return needed
+
 
 # %% ../../nbs/model/speaker.ipynb #c7b1d3dc
 class AMSoftmaxLoss(nn.Module):
@@ -134,6 +149,7 @@ class AMSoftmaxLoss(nn.Module):
         taken = self.margin * one_hot(labels, self.weight.shape[1])  # [B, num_labels]
         return cross_entropy(self.scale * (self.cosines(vectors) - taken), labels)
 
+
 # %% ../../nbs/model/speaker.ipynb #04544c8a
 @model_output
 class XVectorOutput(ModelOutput):
@@ -152,6 +168,7 @@ class XVectorOutput(ModelOutput):
     embeddings: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
+
 
 # %% ../../nbs/model/speaker.ipynb #d973d6c3
 class Wav2Vec2ConformerForXVector(BaseClassifier):
@@ -178,9 +195,14 @@ class Wav2Vec2ConformerForXVector(BaseClassifier):
         return tdnn_output_lengths(torch.as_tensor(input_lengths), self.config)
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
-        self, input_values: Tensor, attention_mask: Tensor | None = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        return_dict: bool | None = None, labels: Tensor | None = None, mask_time_indices: Tensor | None = None
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
     ) -> XVectorOutput | tuple[Any, ...]:
         """Return a vector for each waveform (arguments: the base model's); with `labels` `[B]`, also a loss.
 

@@ -12,10 +12,6 @@ from typing import Any, TypeVar, dataclass_transform
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_inputs
-from ..config import Wav2Vec2ConformerConfig
-from ..files.pretrained import PreTrainedModel
-from .conformer import ConformerEncoder
 from w2vc.model.features import (
     FeatureEncoder,
     FeatureProjection,
@@ -23,11 +19,26 @@ from w2vc.model.features import (
     frame_mask,
     valid_lengths,
 )
+
+from ..checks import check_inputs
+from ..config import Wav2Vec2ConformerConfig
+from ..files.pretrained import PreTrainedModel
+from .conformer import ConformerEncoder
 from .masking import apply_spec_augment
 
 # %% auto #0
-__all__ = ['ModelOutput', 'model_output', 'Wav2Vec2BaseModelOutput', 'count_frames', 'mask_frames', 'Wav2Vec2ConformerModel',
-           'adapter_output_lengths', 'AdapterLayer', 'Adapter']
+__all__ = [
+    "ModelOutput",
+    "model_output",
+    "Wav2Vec2BaseModelOutput",
+    "count_frames",
+    "mask_frames",
+    "Wav2Vec2ConformerModel",
+    "adapter_output_lengths",
+    "AdapterLayer",
+    "Adapter",
+]
+
 
 # %% ../../nbs/model/wav2vec2.ipynb #952ce49f
 class ModelOutput:
@@ -66,6 +77,7 @@ class ModelOutput:
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
+
 # %% ../../nbs/model/wav2vec2.ipynb #f5f32a0a
 _Output = TypeVar("_Output")
 
@@ -76,6 +88,7 @@ def model_output(cls: type[_Output]) -> type[_Output]:
     made = dataclass(eq=False)(cls)  # to compare tensors with == gives a tensor, and not yes or no
     torch.export.register_dataclass(made, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
     return made
+
 
 # %% ../../nbs/model/wav2vec2.ipynb #cdeacec0
 @model_output
@@ -95,6 +108,7 @@ class Wav2Vec2BaseModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
 
+
 # %% ../../nbs/model/wav2vec2.ipynb #918daa20
 def count_frames(
     samples: Tensor | int, config: Wav2Vec2ConformerConfig, add_adapter: bool | None = None
@@ -111,6 +125,7 @@ def count_frames(
         for _ in range(config.num_adapter_layers):
             frames = adapter_output_lengths(frames, config)
     return frames
+
 
 # %% ../../nbs/model/wav2vec2.ipynb #aee691cb
 def mask_frames(
@@ -134,6 +149,7 @@ def mask_frames(
 def _chosen(given: bool | None, usual: bool) -> bool:
     return usual if given is None else given
 
+
 # %% ../../nbs/model/wav2vec2.ipynb #da09c57f
 class Wav2Vec2ConformerModel(PreTrainedModel):
     """Waveforms `[B, S]` in, frames in context `[B, T, D]` out (wav2vec 2.0, figure 1; Conformer, Eq. 1)."""
@@ -152,9 +168,13 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
         return count_frames(input_lengths, self.config, add_adapter)
 
     def forward(  # noqa: PLR0917 (the documented order of the arguments)
-        self, input_values: Tensor, attention_mask: Tensor | None = None,
-        mask_time_indices: Tensor | None = None, output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None, return_dict: bool | None = None,
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Wav2Vec2BaseModelOutput | tuple[Any, ...]:
         """Read samples `[B, S]`, 16 kHz, normalised per utterance; `check_inputs` raises a ValueError.
 
@@ -174,6 +194,7 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
         last = last if self.adapter is None else self.adapter(last, counts)
         output = Wav2Vec2BaseModelOutput(last, features, states, maps)
         return output if _chosen(return_dict, self.config.return_dict) else output.to_tuple()
+
 
 # %% ../../nbs/model/wav2vec2.ipynb #65bc2de5
 def adapter_output_lengths(lengths: Tensor, config: Wav2Vec2ConformerConfig) -> Tensor:
@@ -196,6 +217,7 @@ class AdapterLayer(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, O, T]` to `[B, O, T']`, with T' as `adapter_output_lengths` says."""
         return nn.functional.glu(self.conv(hidden), dim=1)
+
 
 # %% ../../nbs/model/wav2vec2.ipynb #cd6fecbc
 class Adapter(nn.Module):

@@ -21,7 +21,18 @@ from ..model.features import FrameClock
 from .tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 # %% auto #0
-__all__ = ['WILDCARD', 'LabelSpan', 'Alignment', 'viterbi', 'force_align', 'best_path', 'TimedText', 'align_words', 'read_words']
+__all__ = [
+    "WILDCARD",
+    "LabelSpan",
+    "Alignment",
+    "viterbi",
+    "force_align",
+    "best_path",
+    "TimedText",
+    "align_words",
+    "read_words",
+]
+
 
 # %% ../../nbs/text/alignment.ipynb #497a5d60
 class LabelSpan(NamedTuple):
@@ -38,6 +49,7 @@ class LabelSpan(NamedTuple):
     start: int
     end: int
     score: float
+
 
 # %% ../../nbs/text/alignment.ipynb #33f40154
 @dataclass(frozen=True, eq=False)
@@ -67,12 +79,14 @@ class Alignment:
             LabelSpan(*run, min(self.scores[run.start : run.end].mean().exp().item(), 1.0)) for run in found
         ]
 
+
 # %% ../../nbs/text/alignment.ipynb #561d93a2
 def _step(reach: Tensor, emitted: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
     """Go on by one frame: the best score of each state, and how many states back its walk was (0, 1 or 2)."""
     padded = pad(reach, (2, 0), value=-math.inf)
     best, came = torch.stack([reach, padded[1:-1], padded[:-2] + bars]).max(0)  # if equally good, the fewest
     return best + emitted, came.to(torch.int8)
+
 
 # %% ../../nbs/text/alignment.ipynb #73a41be9
 def viterbi(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
@@ -116,6 +130,7 @@ def viterbi(emissions: Tensor, states: Tensor, bars: Tensor) -> Tensor:
             state -= int(steps.pop()[state])
     return walk
 
+
 # %% ../../nbs/text/alignment.ipynb #e0016c7e
 WILDCARD = -1  # a label that stands for anything at all
 _SHY = math.log(0.9)  # a little less than the best symbol, so that it takes no more than it must
@@ -141,6 +156,7 @@ def _check(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int) -> Ten
             f"labels: {row.shape[1]} labels need {needed} frames, and there are {T}: too long a text"
         )
     return row
+
 
 # %% ../../nbs/text/alignment.ipynb #fa212328
 def force_align(log_probs: Tensor, labels: Sequence[int] | Tensor, blank: int = 0) -> Alignment:
@@ -173,6 +189,7 @@ def best_path(log_probs: Tensor, blank: int = 0) -> Alignment:
     """Take the most probable symbol of each frame of `[T, A]`: an alignment of whatever they spell."""
     scores, path = log_probs.detach().to("cpu", torch.float64).max(1)
     return Alignment(path, scores, blank)
+
 
 # %% ../../nbs/text/alignment.ipynb #4392a06a
 @dataclass(frozen=True)
@@ -211,6 +228,7 @@ def _time_word(
         word, chars[0].start, chars[-1].end, math.exp(logs / frames) if known else 0.0, tuple(chars)
     )
 
+
 # %% ../../nbs/text/alignment.ipynb #830334a2
 def _tokenizer(processor: Wav2Vec2Processor | Wav2Vec2CTCTokenizer) -> Wav2Vec2CTCTokenizer:
     return processor.tokenizer if isinstance(processor, Wav2Vec2Processor) else processor
@@ -234,6 +252,7 @@ def _tokenize_word(
             letter = pairs.pop()[0] + letter
         pairs.append((letter, label))
     return pairs
+
 
 # %% ../../nbs/text/alignment.ipynb #f969c4a8
 def align_words(
@@ -277,6 +296,7 @@ def align_words(
             next(spans)
         timed.append(_time_word(word, [(letter, next(spans)) for letter, _ in pairs], clock, seconds))
     return timed
+
 
 # %% ../../nbs/text/alignment.ipynb #f32a9844
 def read_words(

@@ -30,8 +30,18 @@ from ..model.ctc import collapse, runs
 from .tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 # %% auto #0
-__all__ = ['greedy', 'NGramModel', 'estimate_ngram', 'HotWords', 'TextState', 'TextScorer', 'Hypothesis', 'beam_search',
-           'CTCDecoder']
+__all__ = [
+    "greedy",
+    "NGramModel",
+    "estimate_ngram",
+    "HotWords",
+    "TextState",
+    "TextScorer",
+    "Hypothesis",
+    "beam_search",
+    "CTCDecoder",
+]
+
 
 # %% ../../nbs/text/decoding.ipynb #cc7df889
 def _check_scores(logits: Any, dims: tuple[int, ...], blank: int) -> torch.Tensor:
@@ -58,6 +68,7 @@ def _frame_counts(lengths: Any, n_rows: int, n_frames: int) -> list[int]:
         raise ValueError(f"lengths={counts} must hold {n_rows} whole numbers of frames in 0..{n_frames}")
     return counts
 
+
 # %% ../../nbs/text/decoding.ipynb #8dabd590
 def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
     """Take the most probable symbol of each frame, and collapse (Graves et al., 2006, section 3.2).
@@ -75,6 +86,7 @@ def greedy(logits: Any, lengths: Any = None, blank: int = 0) -> Any:
     counts = _frame_counts(lengths, len(paths), scores.shape[-2])
     labels = [collapse(path[:n], blank) for path, n in zip(paths, counts, strict=True)]
     return labels if scores.dim() == 3 else labels[0]
+
 
 # %% ../../nbs/text/decoding.ipynb #a36fa348
 _UNK, _BOS, _EOS = "<unk>", "<s>", "</s>"  # any other word, beginning and end of a sentence
@@ -148,6 +160,7 @@ class NGramModel:
         data = _arpa_text(self).encode()
         write_file(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
 
+
 # %% ../../nbs/text/decoding.ipynb #f696d0e3
 def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGramModel:
     """Make a language model of texts, by the method of Witten and Bell (1991, method C; Eq. 2).
@@ -191,6 +204,7 @@ def estimate_ngram(texts: Iterable[str | Sequence[str]], order: int = 3) -> NGra
     tolls = {past: math.log(kinds[past] / (seen[past] + kinds[past])) for past in seen if past}
     return NGramModel(logp, tolls)
 
+
 # %% ../../nbs/text/decoding.ipynb #ad1025ba
 def _arpa_text(model: NGramModel) -> str:
     """A model as an ARPA file: by order, log10 probability, n-gram and log10 toll in a line."""
@@ -203,6 +217,7 @@ def _arpa_text(model: NGramModel) -> str:
             toll = f"\t{model.backoff.get(gram, 0.0) / _LN10:.7f}" if n < model.order else ""
             lines.append(f"{model.logp[gram] / _LN10:.7f}\t{' '.join(gram)}{toll}")
     return "\n".join([*lines, "", "\\end\\", ""])
+
 
 # %% ../../nbs/text/decoding.ipynb #2b700d11
 def _arpa_lines(path: Path) -> list[str]:
@@ -259,6 +274,7 @@ def _read_arpa(path: Path) -> tuple[_Table, _Table]:
     end = "it has no line \\data\\" if order < 0 else "the file ends without \\end\\: it is cut short"
     raise ValueError(f"{path}, line {number}: {end}")
 
+
 # %% ../../nbs/text/decoding.ipynb #ec6de38d
 class HotWords:
     """Words or phrases that get a bonus each time they are said, and a share of it while they are being said.
@@ -298,6 +314,7 @@ class HotWords:
         """The last word with none, one, two, … words before it."""
         return [" ".join((*words[len(words) - n :], last)) for n in range(min(self.memory, len(words)) + 1)]
 
+
 # %% ../../nbs/text/decoding.ipynb #0154d2e2
 class TextState(NamedTuple):
     """What a prefix has said so far, as words, and what that adds to its score."""
@@ -313,6 +330,7 @@ class TextState(NamedTuple):
     def rank(self) -> float:
         """All of it: what counts in the beam, beside the sound."""
         return self.lm + self.hot + self.ahead
+
 
 # %% ../../nbs/text/decoding.ipynb #21287b97
 def _check_spelling(scorer: TextScorer) -> None:
@@ -334,6 +352,7 @@ def _check_spelling(scorer: TextScorer) -> None:
             f"with the symbols ({these}, …): "
             f"is one side in upper case, or unit={scorer.unit!r} wrong?"
         )
+
 
 # %% ../../nbs/text/decoding.ipynb #b131391c
 class TextScorer:
@@ -358,11 +377,19 @@ class TextScorer:
     """
 
     def __init__(
-        self, symbols: Sequence[str], word_delimiter: str | None = "|",
-        language_model: NGramModel | None = None, *, alpha: float = 0.5, beta: float = 1.5,
-        unk_score_offset: float = -10.0, score_boundary: bool = True, unit: str = "word",
+        self,
+        symbols: Sequence[str],
+        word_delimiter: str | None = "|",
+        language_model: NGramModel | None = None,
+        *,
+        alpha: float = 0.5,
+        beta: float = 1.5,
+        unk_score_offset: float = -10.0,
+        score_boundary: bool = True,
+        unit: str = "word",
         known_words: Collection[str] | None = None,
-        hotwords: str | Iterable[str] | Mapping[str, float] | None = None, hotword_weight: float = 10.0,
+        hotwords: str | Iterable[str] | Mapping[str, float] | None = None,
+        hotword_weight: float = 10.0,
     ) -> None:
         self.symbols, self.model, self.unit = list(symbols), language_model, unit
         self.alpha, self.beta, self.boundary = float(alpha), float(beta), score_boundary
@@ -422,6 +449,7 @@ class TextScorer:
         lm = said.lm + self.alpha * logp + self.beta + (0.0 if token in self.known else self.unknown)
         return said._replace(context=context, lm=lm)
 
+
 # %% ../../nbs/text/decoding.ipynb #35c2e532
 class _Prefix:
     """Labels, as a node of a tree: they stand on the way from the root to it."""
@@ -470,6 +498,7 @@ def _log_add(a: float, b: float) -> float:
     """log(e^a + e^b)."""
     low, high = (a, b) if a < b else (b, a)
     return high + math.log1p(math.exp(low - high)) if low < high else high + math.log(2.0)
+
 
 # %% ../../nbs/text/decoding.ipynb #f3006ea2
 class _Search:
@@ -526,6 +555,7 @@ class _Search:
         best = sorted((-rank, prefix) for prefix, rank in ranks.items() if rank >= floor and rank > -math.inf)
         return {prefix: grown[prefix] for _, prefix in best[: self.width]}
 
+
 # %% ../../nbs/text/decoding.ipynb #cdccd102
 @dataclass(frozen=True, repr=False)
 class Hypothesis:
@@ -565,6 +595,7 @@ class Hypothesis:
             f"Hypothesis({self.text or self.ids!r}: {self.total:.2f} = acoustic {self.acoustic:.2f}{parts})"
         )
 
+
 # %% ../../nbs/text/decoding.ipynb #21059d8c
 def _finish(beam: _Beam, scorer: TextScorer, blank: int) -> Iterator[Hypothesis]:
     """Score the ends of the texts, sort, and walk the best paths back."""
@@ -581,6 +612,7 @@ def _finish(beam: _Beam, scorer: TextScorer, blank: int) -> Iterator[Hypothesis]
         yield Hypothesis(
             ids, tuple(reversed(path)), frames, sums[prefix], ends[prefix].lm, ends[prefix].hot, text.strip()
         )
+
 
 # %% ../../nbs/text/decoding.ipynb #b7d887a0
 def _log_probs(logits: Any, blank: int, normalise: bool) -> list[list[float]]:
@@ -599,6 +631,7 @@ def _considered(frame: Sequence[float], token_min_logp: float, top_k: int | None
     kept = [symbol for symbol, logp in enumerate(frame) if logp >= floor and logp > -math.inf]
     return sorted(sorted(kept, key=lambda symbol: -frame[symbol])[:top_k])
 
+
 # %% ../../nbs/text/decoding.ipynb #a055c3a8
 def _check_search(counts: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
     """Reject counts that are no whole numbers from 1 up, and limits that are no log probabilities."""
@@ -611,9 +644,18 @@ def _check_search(counts: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
 
 
 def beam_search(
-    logits: Any, *, beam_width: int = 100, blank: int = 0, n_best: int = 1, distinct: bool = False,
-    token_min_logp: float | None = -5.0, top_k: int | None = None, beam_prune_logp: float | None = -10.0,
-    normalise: bool = True, symbols: Sequence[str] | None = None, scorer: TextScorer | None = None,
+    logits: Any,
+    *,
+    beam_width: int = 100,
+    blank: int = 0,
+    n_best: int = 1,
+    distinct: bool = False,
+    token_min_logp: float | None = -5.0,
+    top_k: int | None = None,
+    beam_prune_logp: float | None = -10.0,
+    normalise: bool = True,
+    symbols: Sequence[str] | None = None,
+    scorer: TextScorer | None = None,
     **text: Any,
 ) -> list[Hypothesis]:
     """Search the most probable labels by growing prefixes frame by frame (Hannun et al., 2014, algorithm 1).
@@ -665,6 +707,7 @@ def beam_search(
             break
     return list(found.values())
 
+
 # %% ../../nbs/text/decoding.ipynb #f46facc9
 def _read_path(hypothesis: Hypothesis, tokenizer: Wav2Vec2CTCTokenizer) -> Hypothesis:
     """Let the tokenizer read the best path: the text by its rules, and where its parts are."""
@@ -674,6 +717,7 @@ def _read_path(hypothesis: Hypothesis, tokenizer: Wav2Vec2CTCTokenizer) -> Hypot
     text = re.sub(f"({gap})+", r"\1", read.text) if gap else read.text
     chars, words = tuple(read.char_offsets), tuple(read.word_offsets)
     return replace(hypothesis, text=text, char_offsets=chars, word_offsets=words)
+
 
 # %% ../../nbs/text/decoding.ipynb #9bdddc0f
 _SEARCH = {"beam_width", "token_min_logp", "top_k", "beam_prune_logp", "normalise"}
@@ -695,8 +739,10 @@ class CTCDecoder:
     """
 
     def __init__(
-        self, tokenizer: Wav2Vec2CTCTokenizer | Wav2Vec2Processor,
-        language_model: NGramModel | str | os.PathLike[str] | None = None, **options: Any,
+        self,
+        tokenizer: Wav2Vec2CTCTokenizer | Wav2Vec2Processor,
+        language_model: NGramModel | str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> None:
         self.tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Wav2Vec2Processor) else tokenizer
         if not isinstance(self.tokenizer, Wav2Vec2CTCTokenizer) or self.tokenizer.pad_token_id is None:
@@ -801,6 +847,7 @@ class CTCDecoder:
             if self.language_model is not None:
                 _write_language_model(fresh / _FOLDER, self.scorer, self.language_model, self.options)
 
+
 # %% ../../nbs/text/decoding.ipynb #8ff1342d
 def _write_language_model(
     folder: Path, scorer: TextScorer, model: NGramModel, options: Mapping[str, Any]
@@ -811,6 +858,7 @@ def _write_language_model(
     write_file(folder / "attrs.json", json.dumps(attrs))
     write_file(folder / "unigrams.txt", "".join(f"{word}\n" for word in scorer.sorted_known))
     model.to_arpa(folder / "lm.arpa")
+
 
 # %% ../../nbs/text/decoding.ipynb #a4e77c47
 def _alphabet_of(tokenizer: Wav2Vec2CTCTokenizer) -> list[str]:

@@ -28,8 +28,18 @@ from ..model.features import FrameClock
 from ..model.wav2vec2 import ModelOutput
 
 # %% auto #0
-__all__ = ['word_offsets', 'vocabulary_problems', 'build_vocabulary', 'Wav2Vec2CTCTokenizerOutput', 'Wav2Vec2CTCTokenizer',
-           'offsets_in_seconds', 'Wav2Vec2Processor', 'AutoFeatureExtractor', 'AutoProcessor']
+__all__ = [
+    "word_offsets",
+    "vocabulary_problems",
+    "build_vocabulary",
+    "Wav2Vec2CTCTokenizerOutput",
+    "Wav2Vec2CTCTokenizer",
+    "offsets_in_seconds",
+    "Wav2Vec2Processor",
+    "AutoFeatureExtractor",
+    "AutoProcessor",
+]
+
 
 # %% ../../nbs/text/tokenizer.ipynb #1330e9d7
 def word_offsets(chars: Sequence[Mapping[str, Any]], delimiter: str = " ") -> list[dict[str, Any]]:
@@ -46,6 +56,7 @@ def word_offsets(chars: Sequence[Mapping[str, Any]], delimiter: str = " ") -> li
             word, start = "".join(letter["char"] for letter in letters), letters[0]["start_offset"]
             words.append({"word": word, "start_offset": start, "end_offset": letters[-1]["end_offset"]})
     return words
+
 
 # %% ../../nbs/text/tokenizer.ipynb #c3683334
 def vocabulary_problems(
@@ -81,6 +92,7 @@ def _some(things: Iterable[Any], most: int = 4) -> str:
     things = list(things)
     more = f" and {len(things) - most} more" if len(things) > most else ""
     return ", ".join(map(repr, things[:most])) + more
+
 
 # %% ../../nbs/text/tokenizer.ipynb #f776706f
 def build_vocabulary(
@@ -125,6 +137,7 @@ def build_vocabulary(
         raise ValueError("; ".join(problems))
     return vocab
 
+
 # %% ../../nbs/text/tokenizer.ipynb #e4026417
 def _free_ids(vocab: Mapping[str, int], wanted: Mapping[str, int | None]) -> dict[str, int]:
     """Ids of the wanted symbols that a vocabulary lacks: the one that a symbol should have, else the next."""
@@ -141,6 +154,7 @@ def _any_of(symbols: Iterable[str], *more: str) -> str:
     """A pattern for any of some symbols, the longest first."""
     return "|".join([*map(re.escape, sorted(symbols, key=len, reverse=True)), *more])
 
+
 # %% ../../nbs/text/tokenizer.ipynb #1554c679
 class _Alphabet:
     """Symbols and their ids in both directions, and the rule by which a text is cut into symbols.
@@ -153,8 +167,11 @@ class _Alphabet:
     """
 
     def __init__(
-        self, vocab: Mapping[str, int], wanted: Mapping[str, int | None], special: Sequence[str],
-        delimiter: str | None
+        self,
+        vocab: Mapping[str, int],
+        wanted: Mapping[str, int | None],
+        special: Sequence[str],
+        delimiter: str | None,
     ) -> None:
         odd = [s for s, i in vocab.items() if not isinstance(i, int) or isinstance(i, bool) or i < 0]
         if odd:
@@ -181,6 +198,7 @@ class _Alphabet:
             symbols = self._symbol.findall(part.upper() if upper else part)
             found += [self.delimiter or " " if symbol == " " else symbol for symbol in symbols]
         return found
+
 
 # %% ../../nbs/text/tokenizer.ipynb #45c8de0e
 def _id_list(ids: Any) -> list[int]:
@@ -216,6 +234,7 @@ def _padded_length(sizes: list[int], padding: bool | str, max_length: int | None
     length = max(least, *sizes) if padding not in {False, "do_not_pad"} else 0
     return length + -length % multiple
 
+
 # %% ../../nbs/text/tokenizer.ipynb #a51321e7
 def _pad_ids(
     rows: list[list[int]], length: int, fill: int | None, side: str, kind: str | None
@@ -224,14 +243,13 @@ def _pad_ids(
     ids, mask = pad_rows(rows, fill or 0, length, side)
     if not mask.all() and (fill is None if length else kind):
         sizes = [len(row) for row in rows]
-        raise ValueError(
-            f"rows of {min(sizes)} to {max(sizes)} symbols: pass padding=True, with a pad_token"
-        )
+        raise ValueError(f"rows of {min(sizes)} to {max(sizes)} symbols: pass padding=True, with a pad_token")
     columns = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
     if kind is not None:
         return {name: torch.from_numpy(v) if kind == "pt" else v for name, v in columns.items()}
     kept = mask | bool(length)  # rows that are not padded become lists of their own lengths
     return {name: [row[m].tolist() for row, m in zip(v, kept, strict=True)] for name, v in columns.items()}
+
 
 # %% ../../nbs/text/tokenizer.ipynb #c188e6a0
 @dataclass(eq=False)
@@ -258,6 +276,7 @@ def _clean_up(text: str) -> str:
         text = text.replace(f" {end}", end)
     return text
 
+
 # %% ../../nbs/text/tokenizer.ipynb #32cae655
 def _kept_runs(symbols: Sequence[str], group: bool, dropped: set[str | None]) -> list[Run]:
     """The runs of a path of symbols without the dropped ones; ungrouped, each frame is a run of its own."""
@@ -269,6 +288,7 @@ def _offsets(kept: Sequence[Run], chars: Sequence[str]) -> list[dict[str, Any]]:
     """The frames of each character, as transformers writes them."""
     pairs = zip(chars, kept, strict=True)
     return [{"char": char, "start_offset": run.start, "end_offset": run.end} for char, run in pairs]
+
 
 # %% ../../nbs/text/tokenizer.ipynb #db68ec91
 _VOCAB_FILE, _SETTINGS_FILE, _ADDED_FILE = "vocab.json", "tokenizer_config.json", "added_tokens.json"
@@ -297,6 +317,7 @@ def _read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[
             settings[role] = settings[role]["content"]
     return read_json(folder / _VOCAB_FILE), settings, added
 
+
 # %% ../../nbs/text/tokenizer.ipynb #ca7df6f8
 def _tokenizer_config(tokenizer: Wav2Vec2CTCTokenizer) -> dict[str, Any]:
     """The content of `tokenizer_config.json`, byte by byte as transformers writes it."""
@@ -315,6 +336,7 @@ def _tokenizer_config(tokenizer: Wav2Vec2CTCTokenizer) -> dict[str, Any]:
 
 def _json(content: Mapping[Any, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
 
 # %% ../../nbs/text/tokenizer.ipynb #516fe89d
 def _id_of(role: str) -> property:
@@ -453,8 +475,14 @@ class Wav2Vec2CTCTokenizer:
         return self.convert_tokens_to_ids(self.tokenize(text))
 
     def __call__(
-        self, text: str | Sequence[str], padding: bool | str = False, truncation: bool | None = None,
-        max_length: int | None = None, *, add_special_tokens: bool = True, **options: Any
+        self,
+        text: str | Sequence[str],
+        padding: bool | str = False,
+        truncation: bool | None = None,
+        max_length: int | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
     ) -> BatchFeature:
         """Spell one text, or several as a batch.
 
@@ -482,10 +510,16 @@ class Wav2Vec2CTCTokenizer:
         return self.pad({"input_ids": ids}, padding, max_length, **options)
 
     def pad(  # noqa: PLR0917
-        self, encoded_inputs: Any, padding: bool | str = True, max_length: int | None = None,
-        pad_to_multiple_of: int | None = None, padding_side: str | None = None,
-        return_attention_mask: bool | None = None, return_tensors: str | None = None, *,
-        fill: int | None = None
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        *,
+        fill: int | None = None,
     ) -> BatchFeature:
         """Pad what was spelled earlier, such as the rows of a data set.
 
@@ -530,10 +564,14 @@ class Wav2Vec2CTCTokenizer:
         return [int(i in special) for i in _id_list(token_ids)]
 
     def decode(  # noqa: PLR0917
-        self, token_ids: Any, skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None, output_char_offsets: bool = False,
-        output_word_offsets: bool = False, group_tokens: bool = True,
-        spaces_between_special_tokens: bool = False
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        output_char_offsets: bool = False,
+        output_word_offsets: bool = False,
+        group_tokens: bool = True,
+        spaces_between_special_tokens: bool = False,
     ) -> Any:
         """Read a path, one id per frame: join runs of a symbol, then drop the blanks (Graves et al., 2006).
 
@@ -615,6 +653,7 @@ class Wav2Vec2CTCTokenizer:
             for name, content in files.items():
                 write_file(fresh / name, _json(content))
 
+
 # %% ../../nbs/text/tokenizer.ipynb #1bb00761
 def offsets_in_seconds(
     offsets: Iterable[Mapping[str, Any]], clock: FrameClock | None = None, seconds: float | None = None
@@ -636,6 +675,7 @@ def offsets_in_seconds(
         timed.append({**rest, "start": start, "end": end})
     return timed
 
+
 # %% ../../nbs/text/tokenizer.ipynb #de01b625
 _SHARED = {
     "padding", "max_length", "truncation", "pad_to_multiple_of", "return_attention_mask", "return_tensors"
@@ -655,6 +695,7 @@ def _split_options(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
         part: {key: value for key, value in options.items() if key in names} | own[part]
         for part, names in _OPTIONS.items()
     }
+
 
 # %% ../../nbs/text/tokenizer.ipynb #9d495c58
 class Wav2Vec2Processor:
@@ -748,6 +789,7 @@ class Wav2Vec2Processor:
             self.tokenizer.save_pretrained(fresh, **kind)
             write_file(fresh / "preprocessor_config.json", _json(settings | kind))
             write_file(fresh / "processor_config.json", _json({"feature_extractor": settings, **kind}))
+
 
 # %% ../../nbs/text/tokenizer.ipynb #d2d9b120
 class AutoFeatureExtractor:

@@ -30,7 +30,8 @@ from .alignment import Alignment, TimedText, align_words, best_path, read_words
 from .tokenizer import Wav2Vec2Processor
 
 # %% auto #0
-__all__ = ['Chunk', 'plan_chunks', 'frame_logits', 'Transcript', 'Decoder', 'read_transcript', 'transcribe']
+__all__ = ["Chunk", "plan_chunks", "frame_logits", "Transcript", "Decoder", "read_transcript", "transcribe"]
+
 
 # %% ../../nbs/text/transcription.ipynb #9499ae66
 class Chunk(NamedTuple):
@@ -49,6 +50,7 @@ class Chunk(NamedTuple):
     skip: int
     first: int
     last: int
+
 
 # %% ../../nbs/text/transcription.ipynb #1a4aac60
 def plan_chunks(
@@ -95,6 +97,7 @@ def plan_chunks(
         for a, end, (first, last) in zip(starts, ends, pairwise(borders), strict=True)
     ]
 
+
 # %% ../../nbs/text/transcription.ipynb #f93f851b
 def _samples(seconds: float, name: str, rate: int) -> int:
     """Turn seconds into samples; reject what is no length."""
@@ -113,10 +116,16 @@ def _chunk_sizes(
     side = _samples(chunk / 6 if context is None else context, "context_seconds", rate)
     return max((size - clock.width) // clock.hop + 1, 0), -(-side // clock.hop)
 
+
 # %% ../../nbs/text/transcription.ipynb #739db156
 def frame_logits(
-    audios: Sequence[Samples], model: Wav2Vec2ConformerForCTC, *, normalise: bool = True,
-    sampling_rate: int = 16_000, chunk_seconds: float | None = 30.0, context_seconds: float | None = None,
+    audios: Sequence[Samples],
+    model: Wav2Vec2ConformerForCTC,
+    *,
+    normalise: bool = True,
+    sampling_rate: int = 16_000,
+    chunk_seconds: float | None = 30.0,
+    context_seconds: float | None = None,
     batch_seconds: float = 60.0,
 ) -> list[Tensor]:
     """Compute the logits of every frame of recordings of any length, in batches of chunks.
@@ -163,6 +172,7 @@ def frame_logits(
                 results[i][chunk.first : chunk.last] = logits[row, chunk.skip :][: chunk.last - chunk.first]
     return results
 
+
 # %% ../../nbs/text/transcription.ipynb #0983960f
 def _timestamp(seconds: float, point: str) -> str:
     """Write a time as 01:02:03.004; rounded down, so that it stays inside the audio."""
@@ -184,6 +194,7 @@ def _join_words(
         else:
             rows.append([word])
     return rows
+
 
 # %% ../../nbs/text/transcription.ipynb #8222b469
 @dataclass(frozen=True)
@@ -254,6 +265,7 @@ class Transcript:
             blocks.append(f"{_timestamp(line.start, '.')} --> {_timestamp(line.end, '.')}\n{text}\n")
         return "\n".join(blocks)
 
+
 # %% ../../nbs/text/transcription.ipynb #ecfd622c
 class Decoder(Protocol):
     """Anything that finds a text in logits, such as `CTCDecoder`."""
@@ -261,10 +273,16 @@ class Decoder(Protocol):
     def decode(self, logits: Tensor) -> Any:
         """Read logits `[T, A]`; the result has a `path` (a symbol per frame) or a `text`, or is a text."""
 
+
 # %% ../../nbs/text/transcription.ipynb #2830580a
 def read_transcript(
-    logits: Tensor, processor: Wav2Vec2Processor, *, config: Wav2Vec2ConformerConfig | None = None,
-    seconds: float, timestamps: str | None = "word", decoder: Decoder | None = None,
+    logits: Tensor,
+    processor: Wav2Vec2Processor,
+    *,
+    config: Wav2Vec2ConformerConfig | None = None,
+    seconds: float,
+    timestamps: str | None = "word",
+    decoder: Decoder | None = None,
 ) -> Transcript:
     """Read logits: the best symbol of each frame, or what a decoder finds; a text without a path is aligned.
 
@@ -302,6 +320,7 @@ def read_transcript(
         chars if timestamps == "char" else (),
     )
 
+
 # %% ../../nbs/text/transcription.ipynb #d3e040de
 def _open_model(model: Any, processor: Any) -> tuple[Wav2Vec2ConformerForCTC, Wav2Vec2Processor]:
     """Find the model and its processor, from a folder or hub id where a name is given."""
@@ -320,6 +339,7 @@ def _open_model(model: Any, processor: Any) -> tuple[Wav2Vec2ConformerForCTC, Wa
     if blanks[0] != blanks[1]:
         raise ValueError(f"model and processor do not belong together: their blanks are {blanks}")
     return model, processor
+
 
 # %% ../../nbs/text/transcription.ipynb #91179820
 def _is_many(audio: Any) -> bool:
@@ -359,14 +379,22 @@ def _loads(
     if load:
         yield load
 
+
 # %% ../../nbs/text/transcription.ipynb #dee7aa04
 _AHEAD = 16  # how many batches of sound are decoded at a time, so that chunks of like length meet
 
 
 def transcribe(
-    audio: Any, model: Any = None, processor: Any = None, *, sampling_rate: int | None = None,
-    chunk_seconds: float | None = 30.0, context_seconds: float | None = None, batch_seconds: float = 60.0,
-    timestamps: str | None = "word", decoder: Decoder | None = None,
+    audio: Any,
+    model: Any = None,
+    processor: Any = None,
+    *,
+    sampling_rate: int | None = None,
+    chunk_seconds: float | None = 30.0,
+    context_seconds: float | None = None,
+    batch_seconds: float = 60.0,
+    timestamps: str | None = "word",
+    decoder: Decoder | None = None,
 ) -> Any:
     """Write down what was said, in recordings of any length, one or many.
 

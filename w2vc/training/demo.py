@@ -10,23 +10,26 @@ from typing import Any
 
 import torch
 
-from ..files.atomic import read_json
-from ..files.pretrained import PreTrainedModel, demo_folder
 from w2vc.model.classification import (
     Wav2Vec2ConformerForAudioFrameClassification,
     Wav2Vec2ConformerForSequenceClassification,
 )
+
+from ..files.atomic import read_json
+from ..files.pretrained import PreTrainedModel, demo_folder
 from ..model.ctc import Wav2Vec2ConformerForCTC
 from ..model.pretraining import Wav2Vec2ConformerForPreTraining
 from ..model.speaker import Wav2Vec2ConformerForXVector
 
 # %% auto #0
-__all__ = ['load_demo', 'demo_curves', 'demo_figures']
+__all__ = ["load_demo", "demo_curves", "demo_figures"]
 
 # %% ../../nbs/training/demo.ipynb #2cc5da3a
 _CLASSES: dict[str | None, type[PreTrainedModel]] = {
-    None: Wav2Vec2ConformerForPreTraining, "ctc": Wav2Vec2ConformerForCTC,
-    "keyword": Wav2Vec2ConformerForSequenceClassification, "speaker": Wav2Vec2ConformerForXVector,
+    None: Wav2Vec2ConformerForPreTraining,
+    "ctc": Wav2Vec2ConformerForCTC,
+    "keyword": Wav2Vec2ConformerForSequenceClassification,
+    "speaker": Wav2Vec2ConformerForXVector,
     "frame": Wav2Vec2ConformerForAudioFrameClassification,
 }
 
@@ -49,6 +52,7 @@ def load_demo(head: str | None = None, *, device: torch.device | str | None = No
     folder = demo_folder(head)
     return _CLASSES[head].from_pretrained(folder, dtype=torch.float32, device=device)
 
+
 # %% ../../nbs/training/demo.ipynb #c36f48ed
 def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
     """What was noted while the demo checkpoint was trained, one record a line, thinned out.
@@ -69,6 +73,7 @@ def demo_curves(run: str, kind: str | None = None) -> list[dict[str, Any]]:
         )
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [record for record in records if kind in {None, record["kind"]}]
+
 
 # %% ../../nbs/training/demo.ipynb #df89519e
 def demo_figures() -> dict[str, Any]:

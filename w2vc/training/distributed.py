@@ -38,9 +38,27 @@ from .trainer import Batches, Loop, Update, find_bad_samples
 from .monitoring import compare_with_bands, stored_bands
 
 # %% auto #0
-__all__ = ['Processes', 'find_processes', 'wrap_model', 'exchange', 'shard_model', 'whole_model', 'load_weights', 'piece_of',
-           'Run', 'make_run', 'set_frozen', 'train_step', 'save_state', 'read_state', 'evaluate', 'start_run',
-           'TrainResult', 'continue_run', 'train']
+__all__ = [
+    "Processes",
+    "find_processes",
+    "wrap_model",
+    "exchange",
+    "shard_model",
+    "whole_model",
+    "load_weights",
+    "piece_of",
+    "Run",
+    "make_run",
+    "set_frozen",
+    "train_step",
+    "save_state",
+    "read_state",
+    "evaluate",
+    "start_run",
+    "TrainResult",
+    "continue_run",
+    "train",
+]
 
 # %% ../../nbs/training/distributed.ipynb #ef19b365
 _Value = TypeVar("_Value")
@@ -78,6 +96,7 @@ class Processes:
         """Wait for the others."""
         if self.count > 1:
             dist.barrier()
+
 
 # %% ../../nbs/training/distributed.ipynb #029c23c0
 def find_processes(cpu: bool = False, precision: str = "no", layerdrop: float = 0.0) -> Processes:
@@ -121,6 +140,7 @@ def find_processes(cpu: bool = False, precision: str = "no", layerdrop: float = 
         raise refuse("run.precision", precision, "'bf16' or 'no' with FSDP or on a CPU")
     return Processes(device, here.num_processes, here.process_index, sharded)
 
+
 # %% ../../nbs/training/distributed.ipynb #969aaf3b
 def wrap_model(model: nn.Module, processes: Processes, *, unused: bool = False) -> nn.Module:
     """Let the processes average their gradients (DDP); a lone model, or one in pieces, needs no wrapper.
@@ -136,12 +156,14 @@ def wrap_model(model: nn.Module, processes: Processes, *, unused: bool = False) 
     devices = None if processes.device.type == "cpu" else [processes.device]
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, find_unused_parameters=unused)
 
+
 # %% ../../nbs/training/distributed.ipynb #352c9124
 def exchange(wrapped: Any, last: bool) -> AbstractContextManager[Any]:
     """A context for one forward and backward, which holds gradients back until the `last` micro-batch of a step."""
     if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP
         wrapped.set_requires_gradient_sync(last)
     return nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync()
+
 
 # %% ../../nbs/training/distributed.ipynb #f7478add
 def shard_model(model: Any, device: torch.device) -> None:
@@ -166,6 +188,7 @@ def shard_model(model: Any, device: torch.device) -> None:
     for block in model.base_model.encoder.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
 
 # %% ../../nbs/training/distributed.ipynb #b777e4f0
 def whole_model(model: Any, kind: type[PreTrainedModel]) -> Any:
@@ -192,6 +215,7 @@ def whole_model(model: Any, kind: type[PreTrainedModel]) -> Any:
     copy.load_state_dict(weights, assign=True)
     return copy
 
+
 # %% ../../nbs/training/distributed.ipynb #785d0cd9
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load whole tensors into a model, which may be in pieces."""
@@ -208,11 +232,13 @@ def piece_of(tensor: Tensor, like: Any) -> Tensor:
 
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
+
 # %% ../../nbs/training/distributed.ipynb #629084ea
 def _add(total: Sums, more: Mapping[str, Tensor], device: torch.device) -> None:
     """Add a batch's sums to the total."""
     for key, value in more.items():
         total[key] = total.get(key, torch.zeros((), device=device)) + value.detach().to(device, torch.float32)
+
 
 # %% ../../nbs/training/distributed.ipynb #7a8c021d
 class Run(Loop):
@@ -306,6 +332,7 @@ class Run(Loop):
         """Go on from there; with the weights under "model"."""
         _load_state(self, state)
 
+
 # %% ../../nbs/training/distributed.ipynb #97555622
 def _backward(run: Run, batches: list[BatchFeature]) -> tuple[Tensor, Tensor]:
     """Gradients of one mean over all micro-batches of all processes; that mean `[]`, and the shares of ours in it."""
@@ -332,6 +359,7 @@ def _backward(run: Run, batches: list[BatchFeature]) -> tuple[Tensor, Tensor]:
     own = torch.stack(shares)
     return processes.sum(own.sum()), own
 
+
 # %% ../../nbs/training/distributed.ipynb #98bc12eb
 def _note_skip(run: Run, update: Update) -> None:
     """Note that a step was left out, why, and which samples are the cause.
@@ -356,6 +384,7 @@ def _note_skip(run: Run, update: Update) -> None:
             f"{run.in_a_row} steps in a row had no finite loss, the last with {names[:4]}: lower "
             "optimizer.lr, set optimizer.clip, or look at these samples; last/ holds the last good weights"
         )
+
 
 # %% ../../nbs/training/distributed.ipynb #44e574a6
 def make_run(  # noqa: PLR0917
@@ -401,6 +430,7 @@ def _running_average(model: nn.Module, memory: float) -> AveragedModel:
     average.update_parameters(model)
     return average
 
+
 # %% ../../nbs/training/distributed.ipynb #d66e6111
 def set_frozen(run: Run) -> None:
     """Freeze or free the base model as the step asks, and put the model into training mode."""
@@ -415,6 +445,7 @@ def set_frozen(run: Run) -> None:
     run.wrapped.train()
     if plan.frozen:
         model.base_model.eval()  # so that its running statistics stay, too
+
 
 # %% ../../nbs/training/distributed.ipynb #da88642a
 def train_step(run: Run) -> dict[str, Any] | None:
@@ -431,6 +462,7 @@ def train_step(run: Run) -> dict[str, Any] | None:
     dropped = sum(len(batch["dropped"]) for batch in done.batches)
     run.since.update({"steps": 1, "dropped": dropped, **times})
     return _write_log(run, notes | run.figures) if logs else None
+
 
 # %% ../../nbs/training/distributed.ipynb #deacfc80
 def _write_log(run: Run, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -456,6 +488,7 @@ def _raise_alarms(run: Run) -> None:
         if alarm.name not in raised:
             run.log.add("alarm", run.step, **{k: v for k, v in vars(alarm).items() if k != "step"})
             run.say(f"ALARM {alarm}")
+
 
 # %% ../../nbs/training/distributed.ipynb #dabe493c
 def _state_of(run: Run) -> dict[str, Any]:
@@ -489,6 +522,7 @@ def save_state(run: Run) -> None:
             torch.save(saved, fresh / "training_state.pt")
     run.processes.wait()  # or another process might return, and resume, before the files are there
 
+
 # %% ../../nbs/training/distributed.ipynb #d614df99
 _FREE_KEYS = frozenset({"name", "about", "data.workers", "data.preload", "data.valid"}) | {
     f"run.{key}" for key in (
@@ -508,6 +542,7 @@ def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = 
         elif a != b and name not in _FREE_KEYS:
             changed.append(name)
     return changed
+
 
 # %% ../../nbs/training/distributed.ipynb #2a675cf9
 def read_state(folder: str | os.PathLike[str], recipe: Recipe) -> dict[str, Any] | None:
@@ -530,6 +565,7 @@ def read_state(folder: str | os.PathLike[str], recipe: Recipe) -> dict[str, Any]
         keys = ", ".join(changed)
         raise ValueError(f"{folder} holds a run of another recipe: {keys} differ; choose another folder")
     return saved
+
 
 # %% ../../nbs/training/distributed.ipynb #341c28f1
 def _load_state(run: Run, saved: Mapping[str, Any]) -> None:
@@ -560,6 +596,7 @@ def _load_state(run: Run, saved: Mapping[str, Any]) -> None:
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and processes.device.type == "cuda":
         torch.cuda.set_rng_state(rng["cuda"], processes.device)
+
 
 # %% ../../nbs/training/distributed.ipynb #209ffbdc
 @torch.no_grad()
@@ -595,6 +632,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     _raise_alarms(run)
     return figures
 
+
 # %% ../../nbs/training/distributed.ipynb #3604404d
 _HIGHER = frozenset({"accuracy", "score"})  # figures of which more is better; of all others less is
 
@@ -610,6 +648,7 @@ def _judge(run: Run, figures: Mapping[str, Any]) -> bool:
     run.waiting = 0 if better else run.waiting + 1
     run.best = (value, run.step) if better else run.best
     return better
+
 
 # %% ../../nbs/training/distributed.ipynb #a3871e5a
 def start_run(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bool = True) -> Run:
@@ -648,6 +687,7 @@ def start_run(recipe: Recipe, folder: str | os.PathLike[str], *, progress: bool 
         run.say(f"left out: {len(left)} utterances, such as {'; '.join(left[:3])}")
     return run
 
+
 # %% ../../nbs/training/distributed.ipynb #6155d669
 @dataclass
 class TrainResult:
@@ -659,6 +699,7 @@ class TrainResult:
     reason: str  # why it stopped
     best: tuple[float, int] | None  # the best value of the monitored figure, and its step
     model: PreTrainedModel  # whole, plain and in eval mode
+
 
 # %% ../../nbs/training/distributed.ipynb #c078f9c0
 def continue_run(run: Run, max_minutes: float | None = None) -> TrainResult:
@@ -701,6 +742,7 @@ def _compare(run: Run) -> None:
         outside = compare_with_bands(run.log.records, bands)
         shares = ", ".join(f"{key} {share:.0%}" for key, share in outside.items())
         run.say(f"share outside the bands of healthy runs: {shares}")
+
 
 # %% ../../nbs/training/distributed.ipynb #2c415cd2
 def train(

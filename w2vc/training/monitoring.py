@@ -24,15 +24,35 @@ from ..model.quantizer import codebook_perplexity
 from .recipes import recipe_folder
 
 # %% auto #0
-__all__ = ['Sums', 'Records', 'ALARMS', 'BAND_FIGURES', 'perplexity', 'code_sums', 'choice_sums', 'describe_codes',
-           'diversity_share', 'whole_tensor', 'gradient_norms', 'read_metrics', 'MetricsLog', 'Alarm', 'find_alarms',
-           'healthy_bands', 'stored_bands', 'compare_with_bands', 'draw_health']
+__all__ = [
+    "Sums",
+    "Records",
+    "ALARMS",
+    "BAND_FIGURES",
+    "perplexity",
+    "code_sums",
+    "choice_sums",
+    "describe_codes",
+    "diversity_share",
+    "whole_tensor",
+    "gradient_norms",
+    "read_metrics",
+    "MetricsLog",
+    "Alarm",
+    "find_alarms",
+    "healthy_bands",
+    "stored_bands",
+    "compare_with_bands",
+    "draw_health",
+]
+
 
 # %% ../../nbs/training/monitoring.ipynb #acf9ab53
 def perplexity(counts: Tensor) -> Tensor:
     """How many codes of each group are in use: `codebook_perplexity` of counts, `[G, V]` to `[G]`."""
     shares = counts / counts.sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.stack([codebook_perplexity(group[None, None]) for group in shares])
+
 
 # %% ../../nbs/training/monitoring.ipynb #9aa81c1e
 Sums = dict[str, Tensor]  # what a batch adds to a measure; batches and processes simply add up
@@ -53,6 +73,7 @@ def code_sums(scores: Tensor, mask: Tensor) -> Sums:
     picked = scores[mask].float()  # [R, G, V]
     hard = nn.functional.one_hot(picked.argmax(-1), picked.shape[-1]).sum(0).float()
     return {"soft": picked.softmax(-1).sum(0), "hard": hard, "frames": torch.tensor(float(len(picked)))}
+
 
 # %% ../../nbs/training/monitoring.ipynb #a96c17a0
 @torch.no_grad()
@@ -76,10 +97,12 @@ def choice_sums(  # noqa: PLR0917
     logits = contrastive_logits(states, targets, negatives, codes, temperature)[mask]  # [R, 1 + N]
     hits, duplicates = (logits[:, :1] > logits[:, 1:]).all(1), logits[:, 1:].isneginf()  # [R], [R, N]
     return {
-        "questions": torch.tensor(float(len(hits)), device=hits.device), "hits": hits.sum().float(),
+        "questions": torch.tensor(float(len(hits)), device=hits.device),
+        "hits": hits.sum().float(),
         "answers": torch.tensor(float(duplicates.numel()), device=hits.device),
         "twins": duplicates.sum().float(),
     }
+
 
 # %% ../../nbs/training/monitoring.ipynb #41747876
 def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -95,12 +118,16 @@ def describe_codes(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     accuracy = float(sums["hits"] / sums["questions"].clamp_min(1))
     used = float(hard.sum() / sums["hard"].numel())
     return {
-        "accuracy": accuracy, "score": accuracy * used**2,
+        "accuracy": accuracy,
+        "score": accuracy * used**2,
         "twins": float(sums["twins"] / sums["answers"].clamp_min(1)),
-        "soft_perplexity": float(perplexity(sums["soft"]).sum()), "hard_perplexity": float(hard.sum()),
+        "soft_perplexity": float(perplexity(sums["soft"]).sum()),
+        "hard_perplexity": float(hard.sum()),
         "hard_perplexity_groups": [round(float(p), 2) for p in hard],
-        "dead_codes": int((sums["hard"] == 0).sum()), "used": used,
+        "dead_codes": int((sums["hard"] == 0).sum()),
+        "used": used,
     }
+
 
 # %% ../../nbs/training/monitoring.ipynb #335658c5
 def diversity_share(contrastive: Tensor, diversity: Tensor, scores_weight: Tensor) -> float:
@@ -117,6 +144,7 @@ def diversity_share(contrastive: Tensor, diversity: Tensor, scores_weight: Tenso
     ]
     one, other = torch.stack(pulls).tolist()
     return other / (one + other) if one + other > 0 else 0.0
+
 
 # %% ../../nbs/training/monitoring.ipynb #81a6db90
 def _block_of(name: str) -> str:
@@ -143,6 +171,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     norms = [whole_tensor(nn.utils.get_total_norm(gradients)).float() for gradients in blocks.values()]
     return dict(zip(blocks, torch.stack(norms).tolist(), strict=True)) if norms else {}
 
+
 # %% ../../nbs/training/monitoring.ipynb #88828a41
 def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
     """Read the records of a run's `metrics.jsonl` (or of the run's folder); a line cut short by a kill is passed over.
@@ -162,6 +191,7 @@ def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[
         if kind in {None, record["kind"]}:
             records.append(record)
     return records
+
 
 # %% ../../nbs/training/monitoring.ipynb #52bd4da7
 class MetricsLog:
@@ -199,6 +229,7 @@ class MetricsLog:
                 self.board.add_scalar(f"{kind}/{key}", value, step)
         return record
 
+
 # %% ../../nbs/training/monitoring.ipynb #d7bf5337
 Records = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl, in order
 
@@ -217,6 +248,7 @@ def _collapse(train: Records) -> str:
     if used and used[-1] < 0.3 and used[-1] < 0.5 * max(used):
         return f"{used[-1]:.0%} of the codes are in use, and there were {max(used):.0%}"
     return ""
+
 
 # %% ../../nbs/training/monitoring.ipynb #f947c48d
 def _divergence(train: Records) -> str:
@@ -254,6 +286,7 @@ def _overfitting(train: Records, valid: Records) -> str:
     if len(held_out) > 3 and min(held_out[-3:]) > 1.1 * min(held_out) and own and own[-1] <= 1.05 * min(own):
         return f"the validation loss is {held_out[-1]:.3g}, and it was {min(held_out):.3g}"
     return ""
+
 
 # %% ../../nbs/training/monitoring.ipynb #54a79dc1
 ALARMS = {  # name -> (usual cause, remedy)
@@ -311,11 +344,14 @@ def find_alarms(records: Records, steps: int, chance: float = 0.0) -> list[Alarm
     if not train:
         return []
     seen = {
-        "collapse": _collapse(train), "divergence": _divergence(train),
-        "not learning": _not_learning(train, steps, chance), "features grow": _features_grow(train),
+        "collapse": _collapse(train),
+        "divergence": _divergence(train),
+        "not learning": _not_learning(train, steps, chance),
+        "features grow": _features_grow(train),
         "overfitting": _overfitting(train, valid),
     }
     return [Alarm(name, int(records[-1]["step"]), what, *ALARMS[name]) for name, what in seen.items() if what]
+
 
 # %% ../../nbs/training/monitoring.ipynb #84878faf
 BAND_FIGURES = ("loss", "accuracy", "used", "twins", "gradient", "feature_energy", "temperature")
@@ -367,6 +403,7 @@ def healthy_bands(
             figures[key] = {side: [float(f"{x:.4g}") for x in edge] for side, edge in edges.items()}
     return {"recipe": name, "steps": steps, "figures": figures}
 
+
 # %% ../../nbs/training/monitoring.ipynb #f644fb89
 def stored_bands(recipe: str) -> dict[str, Any] | None:
     """Read the bands that lie beside a recipe of the package (`NAME.health.json`); None if it has none."""
@@ -387,6 +424,7 @@ def compare_with_bands(records: Records, bands: Mapping[str, Any]) -> dict[str, 
         if known.any():
             outside[key] = float(beyond[known].mean())
     return outside
+
 
 # %% ../../nbs/training/monitoring.ipynb #96593eb1
 def draw_health(

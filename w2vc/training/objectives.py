@@ -37,8 +37,20 @@ from ..data.batches import label_names, model_inputs, turn_order
 from ..model.classification import Wav2Vec2ConformerForSequenceClassification
 
 # %% auto #0
-__all__ = ['OBJECTIVE_CLASSES', 'Objective', 'outputs_of', 'feature_energy', 'PretrainingObjective', 'CTCObjective',
-           'LabelObjective', 'FrameObjective', 'XVectorObjective', 'build', 'keep_usable']
+__all__ = [
+    "OBJECTIVE_CLASSES",
+    "Objective",
+    "outputs_of",
+    "feature_energy",
+    "PretrainingObjective",
+    "CTCObjective",
+    "LabelObjective",
+    "FrameObjective",
+    "XVectorObjective",
+    "build",
+    "keep_usable",
+]
+
 
 # %% ../../nbs/training/objectives.ipynb #7abacda4
 @dataclass
@@ -117,6 +129,7 @@ class Objective(ABC):
         """A line for each row of a batch, for the log."""
         return []
 
+
 # %% ../../nbs/training/objectives.ipynb #cc2c7c7d
 @contextmanager
 def outputs_of(**modules: nn.Module) -> Iterator[dict[str, Any]]:
@@ -133,12 +146,14 @@ def outputs_of(**modules: nn.Module) -> Iterator[dict[str, Any]]:
         for hook in hooks:
             hook.remove()
 
+
 # %% ../../nbs/training/objectives.ipynb #4a270037
 def feature_energy(features: Tensor, n_frames: list[int]) -> Tensor:
     """Mean square of the real latent frames of each row, `[B, T, C]` -> `[B]`."""
     power = features.float().square().mean(-1)  # [B, T]
     lengths = torch.tensor(n_frames, device=power.device)
     return power.where(frame_mask(lengths, power.shape[1]), 0).sum(1) / lengths
+
 
 # %% ../../nbs/training/objectives.ipynb #d995a3f1
 class PretrainingObjective(Objective):
@@ -212,6 +227,7 @@ class PretrainingObjective(Objective):
         parts = {key: float(sums[key] / frames) for key in ("contrastive", "diversity")}
         return {**describe_codes(sums), **parts, "feature_energy": float(sums["energy"] / sums["rows"])}
 
+
 # %% ../../nbs/training/objectives.ipynb #e5d9fbfe
 class CTCObjective(Objective):
     """Learn to write; the loss is a sum over utterances (fairseq's `sentence_avg`), or over labels."""
@@ -271,7 +287,8 @@ class CTCObjective(Objective):
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
         """Character and word error rates, and the share of blanks."""
         pairs = {
-            "cer": ("letter_edits", "letters"), "wer": ("word_edits", "words"),
+            "cer": ("letter_edits", "letters"),
+            "wer": ("word_edits", "words"),
             "blanks": ("blanks", "ctc_frames"),
         }
         return {key: float(sums[a] / sums[b].clamp_min(1)) for key, (a, b) in pairs.items()}
@@ -280,6 +297,7 @@ class CTCObjective(Objective):
         """What was written and what was meant."""
         rows = zip(batch["ids"], self.read(batch, result)[1], batch["texts"], strict=True)
         return [f"{id}: {said!r} (meant: {meant!r})" for id, said, meant in rows]
+
 
 # %% ../../nbs/training/objectives.ipynb #423355f8
 class LabelObjective(Objective):
@@ -328,6 +346,7 @@ class LabelObjective(Objective):
         """The share of labels that are right."""
         return {"accuracy": float(sums["right"] / sums["labels"].clamp_min(1))}
 
+
 # %% ../../nbs/training/objectives.ipynb #4c8ca32c
 class FrameObjective(LabelObjective):
     """Learn to name frames."""
@@ -353,9 +372,13 @@ def _target(recipe: Recipe) -> Any:
 
 
 OBJECTIVE_CLASSES: dict[str, type[Objective]] = {
-    "pretraining": PretrainingObjective, "ctc": CTCObjective, "sequence": LabelObjective,
-    "frame": FrameObjective, "xvector": XVectorObjective,
+    "pretraining": PretrainingObjective,
+    "ctc": CTCObjective,
+    "sequence": LabelObjective,
+    "frame": FrameObjective,
+    "xvector": XVectorObjective,
 }
+
 
 # %% ../../nbs/training/objectives.ipynb #cc344ec9
 def build(recipe: Recipe, speech: Speech, saved: Path | None = None) -> tuple[Objective, PreTrainedModel]:
@@ -391,6 +414,7 @@ def build(recipe: Recipe, speech: Speech, saved: Path | None = None) -> tuple[Ob
     for key, value in kind.fixed.items():
         setattr(model.config, key, value)
     return kind(recipe, model.config, processor), model
+
 
 # %% ../../nbs/training/objectives.ipynb #6447303e
 def keep_usable(speech: Speech, objective: Objective, name: str, left_out: list[str] | None = None) -> Speech:

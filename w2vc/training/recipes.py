@@ -23,9 +23,23 @@ from ..config import Wav2Vec2ConformerConfig
 from ..data.corpus import Speech, Utterance, load_speech
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'OBJECTIVES', 'ScheduleConfig', 'learning_rate', 'PretrainingConfig', 'gumbel_temperature',
-           'SourceConfig', 'DataConfig', 'gather_speech', 'ModelConfig', 'OptimizerConfig', 'RunConfig',
-           'recipe_folder', 'Recipe', 'make_optimizer']
+__all__ = [
+    "SCHEDULES",
+    "OBJECTIVES",
+    "ScheduleConfig",
+    "learning_rate",
+    "PretrainingConfig",
+    "gumbel_temperature",
+    "SourceConfig",
+    "DataConfig",
+    "gather_speech",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "recipe_folder",
+    "Recipe",
+    "make_optimizer",
+]
 
 # %% ../../nbs/training/recipes.ipynb #e5d3c5d7
 SCHEDULES = ("constant", "polynomial", "cosine", "tri_stage")
@@ -65,6 +79,7 @@ def learning_rate(step: int, steps: int, plan: ScheduleConfig) -> float:
     shape = left**plan.power if plan.kind == "polynomial" else (1 - math.cos(math.pi * left)) / 2
     return plan.end + (1 - plan.end) * shape
 
+
 # %% ../../nbs/training/recipes.ipynb #8d86fd58
 @dataclass
 class PretrainingConfig:
@@ -87,6 +102,7 @@ def gumbel_temperature(step: int, steps: int, plan: PretrainingConfig) -> float:
     if plan.temperature_share is not None:
         decay = (end / start) ** (1 / max(1, round(plan.temperature_share * steps)))
     return max(start * decay**step, end)
+
 
 # %% ../../nbs/training/recipes.ipynb #862660ae
 @dataclass
@@ -122,6 +138,7 @@ class DataConfig:
     label: str = "text"
     workers: int = 0  # processes that decode audio; 0: the training process itself
     preload: bool = False  # keep all audio decoded in memory
+
 
 # %% ../../nbs/training/recipes.ipynb #f07ff9ef
 def gather_speech(
@@ -160,6 +177,7 @@ def gather_speech(
         raise ValueError(f"data: no utterance of at least {min_seconds} s in {[s.name for s in sources]}")
     return Speech(found, "+".join(source.name for source in sources), sources[0].split)
 
+
 # %% ../../nbs/training/recipes.ipynb #7081af85
 @dataclass
 class ModelConfig:
@@ -187,6 +205,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01  # for matrices and kernels only: norms, biases and vectors are left alone
     clip: float | None = None  # a longer gradient is scaled down to this length; None: no limit
 
+
 # %% ../../nbs/training/recipes.ipynb #9af48874
 @dataclass
 class RunConfig:
@@ -209,6 +228,7 @@ class RunConfig:
     cpu: bool = False  # stay on the CPU even where there is a GPU
     threads: int | None = None  # of a process on the CPU; small models on a busy machine are fastest with 1
     tolerance: int = 20  # stop after so many steps in a row with a loss that is not finite
+
 
 # %% ../../nbs/training/recipes.ipynb #04b7b791
 OBJECTIVES = ("pretraining", "ctc", "sequence", "frame", "xvector")
@@ -234,6 +254,7 @@ def _allowed(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"one of {', '.join(known)}{f'; did you mean {near[0]!r}?' if near else ''}"
+
 
 # %% ../../nbs/training/recipes.ipynb #7696a50b
 @dataclass
@@ -319,6 +340,7 @@ class Recipe:
         }  # fmt: skip
         lists = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         return cast(Wav2Vec2ConformerConfig, make[self.model.size](**lists))
+
 
 # %% ../../nbs/training/recipes.ipynb #c28f5942
 def _uses_weight_decay(name: str, p: Tensor) -> bool:

@@ -19,7 +19,8 @@ from ..data.batches import SampleRequest
 from ..files.pretrained import eval_mode
 
 # %% auto #0
-__all__ = ['find_bad_samples', 'Batches', 'Update', 'Loop']
+__all__ = ["find_bad_samples", "Batches", "Update", "Loop"]
+
 
 # %% ../../nbs/training/trainer.ipynb #f66e7a90
 def find_bad_samples(
@@ -44,6 +45,7 @@ def find_bad_samples(
             finite = False
         names += [] if finite else [name]
     return names or list(batch["ids"])
+
 
 # %% ../../nbs/training/trainer.ipynb #eb8c8705
 class Batches:
@@ -78,6 +80,7 @@ class Batches:
         self.sampler.load_state_dict(state)
         self.epoch, self.position, self._epoch = int(state["epoch"]), int(state["position"]), None
 
+
 # %% ../../nbs/training/trainer.ipynb #a00fa677
 @dataclass
 class Update:
@@ -92,6 +95,7 @@ class Update:
     def finite(self) -> bool:
         """Whether the step was taken."""
         return math.isfinite(self.loss) and math.isfinite(self.length)
+
 
 # %% ../../nbs/training/trainer.ipynb #6e1960f2
 class Loop:
