@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -17,8 +18,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "lazy"
 ATEN = torch.ops.aten
-MOVES = {ATEN._to_copy.default, ATEN.copy_.default}  # may read from one device and write to another
+MOVES = {ATEN._to_copy, ATEN.copy_, ATEN.to}  # may read from one device and write to another
 INDEXED = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default}
+
+
+def _as_tensors(key: Any) -> Any:
+    """Indices with tensors in place of lists and arrays."""
+    if isinstance(key, tuple):
+        return tuple(_as_tensors(one) for one in key)
+    return torch.as_tensor(key) if isinstance(key, (list, range, np.ndarray)) else key
 
 
 class Elsewhere(Tensor):
@@ -44,6 +52,18 @@ class Elsewhere(Tensor):
         """The values, and that they are elsewhere."""
         return f"Elsewhere({self.held!r})"
 
+    def __getitem__(self, key: Any) -> Any:
+        """Lists as indices, for which torch looks for a backend."""
+        return super().__getitem__(_as_tensors(key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Lists as indices, for which torch looks for a backend."""
+        super().__setitem__(_as_tensors(key), value)
+
+    def __format__(self, spec: str) -> str:
+        """One number, as a number."""
+        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)
+
     def tolist(self) -> Any:
         """As numbers: allowed on a GPU too."""
         return self.detach().cpu().tolist()
@@ -64,20 +84,27 @@ class Elsewhere(Tensor):
         return compute(func, args, kwargs or {})
 
 
+def _unwrapped(x: Any) -> Any:
+    """What the CPU computes with in place of `x`."""
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    return x.held if isinstance(x, Elsewhere) else x
+
+
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the hidden tensors and say where its result is."""
     leaves = tree_leaves((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     away = [x for x in tensors if isinstance(x, Elsewhere)]
-    wanted = kwargs.get("device")
+    wanted = next((x for x in leaves if isinstance(x, torch.device)), None)
+    packet = getattr(func, "overloadpacket", None)
     if wanted is not None:
-        result_away = torch.device(wanted).type == NAME
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        result_away = wanted.type == NAME
     elif func is ATEN.copy_.default:
         result_away = isinstance(args[0], Elsewhere)
     else:
         result_away = bool(away)
-    if away and func not in MOVES:
+    if away and packet not in MOVES:
         here = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim()]
         if func in INDEXED and isinstance(args[0], Elsewhere):  # indices may lie on the CPU, values not
             here = [x for x in args[2:3] if isinstance(x, Tensor) and not isinstance(x, Elsewhere) and x.dim()]
@@ -88,10 +115,11 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             )
     if (result_away or away) and any(isinstance(x, torch.Generator) for x in leaves):
         raise RuntimeError(f"{func}: expected a generator of the device {NAME}, but found one of the cpu")
-    plain = tree_map(lambda x: x.held if isinstance(x, Elsewhere) else x, (args, kwargs))
+    plain = tree_map(_unwrapped, (args, kwargs))
     out = func(*plain[0], **plain[1])
-    if func is ATEN._to_copy.default or (wanted is not None and not away):
-        return Elsewhere(out) if result_away else out
+    if packet in {ATEN._to_copy, ATEN.to} or (wanted is not None and not away):
+        same = away and result_away and out is away[0].held  # nothing was to be done
+        return away[0] if same else Elsewhere(out) if result_away else out
     if not result_away:
         return args[0] if func is ATEN.copy_.default else out
     out = tree_map(lambda x: Elsewhere(x) if isinstance(x, Tensor) else x, out)
@@ -137,3 +165,9 @@ def _gru(self: nn.GRU, x: Tensor, hx: Tensor | None = None) -> Any:
 
 
 nn.GRU.forward = _gru
+
+
+def start() -> None:
+    """Stand in from now on, to the end of this process."""
+    torch.inference_mode = torch.no_grad  # type: ignore[assignment, misc] (subclasses have no inference tensors)
+    Standin().__enter__()
