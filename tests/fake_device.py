@@ -164,10 +164,35 @@ def _gru(self: nn.GRU, x: Tensor, hx: Tensor | None = None) -> Any:
     return WholeGru.apply(self, x, *self._flat_weights), None
 
 
-nn.GRU.forward = _gru
+
+def _inference_mode(mode: Any = True) -> Any:
+    """Plain no_grad: subclasses have no inference tensors."""
+    if callable(mode):
+        return torch.no_grad()(mode)
+    return torch.no_grad() if mode else torch.enable_grad()
+
+
+def _then_moved(make: Any) -> Any:
+    """Make on the CPU, then move: for lists, torch looks for a backend."""
+
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        if device is None or torch.device(device).type != NAME:
+            return make(data, *args, device=device, **kwargs)
+        return make(data, *args, **kwargs).to(device)
+
+    return made
 
 
 def start() -> None:
-    """Stand in from now on, to the end of this process."""
-    torch.inference_mode = torch.no_grad  # type: ignore[assignment, misc] (subclasses have no inference tensors)
+    """Stand in from now on, to the end of this process; best before anything else is imported."""
+    usual = torch.autocast.__init__
+
+    def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        usual(self, "cpu" if device_type == NAME else device_type, *args, **kwargs)
+
+    for name in ("tensor", "as_tensor"):
+        setattr(torch, name, _then_moved(getattr(torch, name)))
+    torch.inference_mode = _inference_mode  # type: ignore[assignment, misc]
+    torch.autocast.__init__ = autocast  # type: ignore[method-assign]
+    nn.GRU.forward = _gru  # type: ignore[method-assign]
     Standin().__enter__()
