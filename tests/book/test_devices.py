@@ -13,12 +13,28 @@ import pytest
 
 import book
 
-CHAPTERS = """
-    00_start 01_skeleton model/conformer model/pretraining model/ctc model/classification model/speaker
-    training/trainer training/distributed training/demo text/decoding text/alignment text/transcription
-    evaluation/reports evaluation/probes explore/attention explore/codevectors explore/tracing explore/views
-    explore/faults
-""".split()
+CHAPTERS = [
+    "00_start",
+    "01_skeleton",
+    "model/conformer",
+    "model/pretraining",
+    "model/ctc",
+    "model/classification",
+    "model/speaker",
+    "training/trainer",
+    "training/distributed",
+    "training/demo",
+    "text/decoding",
+    "text/alignment",
+    "text/transcription",
+    "evaluation/reports",
+    "evaluation/probes",
+    "explore/attention",
+    "explore/codevectors",
+    "explore/tracing",
+    "explore/views",
+    "explore/faults",
+]
 TESTS = book.ROOT / "tests"
 on_every = pytest.mark.parametrize("name", CHAPTERS)
 
@@ -26,7 +42,9 @@ on_every = pytest.mark.parametrize("name", CHAPTERS)
 def code(name: str) -> str:
     """All cells of a chapter that do not go into the package."""
     cells = nbformat.read(book.path_of(name), as_version=4).cells
-    return "\n".join(c.source for c in cells if c.cell_type == "code" and not c.source.startswith("#| export"))
+    return "\n".join(
+        c.source for c in cells if c.cell_type == "code" and not c.source.startswith("#| export")
+    )
 
 
 @on_every
@@ -48,7 +66,12 @@ def environment(folder: Path | None = None) -> dict[str, str]:
     if folder is not None:
         startup = folder / "profile_default" / "startup"
         startup.mkdir(parents=True)
-        lines = "import sys", f"sys.path.insert(0, {str(TESTS)!r})", "import fake_device", "fake_device.start()"
+        lines = (
+            "import sys",
+            f"sys.path.insert(0, {str(TESTS)!r})",
+            "import fake_device",
+            "fake_device.start()",
+        )
         (startup / "00-device.py").write_text("\n".join(lines), encoding="utf-8")
     return {**os.environ, "W2VC_DEVICE": "lazy", **({"IPYTHONDIR": str(folder)} if folder else {})}
 
@@ -56,7 +79,9 @@ def environment(folder: Path | None = None) -> dict[str, str]:
 def python(program: str) -> subprocess.CompletedProcess[str]:
     start = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import fake_device; fake_device.start()\n"
     command = [sys.executable, "-c", start + program]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_the_stand_in_raises_where_a_gpu_would() -> None:
