@@ -35,7 +35,7 @@ class Elsewhere(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> Elsewhere:  # noqa: D102
+    def __new__(cls, held: Tensor) -> Elsewhere:
         return Tensor._make_wrapper_subclass(
             cls,
             held.size(),
@@ -48,7 +48,7 @@ class Elsewhere(Tensor):
     def __init__(self, held: Tensor) -> None:
         self.held = held
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # noqa: ARG002
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         """The values, and that they are elsewhere."""
         return f"Elsewhere({self.held!r})"
 
@@ -79,7 +79,7 @@ class Elsewhere(Tensor):
         return self.numpy() if dtype is None else self.numpy().astype(dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute, with the device checked first."""
         return compute(func, args, kwargs or {})
 
@@ -107,7 +107,9 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if away and packet not in MOVES:
         here = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim()]
         if func in INDEXED and isinstance(args[0], Elsewhere):  # indices may lie on the CPU, values not
-            here = [x for x in args[2:3] if isinstance(x, Tensor) and not isinstance(x, Elsewhere) and x.dim()]
+            here = [
+                x for x in args[2:3] if isinstance(x, Tensor) and not isinstance(x, Elsewhere) and x.dim()
+            ]
         if here:
             raise RuntimeError(
                 f"{func}: expected all tensors to be on the same device, but found cpu {tuple(here[0].shape)} "
@@ -129,7 +131,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 class Standin(TorchDispatchMode):
     """Sees what is made or moved with `device=`."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute, with the device checked first."""
         return compute(func, args, kwargs or {})
 
@@ -138,19 +140,21 @@ class WholeGru(torch.autograd.Function):
     """A GRU as one operation, as on a GPU: step by step in Python it would take minutes."""
 
     @staticmethod
-    def forward(ctx: Any, module: nn.GRU, x: Tensor, *weights: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, module: nn.GRU, x: Tensor, *weights: Tensor) -> Tensor:
         if not all(isinstance(t, Elsewhere) for t in (x, *weights)):
             raise RuntimeError("gru: expected all tensors to be on the same device")
         with torch.enable_grad():
             held = [t.held.detach().requires_grad_() for t in (x, *weights)]
-            first = torch.zeros(module.num_layers * (1 + module.bidirectional), x.shape[0], module.hidden_size)
+            first = torch.zeros(
+                module.num_layers * (1 + module.bidirectional), x.shape[0], module.hidden_size
+            )
             shape = module.num_layers, 0.0, module.training, module.bidirectional, True
             out = torch._VF.gru(held[0], first, held[1:], module.bias, *shape)[0]
         ctx.held, ctx.out = held, out
         return Elsewhere(out.detach())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return None, *map(Elsewhere, torch.autograd.grad(ctx.out, ctx.held, grad.held))
 
 
@@ -164,10 +168,34 @@ def _gru(self: nn.GRU, x: Tensor, hx: Tensor | None = None) -> Any:
     return WholeGru.apply(self, x, *self._flat_weights), None
 
 
-nn.GRU.forward = _gru
+def _inference_mode(mode: Any = True) -> Any:
+    """Plain no_grad: subclasses have no inference tensors."""
+    if callable(mode):
+        return torch.no_grad()(mode)
+    return torch.no_grad() if mode else torch.enable_grad()
+
+
+def _then_moved(make: Any) -> Any:
+    """Make on the CPU, then move: for lists, torch looks for a backend."""
+
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        if device is None or torch.device(device).type != NAME:
+            return make(data, *args, device=device, **kwargs)
+        return make(data, *args, **kwargs).to(device)
+
+    return made
 
 
 def start() -> None:
-    """Stand in from now on, to the end of this process."""
-    torch.inference_mode = torch.no_grad  # type: ignore[assignment, misc] (subclasses have no inference tensors)
+    """Stand in from now on, to the end of this process; best before anything else is imported."""
+    usual = torch.autocast.__init__
+
+    def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        usual(self, "cpu" if device_type == NAME else device_type, *args, **kwargs)
+
+    for name in ("tensor", "as_tensor"):
+        setattr(torch, name, _then_moved(getattr(torch, name)))
+    torch.inference_mode = _inference_mode  # type: ignore[assignment, misc]
+    torch.autocast.__init__ = autocast  # type: ignore[method-assign]
+    nn.GRU.forward = _gru  # type: ignore[method-assign]
     Standin().__enter__()
