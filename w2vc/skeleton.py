@@ -83,7 +83,7 @@ class Frames(nn.Module):
 # %% ../nbs/01_skeleton.ipynb #64da20f8
 def spectrum(waves: Tensor) -> Tensor:
     """Log power of 20 bands of 400 Hz in each window of 20 ms: `[B, S]` to `[B, T, 20]`."""
-    windows = waves.unfold(-1, 320, 320) * torch.hann_window(320)  # [B, T, 320]
+    windows = waves.unfold(-1, 320, 320) * torch.hann_window(320, device=waves.device)  # [B, T, 320]
     power = torch.fft.rfft(windows).abs()[..., 1:] ** 2  # [B, T, 160]: one number for each 50 Hz
     return torch.log(power.unflatten(-1, (20, 8)).mean(-1) + 1e-4)
 
@@ -129,7 +129,7 @@ class Context(nn.Module):
 def draw_negatives(mask: Tensor, n: int = 20) -> Tensor:
     """Draw n others for each of the R hidden frames of a batch: `[R, n]`, rows of hidden frames."""
     n_hidden = int(mask.sum())
-    return torch.randint(n_hidden, (n_hidden, n))
+    return torch.randint(n_hidden, (n_hidden, n), device=mask.device)
 
 
 class Game(NamedTuple):
@@ -153,7 +153,7 @@ def contrastive(c: Tensor, q: Tensor, codes: Tensor, others: Tensor) -> Game:
     scores = functional.cosine_similarity(c[:, None], candidates, dim=-1) / 0.1  # [R, 1 + N]
     same = functional.pad(codes[others] == codes[:, None], (1, 0))  # [R, 1 + N]; the right one itself stays
     scores = scores.masked_fill(same, float("-inf"))
-    loss = functional.cross_entropy(scores, torch.zeros(len(c), dtype=torch.long))
+    loss = functional.cross_entropy(scores, torch.zeros(len(c), dtype=torch.long, device=c.device))
     guesser = (~same).sum(1).float().log().mean()  # log of the number of candidates
     return Game(loss, guesser, (scores.argmax(1) == 0).float().mean())
 
@@ -173,7 +173,7 @@ class Skeleton(nn.Module):
         """Play one batch of sound `[B, S]`."""
         waves = self.normalise(waves)  # data/sound
         z = self.frames(waves)  # model/features
-        mask = self.mask(z.shape[:2])  # model/masking
+        mask = self.mask(z.shape[:2]).to(z.device)  # model/masking
         c = self.context(
             torch.where(mask[..., None], self.hidden, z)
         )  # positions, attention, convolution, conformer
@@ -191,16 +191,17 @@ def make_skeleton(clips: Sequence[np.ndarray], seed: int = 0) -> Skeleton:
 
 
 def train(skeleton: nn.Module, clips: Sequence[np.ndarray], steps: int = 240, seed: int = 0) -> list[Game]:
-    """Play `steps` batches and learn from each; return their scores."""
+    """Play `steps` batches on the skeleton's device and learn from each; return their scores, on the CPU."""
     torch.manual_seed(seed)
+    device = next(skeleton.parameters()).device
     rng, scores = np.random.default_rng(seed), []
     optimizer = torch.optim.Adam(skeleton.parameters(), lr=2e-3)
     for _ in range(steps):
-        game = skeleton(pieces(clips, rng))
+        game = skeleton(pieces(clips, rng).to(device))
         optimizer.zero_grad()
         game.loss.backward()
         optimizer.step()
-        scores.append(Game(*(value.detach() for value in game)))
+        scores.append(Game(*(value.detach().cpu() for value in game)))
     return scores
 
 
@@ -210,16 +211,16 @@ def listen(skeleton: Skeleton, speech: Sequence[Utterance]) -> tuple[Tensor, Ten
     """Let a skeleton hear utterances without a mask; pauses are left out.
 
     Returns:
-        Context vectors `[n, D]`, codes `[n]`, and the phone of each frame.
+        Context vectors `[n, D]` and codes `[n]`, on the CPU, and the phone of each frame.
     """
     vectors, codes, phones = [], [], []
     for utterance in speech:
-        waves = skeleton.normalise(torch.from_numpy(utterance.audio)[None])
+        waves = skeleton.normalise(torch.from_numpy(utterance.audio)[None].to(skeleton.hidden.device))
         z = skeleton.frames(waves)
         labels = frame_labels(utterance.phones, z.shape[1])
         spoken = torch.tensor([label not in {"", "sil"} for label in labels])
-        vectors.append(skeleton.context(z)[0][spoken])
-        codes.append(skeleton.codes(waves, z)[1][0][spoken])
+        vectors.append(skeleton.context(z)[0].cpu()[spoken])
+        codes.append(skeleton.codes(waves, z)[1][0].cpu()[spoken])
         phones += [label for label, keep in zip(labels, spoken, strict=True) if keep]
     return torch.cat(vectors), torch.cat(codes), phones
 

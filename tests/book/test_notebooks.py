@@ -130,7 +130,7 @@ def test_pictures_have_alt_text(name: str) -> None:
 
 @every
 def test_size(name: str) -> None:
-    assert book.path_of(name).stat().st_size <= 660_000
+    assert book.path_of(name).stat().st_size <= 600_000
     for i, out in outputs(name):
         assert len(str(out)) <= 400_000, f"cell {i}: an output of {len(str(out)) // 1000} kB"
 

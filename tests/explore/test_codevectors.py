@@ -22,7 +22,6 @@ from w2vc.explore.codevectors import (
     code_targets,
     code_usage,
     collect_codes,
-    flatten_to_plane,
     hear_segments,
     main_phones,
     mean_patch,
@@ -32,6 +31,7 @@ from w2vc.explore.codevectors import (
     phone_thirds,
 )
 from w2vc.explore.page import codevector_explorer, cover_codes
+from w2vc.explore.views import flatten_to_plane
 from w2vc.model.pretraining import Wav2Vec2ConformerForPreTraining
 
 

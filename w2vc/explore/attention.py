@@ -77,9 +77,8 @@ def attention_maps(
 def attention_distance(maps: Tensor, hop: float = 0.02) -> Tensor:
     """Measure how far away a head looks, on average: `[..., T, T]` to `[...]`, in milliseconds.
 
-    Equal weights on T frames have a mean distance of `(T² - 1) / 3T` frames, about a third of the
-    recording. `hop`:
-    seconds from one frame to the next.
+    Equal weights on T frames have a mean distance of `(T² - 1) / 3T` frames, about a third of the recording.
+    `hop`: seconds from one frame to the next.
     """
     frames = torch.arange(maps.shape[-1], device=maps.device)
     far = (frames[:, None] - frames).abs()  # [T, T] frames
@@ -87,10 +86,7 @@ def attention_distance(maps: Tensor, hop: float = 0.02) -> Tensor:
 
 
 def attention_entropy(maps: Tensor) -> Tensor:
-    """Measure how widely a head spreads its weights: `[..., T, T]` to `[...]`.
-
-    1 = on all frames alike, 0 = all on one.
-    """
+    """Measure how widely a head spreads its weights, 1 = alike, 0 = all on one: `[..., T, T]` to `[...]`."""
     return torch.special.entr(maps).sum(-1).mean(-1) / max(np.log(maps.shape[-1]), 1e-9)
 
 
@@ -154,8 +150,7 @@ def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float =
     Args:
         maps: `[L, H, T, T]`, from `attention_maps`.
         labels: T labels as for `same_label_share`. `same` is the share of weight on frames with the same
-            label,
-            `by_chance` that of `distance_only(maps)`; without labels both are left out.
+            label, `by_chance` that of `distance_only(maps)`; without labels both are left out.
         hop: Seconds from one frame to the next.
     """
     distance, entropy = attention_distance(maps, hop), attention_entropy(maps)
@@ -168,15 +163,12 @@ def head_summary(maps: Tensor, labels: Sequence[str] | None = None, hop: float =
 
 # %% ../../nbs/explore/attention.ipynb #a7cbf7a8
 def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = None) -> Any:
-    """Draw `head_summary` as tables, a row a layer and a column a head.
-
-    Layers are named or counted from 0.
-    """
+    """Draw `head_summary` as tables, a row a layer (named by `layers`) and a column a head."""
     tables = [
         ("distance (ms)", summary["distance"], ".0f"),
         ("entropy (1 = equal weights)", summary["entropy"], ".2f"),
+        ("weight near (%)", 100 * summary["near"], ".1f"),
     ]
-    tables += [("weight near (%)", 100 * summary["near"], ".1f")]
     if "same" in summary:
         excess = 100 * (summary["same"] - summary["by_chance"])
         tables += [("excess on the same label (points)", excess, ".1f")]
@@ -196,11 +188,8 @@ def plot_heads(summary: Mapping[str, Tensor], *, layers: Sequence[int] | None = 
 def position_profile(model: PreTrainedModel, reach: int = 50) -> Tensor:
     """Compute the weights that the position parameters alone give to the offsets -reach to reach.
 
-    `[L, H, 2 reach + 1]`.
-
-    It is what the middle frame of `2 reach + 1` would attend to, had no sound anything to say: the softmax
-    of term (d),
-    with the bias of the query. Source: Transformer-XL (Dai et al., 2019), section 3.3.
+    `[L, H, 2 reach + 1]`: what the middle frame would attend to if sound had nothing to say, the softmax of
+    term (d) with the bias of the query. Source: Transformer-XL (Dai et al., 2019), section 3.3.
 
     Raises:
         ValueError: A model without relative positions.

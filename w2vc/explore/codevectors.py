@@ -48,7 +48,6 @@ __all__ = [
     "hear_segments",
     "mean_patch",
     "code_directions",
-    "flatten_to_plane",
     "nearest_codes",
     "Neighbour",
     "code_targets",
@@ -69,7 +68,7 @@ class CodeFrames:
     phones: NDArray[np.str_]  # [frames], the phone in the middle of the frame; "" = unknown
     mel: NDArray[np.float32]  # [frames, bands], log-mel bands of the same piece of sound
     soft: NDArray[np.float64]  # [G, V], the probabilities of the codes, summed over the frames
-    vectors: NDArray[np.float32]  # [G, V, P], from `project_codevectors`, explained further below
+    vectors: NDArray[np.float32]  # [G, V, P], from `project_codevectors`
     bias: NDArray[np.float32]  # [P], that of `project_q`
     hop: float  # seconds from one frame to the next
     width: float  # seconds that a frame hears
@@ -255,10 +254,7 @@ def plot_code_table(table: CodeTable, ax: Axes | None = None) -> Axes:
 
 # %% ../../nbs/explore/codevectors.ipynb #16ce2f95
 def phone_thirds(frames: CodeFrames) -> NDArray[np.str_]:
-    """Say for each frame whether its middle lies in the first, middle or last third of its phone.
-
-    "" = unknown.
-    """
+    """Name the third of its phone that a frame lies in: "first", "middle", "last"; "" = unknown."""
     parts: list[str] = []
     for i, n in zip(*np.unique(frames.owner, return_counts=True), strict=True):
         thirds = [
@@ -275,14 +271,9 @@ def code_information(
 ) -> dict[str, dict[str, CodeMeasures]]:
     """Measure what codes tell about the phone, the third of the phone and the speaker of a frame.
 
-    Args:
-        frames: As collected.
-        codes: Other numbers to be measured, `[frames, groups]`, such as clusters; None: the codes of the
-            model.
-        seed: For the shuffles that give the `chance` beside what is `known`.
-
-    Returns:
-        Question -> what `evaluation.probes.code_phone_report` finds: "group 0", …, "joint" -> measures.
+    `codes`: other numbers to be measured, `[frames, groups]`, such as clusters; None: the model's. `seed`: of
+    the shuffles that give the `chance` beside what is `known`. Returns question -> "group 0", …, "joint" ->
+    measures (`evaluation.probes.code_phone_report`).
     """
     known = frames.phones != ""
     labels = {"phone": frames.phones, "third of the phone": phone_thirds(frames), "speaker": frames.speakers}
@@ -327,11 +318,7 @@ def hear_segments(
 ) -> Samples:
     """Join pieces of sound, brought to one loudness, to samples `[S]` at 16 kHz.
 
-    Args:
-        frames: Where the segments come from.
-        segments: What to hear.
-        context: Seconds before and after each: a single frame is a mere click.
-        pause: Seconds of silence after each.
+    `context`: seconds before and after each piece; `pause`: seconds of silence after it.
     """
     pieces = [np.zeros(0, np.float32)]
     for segment in segments:
@@ -340,10 +327,8 @@ def hear_segments(
         steps = np.arange(len(piece)) / (0.01 * SAMPLING_RATE)
         fade = np.minimum(1, np.minimum(steps, steps[::-1]))
         loud = 0.6 / max(float(np.abs(piece).max(initial=0)), 0.02)  # silence is not blown up
-        pieces += [
-            (piece * fade * loud).astype(np.float32),
-            np.zeros(round(pause * SAMPLING_RATE), np.float32),
-        ]
+        silence = np.zeros(round(pause * SAMPLING_RATE), np.float32)
+        pieces += [(piece * fade * loud).astype(np.float32), silence]
     return np.concatenate(pieces)
 
 
@@ -351,12 +336,9 @@ def hear_segments(
 def mean_patch(
     frames: CodeFrames, group: int, code: int | None = None, *, reach: int = 6
 ) -> NDArray[np.float32]:
-    """Average the log-mel bands around the frames of a code; None.
+    """Average the log-mel bands around the frames of a code; for None around all frames, to compare with.
 
-    Around all frames, the background to compare with.
-
-    Returns:
-        `[2 * reach + 1, bands]`, the code's own frame in the middle; NaN where no utterance reaches.
+    `[2 * reach + 1, bands]`, the code's own frame in the middle; NaN where no utterance reaches.
     """
     hits = np.arange(len(frames)) if code is None else np.flatnonzero(frames.codes[:, group] == code)
     rows = np.full((2 * reach + 1, frames.mel.shape[1]), np.nan, np.float32)
@@ -370,10 +352,7 @@ def mean_patch(
 
 # %% ../../nbs/explore/codevectors.ipynb #1a3d45d0
 def code_directions(frames: CodeFrames, group: int) -> NDArray[np.float32]:
-    """Vectors of length 1 of a group's codes, `[V, P]`, around their average.
-
-    The loss compares directions.
-    """
+    """Vectors of length 1 of a group's codes, `[V, P]`: their directions from the average."""
     return _unit(frames.vectors[group] - frames.vectors[group].mean(0))
 
 
@@ -382,26 +361,8 @@ def _unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-8), np.float32)
 
 
-def flatten_to_plane(vectors: ArrayLike) -> tuple[NDArray[np.float32], str]:
-    """Lay vectors `[V, width]` on the plane in which they spread most (PCA).
-
-    Points `[V, 2]`, and what is kept.
-    """
-    points = np.asarray(vectors, np.float64)
-    left, spread, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
-    flat = left[:, :2] * spread[:2]
-    # the sign of a singular vector is arbitrary
-    flat *= np.where(flat[np.abs(flat).argmax(0), [0, 1]] < 0, -1, 1)
-    share = 100 * (spread[:2] ** 2).sum() / (spread**2).sum()
-    return flat.astype(np.float32), f"PCA: the plane keeps {share:.0f} % of the spread"
-
-
-# %% ../../nbs/explore/codevectors.ipynb #27ca1763
 def nearest_codes(frames: CodeFrames, group: int, code: int, n: int = 5) -> list[tuple[int, float]]:
-    """The used codes whose vectors point most nearly in the same direction.
-
-    (code, cosine), the nearest first.
-    """
+    """The used codes with vectors most nearly of the same direction: (code, cosine), nearest first."""
     directions = code_directions(frames, group)
     cosines = directions @ directions[code]
     used = np.flatnonzero(frames.counts[group] > 0)
@@ -411,10 +372,7 @@ def nearest_codes(frames: CodeFrames, group: int, code: int, n: int = 5) -> list
 
 # %% ../../nbs/explore/codevectors.ipynb #64330590
 class Neighbour(NamedTuple):
-    """A piece of speech and how much its targets resemble those of the query.
-
-    The mean cosine, 1 = the same codes.
-    """
+    """A piece of speech, and the mean cosine of its targets with those of the query, 1 = the same codes."""
 
     segment: CodeSegment
     cosine: float

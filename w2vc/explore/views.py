@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
@@ -35,7 +36,7 @@ from ..data.batches import turn_order
 from ..data.corpus import Segment, Speech, Utterance, frame_activity, frame_labels, load_speech
 from ..evaluation.measures import activity_turns, diarization_error_rate, equal_error_rate, score_pairs
 from ..evaluation.reports import model_class
-from .codevectors import collect_codes, flatten_to_plane, phone_counts
+from .codevectors import collect_codes, phone_counts
 from .tracing import as_input, html_table, trace
 from .viz import OKABE_ITO, Picture, figure, plot_matrix, plot_segments, plot_spectrogram
 
@@ -73,6 +74,7 @@ __all__ = [
     "beam_view",
     "speaker_vectors",
     "plot_scores",
+    "flatten_to_plane",
     "speaker_view",
     "error_stretches",
     "turns_view",
@@ -503,6 +505,18 @@ def plot_scores(scores: Any, same: Any, ax: Any = None, *, threshold: float | No
     ax.set_title(f"threshold {threshold:.2f}: {errors}", fontsize=9.5)
     ax.legend(frameon=False, fontsize=8)
     return ax
+
+
+# %% ../../nbs/explore/views.ipynb #pca-code
+def flatten_to_plane(vectors: ArrayLike) -> tuple[NDArray[np.float32], str]:
+    """Lay vectors `[V, width]` on the plane in which they spread most (PCA): `[V, 2]`, and what is kept."""
+    points = np.asarray(vectors, np.float64)
+    left, spread, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
+    flat = left[:, :2] * spread[:2]
+    # the sign of a singular vector is arbitrary
+    flat *= np.where(flat[np.abs(flat).argmax(0), [0, 1]] < 0, -1, 1)
+    share = 100 * (spread[:2] ** 2).sum() / (spread**2).sum()
+    return flat.astype(np.float32), f"PCA: the plane keeps {share:.0f} % of the spread"
 
 
 # %% ../../nbs/explore/views.ipynb #fa654130

@@ -113,7 +113,7 @@ def attend_fused(
 # %% ../../nbs/model/attention.ipynb #6657443a
 def turn_frames(hidden: Tensor, positions: Positions, heads: int) -> Tensor:
     """Turn frames `[B, T, D]`, head by head, by the `(cos, sin)` of `RotaryPositions`, `[T, K]` each."""
-    cos, sin = cast("tuple[Tensor, Tensor]", positions)
+    cos, sin = cast("tuple[Tensor, Tensor]", positions)  # `cast` does nothing but tell the type checker
     return apply_rotary(hidden.view(*hidden.shape[:2], heads, -1), cos, sin).flatten(2)
 
 
