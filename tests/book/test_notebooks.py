@@ -268,3 +268,16 @@ def test_next_is_the_next_chapter(name: str) -> None:
         assert found, "no way on"
         target = posixpath.normpath(posixpath.join(posixpath.dirname(name), found[1]))
         assert target == following[0], f"Next leads to {target}, but {following[0]} comes next"
+
+
+@spine
+def test_each_chapter_of_the_spine_replaces_a_line_of_the_skeleton(name: str) -> None:
+    if name in {"00_start", "01_skeleton"}:
+        return
+    opening = "\n".join(book.texts(name)[:5])
+    assert "01_skeleton.ipynb" in opening, "it opens with a link to the skeleton"
+    line = re.search(r"```python\n(.+?)\n```", opening, re.S)
+    assert line, "it opens with the line that it replaces"
+    skeleton = re.sub(r"\s+", "", book.code("01_skeleton"))
+    assert any(re.sub(r"\s+", "", part.split("  #")[0]) in skeleton for part in line[1].splitlines()), line[1]
+    assert "w2vc.skeleton" in book.code(name), "it ends with its part in the skeleton"
