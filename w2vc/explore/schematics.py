@@ -75,7 +75,7 @@ class Schematic:
         *,
         kind: str = "block",
     ) -> Box:
-        """Draw a box at (left, top, width, height) with a text, its name by default; `kind` is one of `KINDS`."""
+        """Draw a box at (left, top, width, height) with its name or a text; `kind` is one of `KINDS`."""
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
         if name in self.boxes:
@@ -130,7 +130,7 @@ class Schematic:
         size: float = 4,
         colors: Sequence[str] | None = None,
     ) -> None:
-        """Draw square cells from left to right: frames, a mask, codes. `colors`: names of `KINDS`, "lit" or any colour."""
+        """Draw square cells from left to right; `colors` are names of `KINDS`, "lit" or any colour."""
         for i, text in enumerate(cells):
             color = "frames" if colors is None else colors[i]
             fill = LIT if color == "lit" else KINDS.get(color, color)
