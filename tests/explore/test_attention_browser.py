@@ -11,8 +11,8 @@ import torch
 
 from helpers import tiny_config
 from w2vc.data.corpus import load_speech
-from w2vc.explore import attention as explore
-from w2vc.explore.attention import attention_maps
+from w2vc.explore import page
+from w2vc.explore.attention import attention_distance, attention_maps
 from w2vc.explore.page import Explorer, attention_explorer, save_page
 from w2vc.explore.viz import Picture
 from w2vc.model.wav2vec2 import Wav2Vec2ConformerModel
@@ -31,7 +31,7 @@ def maps_and_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tenso
             parameter.add_(0.3 * torch.randn_like(parameter))
     utterance = load_speech("builtin", "test")[2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explore, "render", lambda *_: STILL)  # drawing takes longer than all the rest
+        patch.setattr(page, "render", lambda *_: STILL)  # drawing takes longer than all the rest
         one = attention_explorer(model, utterance)
     return attention_maps(model, utterance), one.save(tmp_path_factory.mktemp("page") / "page.html")
 
@@ -124,7 +124,7 @@ def test_layer_and_head_are_chosen_by_click_and_by_key(
     assert tab.locator("[role=radio][tabindex='0']").count() == 1
     assert heard(tab)[1] == pytest.approx(strongest(maps[0, 1, -1]), rel=0.05, abs=0.2)
     facts = tab.locator(".facts").inner_text()
-    assert f"{float(explore.attention_distance(maps)[0, 1]):.0f} ms away" in facts
+    assert f"{float(attention_distance(maps)[0, 1]):.0f} ms away" in facts
 
 
 def test_pointing_selects_and_a_click_plays(tab: object, maps_and_page: tuple[torch.Tensor, Path]) -> None:

@@ -202,8 +202,9 @@ def read_folder(folder: str | os.PathLike[str], read: Callable[[Path], _Result])
     for _ in range(10):
         finish_saves(folder)
         before = _state(folder)
-        if any((folder / _SAVES).glob("*.done")):
-            continue  # a save happened this very instant
+        with suppress(FileNotFoundError):  # a save that ends this very instant takes its folder away
+            if any((folder / _SAVES).glob("*.done")):
+                continue  # a save happened this very instant
         try:
             result = read(folder)
         except Exception:

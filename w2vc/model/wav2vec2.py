@@ -176,10 +176,10 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Wav2Vec2BaseModelOutput | tuple[Any, ...]:
-        """Read samples `[B, S]`, 16 kHz, normalised per utterance; `check_inputs` raises a ValueError.
+        """Read `input_values`, `[B, S]`, 16 kHz, normalised per utterance; `check_inputs` raises a ValueError.
 
-        `attention_mask`, `[B, S]`, is 1 on real samples, 0 on padding, which comes last (None: all real).
-        Frames in `mask_time_indices`, `[B, T]`, become the mask vector. Switches choose what comes out.
+        `attention_mask`, `[B, S]`: 1 = real, 0 = padding, at the end. `mask_time_indices`, `[B, T]`: True = masked.
+        `output_attentions`, `output_hidden_states` and `return_dict` choose what comes out.
         """
         check_inputs(input_values, attention_mask, self.config)
         samples = None if attention_mask is None else valid_lengths(attention_mask).to(input_values.device)
