@@ -178,7 +178,7 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
     ) -> Wav2Vec2BaseModelOutput | tuple[Any, ...]:
         """Read `input_values`, `[B, S]`, 16 kHz, normalised per utterance; `check_inputs` raises a ValueError.
 
-        `attention_mask`, `[B, S]`: 1 = real, 0 = padding, last. `mask_time_indices`, `[B, T]`: True = masked.
+        `attention_mask`, `[B, S]`: 1 = real, 0 = padding, last. `mask_time_indices`, `[B, T]`: True = mask.
         `output_attentions`, `output_hidden_states` and `return_dict` choose what comes out.
         """
         check_inputs(input_values, attention_mask, self.config)
