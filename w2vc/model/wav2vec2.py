@@ -176,7 +176,7 @@ class Wav2Vec2ConformerModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Wav2Vec2BaseModelOutput | tuple[Any, ...]:
-        """Read `input_values`, `[B, S]`, 16 kHz, normalised per utterance; `check_inputs` raises a ValueError.
+        """Read `input_values`, `[B, S]`, 16 kHz, normalised per utterance; `check_inputs` raises ValueError.
 
         `attention_mask`, `[B, S]`: 1 = real, 0 = padding, last. `mask_time_indices`, `[B, T]`: True = mask.
         `output_attentions`, `output_hidden_states` and `return_dict` choose what comes out.
