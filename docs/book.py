@@ -99,6 +99,11 @@ def duration(minutes: int) -> str:
     return f"about {minutes} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours"
 
 
+def time_of(kind: str) -> str:
+    """How long the spine or the library takes to read."""
+    return duration(sum(minutes(name) for names in parts(kind).values() for name in names))
+
+
 def heading(name: str) -> tuple[str, str]:
     """Title and promise of a chapter: its first text cell."""
     title = re.findall(r"^# (.+)$", texts(name)[0], re.M)[0]

@@ -257,7 +257,7 @@ def part(caption: str, names: list[str]) -> str:
 def chapter_list(kind: str) -> str:
     """All parts of one kind under a heading that says how they are read."""
     parts = book.parts(kind)
-    time = book.duration(sum(book.minutes(name) for names in parts.values() for name in names))
+    time = book.time_of(kind)
     how = {
         "spine": f"Read it from front to back, {time}. Each chapter needs only those before it.",
         "library": f"Open a chapter when you need it; all of it would take {time}. It stands on the spine.",

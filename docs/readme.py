@@ -56,7 +56,7 @@ def row(name: str) -> str:
 def table(kind: str) -> str:
     """The chapters of the spine or of the library, part by part."""
     parts = book.parts(kind)
-    time = book.duration(sum(book.minutes(name) for names in parts.values() for name in names))
+    time = book.time_of(kind)
     how = {
         "spine": f"**The spine**: read it from front to back ({time}). Each chapter needs only those before it.",
         "library": f"**The library**: open a chapter when you need it ({time} for all). It stands on the spine.",

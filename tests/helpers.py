@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -133,3 +134,11 @@ def count_and_die(at: int, work: Callable[[], Any]) -> bool:
     _, status = os.waitpid(child, 0)
     assert os.WEXITSTATUS(status) in (0, 9)
     return os.WEXITSTATUS(status) == 9
+
+
+def sound(n: int, seed: int = 0, scale: float = 0.1) -> np.ndarray:
+    return (scale * np.random.default_rng(seed).standard_normal(n)).astype(np.float32)
+
+
+def tone(hz: float, rate: int, seconds: float = 1.0) -> np.ndarray:
+    return np.sin(2 * np.pi * hz * np.arange(round(rate * seconds)) / rate)

@@ -19,20 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Wav2Vec2FeatureExtractor as Peer
 
+from helpers import sound, tone
 from w2vc.data import audio as module
 from w2vc.data.audio import BatchFeature, Wav2Vec2FeatureExtractor, load_audio, pad_rows
 from w2vc.data.sound import normalise, resample
 
 RATE = 16_000
 quick = settings(max_examples=150, deadline=None)
-
-
-def sound(n: int, seed: int = 0, scale: float = 0.1) -> np.ndarray:
-    return (scale * np.random.default_rng(seed).standard_normal(n)).astype(np.float32)
-
-
-def tone(hz: float, rate: int, seconds: float = 1.0) -> np.ndarray:
-    return np.sin(2 * np.pi * hz * np.arange(round(rate * seconds)) / rate)
 
 
 def file_of(samples: np.ndarray, rate: int = RATE, form: str = "WAV", **how: Any) -> bytes:

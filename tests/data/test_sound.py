@@ -12,18 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import sound, tone
 from w2vc.data.sound import as_float, check_rate, normalise, resample
 
 RATE = 16_000
 quick = settings(max_examples=150, deadline=None)
-
-
-def sound(n: int, seed: int = 0, scale: float = 0.1) -> np.ndarray:
-    return (scale * np.random.default_rng(seed).standard_normal(n)).astype(np.float32)
-
-
-def tone(hz: float, rate: int, seconds: float = 1.0) -> np.ndarray:
-    return np.sin(2 * np.pi * hz * np.arange(round(rate * seconds)) / rate)
 
 
 @quick
