@@ -36,6 +36,7 @@ __all__ = [
     "count_pairs",
     "phone_information",
     "phones_read",
+    "NearestVector",
 ]
 
 # %% ../nbs/01_skeleton.ipynb #bd827b39
@@ -254,3 +255,17 @@ def phones_read(vectors: Tensor, phones: Sequence[str]) -> float:
     ridge = x[:half].T @ x[:half] + torch.eye(x.shape[1])
     weights = torch.linalg.solve(ridge, x[:half].T @ functional.one_hot(wanted[:half], len(names)).float())
     return float(((x[half:] @ weights).argmax(1) == wanted[half:]).float().mean())
+
+
+# %% ../nbs/01_skeleton.ipynb #7e20b9c1
+class NearestVector(nn.Module):
+    """Codes by argmin over learned vectors; the gradient passes to the vectors and to the frames."""
+
+    def __init__(self, n_codes: int = 64, width: int = 64) -> None:
+        super().__init__()
+        self.vectors = nn.Embedding(n_codes, width)
+
+    def forward(self, waves: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vectors `[B, T, D]` and the codes `[B, T]`; the sound is not looked at."""
+        codes = torch.cdist(frames, self.vectors.weight).argmin(-1)
+        return self.vectors(codes) + frames - frames.detach(), codes
